@@ -1,0 +1,164 @@
+"""Phase 2: causal attention, where no token sees a later one.
+
+A language model predicts the next token, so while it trains, token t must not look at t+1: it
+would read the answer. A mask removes those keys before the softmax. When some keys come from
+earlier calls (a cache, phase 3), there are more keys than queries; the *last* query then lines
+up with the *last* key, so the triangle of the mask is shifted to the right.
+
+    M_ij = 1  if  j ≤ i + (S − T),  else 0
+    CausalAttention(Q, K, V) = softmax(Q Kᵀ / √d_k  where M, −∞ elsewhere) V
+
+Paper: Vaswani et al., "Attention Is All You Need" (2017), section 3.2.3 (masking) and 5.4
+(dropout).
+Simplified: one head, no output projection.
+
+Dimensions: B batch · T query positions · S key positions · D model width · K query/key width ·
+V value width.
+
+Run:  python causal_attention_coded.py [--length 6] [--dropout 0.5]
+"""
+
+import torch
+
+from self_attention_coded import (
+    Demonstration,
+    SelfAttention,
+    demonstration_parser,
+    one_line_errors,
+    parse_arguments,
+    scaled_dot_product_attention,
+)
+
+
+# %% The naive reference: each query sees a shorter or longer list of keys
+def causal_attention_loops(query, key, value):
+    """Causal attention without a mask: query i attends to the first i + 1 + (S − T) keys.
+
+    Args: query (T, K), key (S, K), value (S, V), S ≥ T. Returns: output (T, V).
+    """
+    offset = key.shape[0] - query.shape[0]
+    rows = []
+    for i in range(query.shape[0]):
+        visible = i + 1 + offset
+        row, _ = scaled_dot_product_attention(query[i : i + 1], key[:visible], value[:visible])
+        rows.append(row)
+    return torch.cat(rows)
+
+
+# %% The mask
+def causal_mask(query_length, key_length=None, device=None):
+    """(T, S) boolean mask, True = may attend; the last query sees the last key.
+
+    `key_length` defaults to `query_length`. With 2 queries over 4 keys:
+
+        1 1 1 0
+        1 1 1 1
+
+    Raises: ValueError if there are fewer keys than queries: some query would see nothing.
+    """
+    key_length = query_length if key_length is None else key_length
+    if key_length < query_length:
+        raise ValueError(f"key_length={key_length} must be at least query_length={query_length}")
+    ones = torch.ones(query_length, key_length, dtype=torch.bool, device=device)
+    return ones.tril(diagonal=key_length - query_length)
+
+
+# %% The module
+class CausalSelfAttention(SelfAttention):
+    """One causal head; phase 1's projections, a mask, and dropout on the weights in training."""
+
+    def __init__(self, d_in, d_out, dropout=0.0, bias=False):
+        super().__init__(d_in, d_out, bias)
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout={dropout} must be at least 0 and below 1")
+        self.dropout = dropout
+
+    def forward(self, x, mask=None):
+        """(B, T, d_in) or (T, d_in) → (..., T, d_out).
+
+        `mask`: boolean, broadcastable to (..., T, T), for padding; it is combined with the causal
+        mask, so it can only take keys away.
+        """
+        query, key, value = self.project(x)
+        allowed = causal_mask(query.shape[-2], key.shape[-2], device=x.device)
+        if mask is not None:
+            allowed = allowed & mask
+        dropout = self.dropout if self.training else 0.0
+        output, _ = scaled_dot_product_attention(query, key, value, allowed, dropout_p=dropout)
+        return output
+
+
+# %% Two proofs that the future is not seen
+def largest_leak_by_perturbation(attention, x):
+    """Changes each token in turn; the largest change of any output before it. x: (T, D)."""
+    before = attention(x)
+    leak = 0.0
+    for position in range(1, x.shape[0]):
+        changed = x.clone()
+        changed[position] += 1.0
+        difference = (attention(changed) - before)[:position]
+        leak = max(leak, difference.abs().max().item())
+    return leak
+
+
+def gradient_reach(attention, x):
+    """(T, T) table: size of the gradient of output i with respect to input j. x: (T, D)."""
+    x = x.detach().requires_grad_()
+    output = attention(x)
+    rows = [torch.autograd.grad(row.sum(), x, retain_graph=True)[0] for row in output]
+    return torch.stack([row.norm(dim=-1) for row in rows])
+
+
+# %% The demonstration
+@one_line_errors
+def main(argv=None):
+    parser = demonstration_parser(__doc__)
+    parser.add_argument("--length", type=int, default=6, help="tokens in the example sequence")
+    parser.add_argument("--dropout", type=float, default=0.5, help="share of weights dropped")
+    arguments = parse_arguments(parser, argv)
+    if arguments.length < 3:
+        raise ValueError(f"--length={arguments.length} must be at least 3")
+    demo = Demonstration("causal_attention_coded.py", arguments.device, arguments.seed)
+    attention = CausalSelfAttention(16, 8, dropout=arguments.dropout).to(arguments.device).eval()
+    x_TD = torch.randn(arguments.length, 16, device=arguments.device)
+
+    for row in causal_mask(2, 4).int().tolist():
+        demo.note(f"mask of 2 queries over 4 keys: {row}")
+    query, key, value = attention.project(x_TD)
+    loops = causal_attention_loops(query, key, value)
+    demo.same("shrinking key lists = mask", "(T, V)", attention(x_TD), loops)
+
+    last_two, _ = scaled_dot_product_attention(
+        query[-2:], key, value, causal_mask(2, arguments.length, device=arguments.device)
+    )
+    demo.same("2 queries over T keys = last 2 rows", "(2, V)", last_two, loops[-2:])
+
+    leak = largest_leak_by_perturbation(attention, x_TD)
+    demo.check("changing a token leaves all before it alone", "(T, D)", f"leak {leak}", leak == 0)
+    reach = gradient_reach(attention, x_TD)
+    future, past = reach.triu(1), reach.tril()
+    demo.check(
+        "no gradient from a later token", "(T, T)",
+        f"future {future.max():.1e}, past {past.max():.1e}",
+        future.max() == 0 and bool((past.diagonal() > 0).all()),
+    )  # fmt: skip
+
+    nothing = torch.zeros(arguments.length, arguments.length, dtype=torch.bool)
+    nothing = nothing.to(arguments.device)
+    masked = attention(x_TD, mask=nothing)
+    demo.check("a fully masked row gives zeros, not NaN", "(T, V)", f"sum {masked.sum()}",
+               bool((masked == 0).all()))  # fmt: skip
+
+    many = scaled_dot_product_attention(
+        torch.zeros(20000, 1, 8), torch.zeros(20000, 4, 8), torch.ones(20000, 4, 1),
+        dropout_p=arguments.dropout,
+    )[0]  # fmt: skip
+    demo.check(
+        "dropout keeps the mean of the output", "(20000, 1, 1)",
+        f"mean {many.mean():.3f}, want 1 within 0.05", abs(many.mean() - 1) < 0.05,
+    )  # fmt: skip
+    demo.finish("--length 12", "--dropout 0.9: the mean stays, the spread grows")
+
+
+if __name__ == "__main__":
+    main()

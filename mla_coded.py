@@ -1,0 +1,295 @@
+"""Phase 4: multi-head latent attention (MLA), DeepSeek's small KV cache.
+
+Phase 3 cached every head's keys and values. MLA caches one short vector a token instead, the
+latent c_KV, from which all heads' keys and values can be rebuilt by a matrix. A few more numbers,
+k_R, carry the position; phase 7 rotates them, here they pass unrotated. Better still, the cache
+need not be expanded at all: the matrix that would rebuild the keys can be applied to the (few)
+queries, and the one that would rebuild the values to the (few) outputs. That is *absorption*:
+the same function, computed in another order.
+
+    c_KV = RMSNorm(W_DKV h)        k_R = W_KR h          (one k_R for all heads, from h itself)
+    [k_C ; v_C] = [W_UK ; W_UV] c_KV
+    c_Q = RMSNorm(W_DQ h)          [q_C ; q_R] = [W_UQ ; W_QR] c_Q
+    o_i = Σ_j softmax_j((q_C·k_C + q_R·k_R) / √(N + R)) v_C        (one scale for both scores)
+    absorbed:  q_C·k_C = (W_UKᵀ q_C)·c_KV        o_i = W_UV Σ_j p_j c_KV
+
+Papers: DeepSeek-V2 (2024), section 2.1, equations 9–19 and 37–47, Table 1; cache sizes: "Insights
+into DeepSeek-V3" (2025), Table 1. Attribute names are those of the released checkpoints.
+Simplified: nothing; rotary positions arrive in phase 7 by overriding `rotate`.
+
+Dimensions: B batch · T query positions · S key positions · D model width · H heads · N
+no-position part and R rotary part of a query/key · V value width · C KV latent · Q query latent.
+
+Run:  python mla_coded.py [--context 4096] [--kv-lora-rank 32]
+"""
+
+import torch
+from torch import nn
+
+from causal_attention_coded import causal_mask
+from multihead_attention_coded import GrowingBuffer, fused_attention
+from self_attention_coded import (
+    Demonstration,
+    demonstration_parser,
+    one_line_errors,
+    parse_arguments,
+    scaled_dot_product_attention,
+)
+
+
+# %% The cache
+class LatentCache(GrowingBuffer):
+    """One layer's [c_KV | k_R], (B, length, C + R): normed latent and rotated key, nothing else."""
+
+
+# %% The module
+class MultiHeadLatentAttention(nn.Module):
+    """MLA with the projections of the released checkpoints.
+
+    `q_lora_rank` is Q, or None for a plain `q_proj` (V2-Lite). The rows of `q_b_proj` (`q_proj`)
+    are [N | R] per head, those of `kv_a_proj_with_mqa` [C | R], those of `kv_b_proj` [N | V] per
+    head. The norms of the latents have eps 1e-6, whatever the model's other norms have.
+    """
+
+    def __init__(
+        self, hidden_size, num_attention_heads, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim,
+        v_head_dim, q_lora_rank=None, attention_bias=False,
+    ):  # fmt: skip
+        super().__init__()
+        sizes = dict(
+            hidden_size=hidden_size, num_attention_heads=num_attention_heads,
+            kv_lora_rank=kv_lora_rank, qk_nope_head_dim=qk_nope_head_dim, v_head_dim=v_head_dim,
+        )  # fmt: skip
+        if q_lora_rank is not None:
+            sizes["q_lora_rank"] = q_lora_rank
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name}={size} must be at least 1")
+        if qk_rope_head_dim < 0 or qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim={qk_rope_head_dim} must be even: it rotates pairs")
+        self.hidden_size, self.num_heads = hidden_size, num_attention_heads
+        self.q_lora_rank, self.kv_lora_rank = q_lora_rank, kv_lora_rank
+        self.qk_nope_head_dim, self.qk_rope_head_dim = qk_nope_head_dim, qk_rope_head_dim
+        self.v_head_dim = v_head_dim
+        qk_head_dim = qk_nope_head_dim + qk_rope_head_dim
+        self.softmax_scale = qk_head_dim**-0.5
+
+        q_rows = num_attention_heads * qk_head_dim
+        if q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden_size, q_rows, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden_size, q_lora_rank, bias=attention_bias)
+            self.q_a_layernorm = nn.RMSNorm(q_lora_rank, eps=1e-6)
+            self.q_b_proj = nn.Linear(q_lora_rank, q_rows, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(
+            hidden_size, kv_lora_rank + qk_rope_head_dim, bias=attention_bias
+        )
+        self.kv_a_layernorm = nn.RMSNorm(kv_lora_rank, eps=1e-6)
+        kv_rows = num_attention_heads * (qk_nope_head_dim + v_head_dim)
+        self.kv_b_proj = nn.Linear(kv_lora_rank, kv_rows, bias=False)
+        self.o_proj = nn.Linear(num_attention_heads * v_head_dim, hidden_size, bias=attention_bias)
+
+    def rotate(self, q_rope, k_rope, positions):
+        """Turns the rotary halves by their positions: not here. Phase 7 overrides this method.
+
+        q_rope (B, H, T, R), k_rope (B, T, R), positions (T,) or (B, T) → both, same shapes.
+        """
+        return q_rope, k_rope
+
+    def queries(self, hidden):
+        """(B, T, D) → content part (B, H, T, N) and position part (B, H, T, R)."""
+        if self.q_lora_rank is None:
+            rows = self.q_proj(hidden)
+        else:
+            rows = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden)))
+        q_BHTK = rows.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return q_BHTK.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+
+    def compress(self, hidden):
+        """(B, T, D) → normed latent (B, T, C) and the one shared position key (B, T, R)."""
+        latent, k_rope = self.kv_a_proj_with_mqa(hidden).split(
+            [self.kv_lora_rank, self.qk_rope_head_dim], dim=-1
+        )
+        return self.kv_a_layernorm(latent), k_rope
+
+    def forward(self, hidden, positions=None, mask=None, cache=None, path="expanded"):
+        """Causal attention, (B, T, D) → (B, T, D).
+
+        Args:
+            positions: (T,) or (B, T); default: they follow on from what the cache holds.
+            mask: boolean, broadcastable to (B, H, T, S), on top of the causal one.
+            cache: a `LatentCache`; the T tokens are appended and attend to all that it holds.
+            path: "expanded" rebuilds keys and values (best for many queries: training, prompts),
+                "absorbed" attends to the latents themselves (best for few: decoding), "naive"
+                goes head by head through the equations. All three are the same function.
+        """
+        if hidden.dim() != 3 or hidden.shape[-1] != self.hidden_size:
+            raise ValueError(f"input must be (B, T, {self.hidden_size}), got {tuple(hidden.shape)}")
+        paths = dict(expanded=self._expanded, absorbed=self._absorbed, naive=self._naive)
+        if path not in paths:
+            raise ValueError(f"path={path!r} must be one of {', '.join(paths)}")
+        past = 0 if cache is None else cache.length
+        if positions is None:
+            positions = torch.arange(past, past + hidden.shape[1], device=hidden.device)
+        q_nope_BHTN, q_rope_BHTR = self.queries(hidden)
+        latent_BTC, k_rope_BTR = self.compress(hidden)
+        q_rope_BHTR, k_rope_BTR = self.rotate(q_rope_BHTR, k_rope_BTR, positions)
+        memory = torch.cat([latent_BTC, k_rope_BTR], dim=-1)  # (B, S, C + R)
+        if cache is not None:
+            memory = cache.append(memory)
+        heads_BHTV = paths[path](q_nope_BHTN, q_rope_BHTR, memory, mask)
+        return self.o_proj(heads_BHTV.transpose(1, 2).flatten(-2))
+
+    def _split_memory(self, memory):
+        return memory.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+
+    def _expanded(self, q_nope_BHTN, q_rope_BHTR, memory, mask):
+        """Rebuilds all heads' keys and values, then attends as in phase 3."""
+        latent_BSC, k_rope_BSR = self._split_memory(memory)
+        rebuilt = self.kv_b_proj(latent_BSC).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k_nope_BHSN, v_BHSV = rebuilt.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        k_rope_BHSR = k_rope_BSR.unsqueeze(1).expand(-1, self.num_heads, -1, -1)
+        q_BHTK = torch.cat([q_nope_BHTN, q_rope_BHTR], dim=-1)
+        k_BHSK = torch.cat([k_nope_BHSN, k_rope_BHSR], dim=-1)
+        return fused_attention(q_BHTK, k_BHSK, v_BHSV, mask, self.softmax_scale, causal=True)
+
+    def up_projections(self):
+        """The two halves of `kv_b_proj`: W_UK (H, N, C) and W_UV (H, V, C)."""
+        rows = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))
+        return rows.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+
+    def _absorbed(self, q_nope_BHTN, q_rope_BHTR, memory, mask):
+        """Moves W_UK to the queries and W_UV to the outputs: multi-query attention on latents."""
+        w_uk_HNC, w_uv_HVC = self.up_projections()
+        B, H, T, _ = q_nope_BHTN.shape
+        q_latent_BHTC = torch.einsum("bhtn,hnc->bhtc", q_nope_BHTN, w_uk_HNC)
+        query = torch.cat([q_latent_BHTC, q_rope_BHTR], dim=-1)
+        if T > 1:
+            triangle_TS = causal_mask(T, memory.shape[1], device=memory.device)
+            mask = triangle_TS if mask is None else mask & triangle_TS
+        if mask is not None:
+            mask = mask.expand(B, H, T, memory.shape[1]).flatten(1, 2)
+        # All heads read the same keys, so heads and positions are just rows of one matrix.
+        mixed, _ = scaled_dot_product_attention(
+            query.flatten(1, 2), memory, memory[..., : self.kv_lora_rank], mask, self.softmax_scale
+        )
+        return torch.einsum("bhtc,hvc->bhtv", mixed.unflatten(1, (H, T)), w_uv_HVC)
+
+    def _naive(self, q_nope_BHTN, q_rope_BHTR, memory, mask):
+        """Equations 9–19 head by head; content and position scores are added, then scaled."""
+        latent_BSC, k_rope_BSR = self._split_memory(memory)
+        w_uk_HNC, w_uv_HVC = self.up_projections()
+        B, H, T, _ = q_nope_BHTN.shape
+        allowed = causal_mask(T, memory.shape[1], device=memory.device)
+        allowed = (allowed if mask is None else mask & allowed).expand(B, H, T, memory.shape[1])
+        heads = []
+        for h in range(H):
+            k_nope_BSN, v_BSV = latent_BSC @ w_uk_HNC[h].T, latent_BSC @ w_uv_HVC[h].T
+            content_BTS = q_nope_BHTN[:, h] @ k_nope_BSN.transpose(-2, -1)
+            position_BTS = q_rope_BHTR[:, h] @ k_rope_BSR.transpose(-2, -1)
+            scores_BTS = (content_BTS + position_BTS) * self.softmax_scale
+            weights_BTS = scores_BTS.masked_fill(~allowed[:, h], float("-inf")).softmax(dim=-1)
+            # A query with no key at all: zeros instead of 0/0.
+            heads.append(weights_BTS.masked_fill(~allowed[:, h], 0.0) @ v_BSV)
+        return torch.stack(heads, dim=1)
+
+
+# %% The cost: numbers cached per token, and arithmetic per decoded token
+def cache_elements_per_token(kind, layers, heads=1, head_width=0, groups=1, latent=0, rotary=0):
+    """Numbers that a token leaves in the cache of the whole model (DeepSeek-V2, Table 1).
+
+    `kind`: "MHA" 2·heads·head_width·layers, "GQA" 2·groups·head_width·layers, "MQA"
+    2·head_width·layers, "MLA" (latent + rotary)·layers.
+    """
+    per_layer = {
+        "MHA": 2 * heads * head_width,
+        "GQA": 2 * groups * head_width,
+        "MQA": 2 * head_width,
+        "MLA": latent + rotary,
+    }
+    if kind not in per_layer:
+        raise ValueError(f"kind={kind!r} must be one of {', '.join(per_layer)}")
+    return per_layer[kind] * layers
+
+
+def decode_flops(attention, context, path):
+    """Floating-point operations from queries to heads' outputs, one token, one layer, batch 1.
+
+    Counted: rebuilding keys and values (expanded) or moving W_UK and W_UV (absorbed), and the two
+    products of the attention itself over `context` keys. The projections, equal in both, are not.
+    """
+    H, C, R = attention.num_heads, attention.kv_lora_rank, attention.qk_rope_head_dim
+    N, V = attention.qk_nope_head_dim, attention.v_head_dim
+    if path == "expanded":
+        return 2 * context * C * H * (N + V) + 2 * context * H * (N + R + V)
+    if path == "absorbed":
+        return 2 * H * C * (N + V) + 2 * context * H * (C + R + C)
+    raise ValueError(f"path={path!r} must be 'expanded' or 'absorbed'")
+
+
+def print_cache_tables(demo):
+    """DeepSeek-V2's Table 1 with V2's own sizes, and the published KB per token."""
+    v2 = dict(layers=60, heads=128, head_width=128, groups=8, latent=512, rotary=64)
+    demo.note("numbers cached per token, DeepSeek-V2's size (60 layers, 128 heads of 128):")
+    for kind in ("MHA", "GQA", "MQA", "MLA"):
+        elements = cache_elements_per_token(kind, **v2)
+        demo.note(f"    {kind}  {elements:>9,}  = {elements / (128 * 60):6.2f} · d_h · l")
+    models = {
+        "LLaMA-3.1-405B (GQA)": ("GQA", dict(layers=126, groups=8, head_width=128), 516.096),
+        "Qwen-2.5-72B (GQA)": ("GQA", dict(layers=80, groups=8, head_width=128), 327.680),
+        "DeepSeek-V3 (MLA)": ("MLA", dict(layers=61, latent=512, rotary=64), 70.272),
+    }
+    for name, (kind, sizes, published) in models.items():
+        kilobytes = cache_elements_per_token(kind, **sizes) * 2 / 1000
+        figure = f"{kilobytes:.3f} KB per token, published {published:.3f}"
+        demo.check(f"BF16 cache of {name}", "", figure, kilobytes == published)
+
+
+# %% The demonstration
+@one_line_errors
+def main(argv=None):
+    parser = demonstration_parser(__doc__)
+    parser.add_argument("--context", type=int, default=4096, help="keys in the decoding comparison")
+    parser.add_argument("--kv-lora-rank", type=int, default=32, help="C of the small example")
+    arguments = parse_arguments(parser, argv)
+    if arguments.context < 1:
+        raise ValueError(f"--context={arguments.context} must be at least 1")
+    demo = Demonstration("mla_coded.py", arguments.device, arguments.seed)
+    x_BTD = torch.randn(2, 9, 64, device=arguments.device)
+    for q_lora_rank in (None, 24):
+        attention = MultiHeadLatentAttention(
+            64, 4, arguments.kv_lora_rank, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12,
+            q_lora_rank=q_lora_rank,
+        ).to(arguments.device)  # fmt: skip
+        with torch.no_grad():
+            naive = attention(x_BTD, path="naive")
+            name = "plain queries" if q_lora_rank is None else f"query latent {q_lora_rank}"
+            demo.same(f"{name}: expanded = head by head", "(B, T, D)", attention(x_BTD), naive)
+            absorbed = attention(x_BTD, path="absorbed")
+            demo.same(f"{name}: absorbed = head by head", "(B, T, D)", absorbed, naive)
+            cache = LatentCache()
+            pieces = [attention(x_BTD[:, :4], cache=cache)]
+            for token in x_BTD[:, 4:].split(1, dim=1):
+                pieces.append(attention(token, cache=cache, path="absorbed"))
+        demo.same(f"{name}: prompt of 4, then 5 decoded = one pass", "(B, T, D)",
+                  torch.cat(pieces, dim=1), naive)  # fmt: skip
+    per_token = cache.used_bytes() // (2 * 9)
+    wanted = 4 * (arguments.kv_lora_rank + 8)
+    demo.check("cache: (C + R) numbers of 4 bytes", "bytes per token",
+               f"{per_token} (MHA: {4 * 4 * (16 + 8 + 12)})", per_token == wanted)  # fmt: skip
+    print_cache_tables(demo)
+    with torch.device("meta"):
+        v3 = MultiHeadLatentAttention(7168, 128, 512, 128, 64, 128, q_lora_rank=1536)
+    expanded, absorbed = (
+        decode_flops(v3, arguments.context, path) for path in ("expanded", "absorbed")
+    )
+    demo.check(
+        f"V3, one layer, a token after {arguments.context}", "GFLOP",
+        f"expanded {expanded / 1e9:.2f}, absorbed {absorbed / 1e9:.2f} "
+        f"({expanded / absorbed:.0f}× fewer)", arguments.context == 1 or absorbed < expanded,
+    )  # fmt: skip
+    demo.finish("--context 131072", "--kv-lora-rank 8: a smaller cache, a lower-rank attention")
+
+
+if __name__ == "__main__":
+    main()
