@@ -96,6 +96,9 @@ class MultiHeadLatentAttention(nn.Module):
         """
         return q_rope, k_rope
 
+    def new_cache(self, capacity=0):
+        return LatentCache(capacity)
+
     def queries(self, hidden):
         """(B, T, D) → content part (B, H, T, N) and position part (B, H, T, R)."""
         if self.q_lora_rank is None:

@@ -73,6 +73,13 @@ class GrowingBuffer:
 
     def append(self, rows):
         """Stores `rows` (..., new, width) and returns all rows so far (a view)."""
+        if self.storage is not None:
+            held, got = self.storage.shape, rows.shape
+            if held[:-2] != got[:-2] or held[-1] != got[-1]:
+                raise ValueError(
+                    f"cache holds rows of (..., length, width) {(*held[:-2], self.length, held[-1])}"
+                    f", got {tuple(got)} to append"
+                )
         end = self.length + rows.shape[-2]
         if self.storage is None or end > self.storage.shape[-2]:
             self._grow(rows, end)

@@ -1,0 +1,560 @@
+"""Phase 5: mixture of experts (MoE), many small feed-forward networks of which few run.
+
+A dense feed-forward layer spends the same arithmetic on every token. An MoE layer holds E experts
+and lets a router send each token to A of them: parameters grow with E, arithmetic with A. The
+danger is collapse: experts that are chosen more learn more and are chosen still more. Switch
+answers with one expert a token, a capacity and a balance loss. DeepSeekMoE cuts experts finer,
+adds shared experts that every token passes, and ends (V3) with a bias that steers the *choice* of
+experts and leaves their weights alone.
+
+    y = Σ_shared FFN(x) + Σ_{i chosen} g_i FFN_i(x)          FFN(x) = W_down (SiLU(W_gate x) ⊙ W_up x)
+    V2:  s = softmax(W x);   choose the top A of s in the best groups;       g_i = c · s_i
+    V3:  s = sigmoid(W x);   choose the top A of s + b in the best groups;   g_i = c · s_i / Σ_chosen s
+    after each step (V3):    b_i ← b_i − γ if expert i was overloaded, b_i + γ if underloaded
+
+Papers: Switch Transformer (2021), section 2; DeepSeek-V2 (2024), section 2.2, equations 20–31;
+DeepSeek-V3 (2024), section 2.1.2, equations 12–20. Names follow the released checkpoints.
+Simplified: all experts on one device; V2's device-level token dropping is left out.
+
+Dimensions: B batch · T query positions · D model width · M tokens (B·T) · E routed experts · A
+active experts per token · F expert hidden width.
+
+Run:  python moe_coded.py [--steps 120] [--gamma 0.02] [--picture pictures/moe_load.png]
+"""
+
+import functools
+import pathlib
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from multihead_attention_coded import MultiHeadAttention
+from self_attention_coded import (
+    Demonstration,
+    demonstration_parser,
+    one_line_errors,
+    parse_arguments,
+)
+
+
+# %% One expert
+class SwiGLU(nn.Module):
+    """W_down (SiLU(W_gate x) ⊙ W_up x): (..., D) → (..., D)."""
+
+    def __init__(self, hidden_size, intermediate_size):
+        super().__init__()
+        if hidden_size < 1 or intermediate_size < 1:
+            raise ValueError(f"widths must be at least 1, got {hidden_size}, {intermediate_size}")
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+# %% Routing: what a router decides
+class Routing(NamedTuple):
+    """weights (M, A) of the chosen experts, their indices (M, A), all affinities (M, E).
+
+    `kept` (M, A) is False where an expert had no room left; None where nothing is dropped.
+    """
+
+    weights: torch.Tensor
+    indices: torch.Tensor
+    scores: torch.Tensor
+    kept: torch.Tensor | None = None
+
+
+def expert_counts(indices, num_experts, token_mask=None):
+    """(E,) how often each expert was chosen. indices (M, A); token_mask (M,), False = padding."""
+    if token_mask is not None:
+        indices = indices[token_mask]
+    return torch.bincount(indices.flatten(), minlength=num_experts)
+
+
+# %% Switch: one expert a token, and a capacity
+class SwitchRouter(nn.Module):
+    """Top-1 routing: g = softmax(W x) of the best expert; an expert takes so many tokens at most.
+
+    Capacity = capacity_factor · M / E, rounded down, at least 1 (section 2.2). Tokens come first
+    come, first served; a dropped token gets no expert: the residual connection around the layer
+    passes it through.
+    """
+
+    num_experts_per_tok = 1
+
+    def __init__(self, hidden_size, n_routed_experts, capacity_factor=1.25):
+        super().__init__()
+        if n_routed_experts < 1:
+            raise ValueError(f"n_routed_experts={n_routed_experts} must be at least 1")
+        if capacity_factor <= 0:
+            raise ValueError(f"capacity_factor={capacity_factor} must be above 0")
+        self.num_experts, self.capacity_factor = n_routed_experts, capacity_factor
+        self.weight = nn.Parameter(torch.empty(n_routed_experts, hidden_size))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def capacity(self, tokens):
+        return max(1, int(self.capacity_factor * tokens / self.num_experts))
+
+    def forward(self, x_MD):
+        """(M, D) → `Routing` with A = 1; weights of dropped tokens are kept but unused."""
+        scores_ME = F.linear(x_MD.float(), self.weight.float()).softmax(dim=-1)
+        weights_M1, indices_M1 = scores_ME.max(dim=-1, keepdim=True)
+        arrivals_ME = F.one_hot(indices_M1.squeeze(1), self.num_experts)
+        place_M1 = arrivals_ME.cumsum(dim=0).gather(1, indices_M1)  # 1 = first in the queue
+        return Routing(weights_M1, indices_M1, scores_ME, place_M1 <= self.capacity(len(x_MD)))
+
+
+# %% DeepSeekMoE: the top A of many fine-grained experts, chosen within the best groups
+class TopKRouter(nn.Module):
+    """V2's and V3's routers, by the names in config.json.
+
+    `scoring_func`: "softmax" (V2) or "sigmoid" (V3). `topk_method`: "greedy" (V2-Lite),
+    "group_limited_greedy" (V2: a group counts as much as its best expert) or "noaux_tc" (V3: with
+    the bias `e_score_correction_bias`; a group counts as much as its two best biased scores).
+    Only the experts of the best `topk_group` of `n_group` groups can be chosen.
+    """
+
+    def __init__(
+        self, hidden_size, n_routed_experts, num_experts_per_tok, scoring_func="sigmoid",
+        topk_method="noaux_tc", n_group=1, topk_group=1, norm_topk_prob=True,
+        routed_scaling_factor=1.0,
+    ):  # fmt: skip
+        super().__init__()
+        if scoring_func not in ("softmax", "sigmoid"):
+            raise ValueError(f"scoring_func={scoring_func!r} must be 'softmax' or 'sigmoid'")
+        if topk_method not in ("greedy", "group_limited_greedy", "noaux_tc"):
+            raise ValueError(
+                f"topk_method={topk_method!r} must be 'greedy', 'group_limited_greedy' or 'noaux_tc'"
+            )
+        if topk_method == "greedy":
+            n_group = topk_group = 1
+        if n_group < 1 or n_routed_experts < 1 or n_routed_experts % n_group:
+            raise ValueError(
+                f"n_routed_experts={n_routed_experts} must be divisible by n_group={n_group}"
+            )
+        group_size = n_routed_experts // n_group
+        if not 1 <= topk_group <= n_group:
+            raise ValueError(f"topk_group={topk_group} must be from 1 to n_group={n_group}")
+        if not 1 <= num_experts_per_tok <= topk_group * group_size:
+            raise ValueError(
+                f"num_experts_per_tok={num_experts_per_tok} must be from 1 to the "
+                f"{topk_group * group_size} experts that can be chosen"
+            )
+        if topk_method == "noaux_tc" and n_group > 1 and group_size < 2:
+            raise ValueError(f"n_group={n_group} leaves {group_size} expert a group, want 2 or more")
+        self.num_experts, self.num_experts_per_tok = n_routed_experts, num_experts_per_tok
+        self.scoring_func, self.topk_method = scoring_func, topk_method
+        self.n_group, self.topk_group = n_group, topk_group
+        self.norm_topk_prob, self.routed_scaling_factor = norm_topk_prob, routed_scaling_factor
+        self.weight = nn.Parameter(torch.empty(n_routed_experts, hidden_size))
+        nn.init.normal_(self.weight, std=0.02)
+        if topk_method == "noaux_tc":
+            self.register_buffer("e_score_correction_bias", torch.zeros(n_routed_experts))
+        self.register_buffer("load", torch.zeros(n_routed_experts, dtype=torch.long), False)
+
+    def forward(self, x_MD):
+        """(M, D) → `Routing`, computed in FP32 whatever the input is."""
+        logits_ME = F.linear(x_MD.float(), self.weight.float())
+        softmax = self.scoring_func == "softmax"
+        scores_ME = logits_ME.softmax(dim=-1) if softmax else logits_ME.sigmoid()
+        choice_ME = scores_ME.detach()
+        if self.topk_method == "noaux_tc":
+            choice_ME = choice_ME + self.e_score_correction_bias
+        if self.n_group > 1:
+            choice_ME = choice_ME.masked_fill(~self._in_best_groups(choice_ME), float("-inf"))
+        indices_MA = choice_ME.topk(self.num_experts_per_tok, dim=-1).indices
+        weights_MA = scores_ME.gather(1, indices_MA)  # the bias selects, it does not weigh
+        if self.norm_topk_prob:
+            weights_MA = weights_MA / (weights_MA.sum(dim=-1, keepdim=True) + 1e-20)
+        return Routing(weights_MA * self.routed_scaling_factor, indices_MA, scores_ME)
+
+    def _in_best_groups(self, choice_ME):
+        """(M, E) boolean: whether the expert's group is among the best `topk_group`."""
+        by_group = choice_ME.unflatten(1, (self.n_group, -1))
+        best = 2 if self.topk_method == "noaux_tc" else 1
+        group_scores = by_group.topk(best, dim=-1).values.sum(dim=-1)
+        best_groups = group_scores.topk(self.topk_group, dim=-1).indices
+        kept = torch.zeros_like(group_scores, dtype=torch.bool).scatter(1, best_groups, True)
+        return kept.unsqueeze(-1).expand_as(by_group).flatten(1)
+
+    @torch.no_grad()
+    def update_bias(self, gamma):
+        """One step of V3's balancing from the `load` of the training passes since the last one.
+
+        An expert above the mean load loses `gamma`, one below gains it (V3, section 2.1.2).
+        Without load (no training pass, or a router without bias) nothing changes.
+        """
+        if self.topk_method == "noaux_tc" and self.load.any():
+            load = self.load.float()
+            self.e_score_correction_bias += gamma * torch.sign(load.mean() - load)
+        self.load.zero_()
+
+
+# %% Balance losses: each is α when all experts are used alike, and more when not
+def switch_balance_loss(scores_ME, indices_MA, alpha, token_mask=None):
+    """α E Σ_i f_i P_i (Switch, equation 4); f share of the tokens sent to i, P mean score of i."""
+    return expert_balance_loss(scores_ME, indices_MA[:, :1], alpha, token_mask)
+
+
+def _fractions_and_scores(scores_ME, indices_MA, token_mask):
+    """f (E,): E/(A M) · tokens choosing each expert. P (E,): mean score. Padding left out."""
+    if token_mask is not None:
+        scores_ME, indices_MA = scores_ME[token_mask], indices_MA[token_mask]
+    tokens, num_experts = scores_ME.shape
+    counts_E = expert_counts(indices_MA, num_experts)
+    fractions_E = counts_E * (num_experts / max(1, indices_MA.numel()))
+    return fractions_E, scores_ME.sum(dim=0) / max(1, tokens)
+
+
+def expert_balance_loss(scores_ME, indices_MA, alpha, token_mask=None):
+    """α Σ_i f_i P_i over all experts (V2, equations 23–25). Scores must sum to 1 over experts."""
+    fractions_E, mean_scores_E = _fractions_and_scores(scores_ME, indices_MA, token_mask)
+    return alpha * (fractions_E * mean_scores_E).sum()
+
+
+def device_balance_loss(scores_ME, indices_MA, alpha, devices, token_mask=None):
+    """α Σ_d f'_d P'_d (V2, equations 26–28): f' mean of f, P' sum of P over a device's experts."""
+    fractions_E, mean_scores_E = _fractions_and_scores(scores_ME, indices_MA, token_mask)
+    per_device = _experts_of_devices(fractions_E, devices).mean(dim=-1)
+    return alpha * (per_device * _experts_of_devices(mean_scores_E, devices).sum(dim=-1)).sum()
+
+
+def communication_balance_loss(
+    scores_ME, indices_MA, alpha, devices, max_devices, token_mask=None
+):  # fmt: skip
+    """α Σ_d f''_d P''_d (V2, equations 29–31): f''_d = D/(M' T) · tokens sent to device d.
+
+    D is `devices`; M' is `max_devices`, how many devices a token may be sent to.
+    """
+    if token_mask is not None:
+        scores_ME, indices_MA = scores_ME[token_mask], indices_MA[token_mask]
+    tokens, num_experts = scores_ME.shape
+    chosen_ME = torch.zeros_like(scores_ME, dtype=torch.bool).scatter(1, indices_MA, True)
+    sent = _experts_of_devices(chosen_ME, devices).any(dim=-1).sum(dim=0)
+    fractions = sent * devices / (max_devices * max(1, tokens))
+    mean_scores = _experts_of_devices(scores_ME.sum(dim=0) / max(1, tokens), devices).sum(dim=-1)
+    return alpha * (fractions * mean_scores).sum()
+
+
+def _experts_of_devices(per_expert, devices):
+    """(..., E) → (..., devices, E / devices): neighbours share a device."""
+    if per_expert.shape[-1] % devices:
+        raise ValueError(f"{per_expert.shape[-1]} experts must be divisible by {devices} devices")
+    return per_expert.unflatten(-1, (devices, -1))
+
+
+def sequence_balance_loss(scores_BTE, experts_per_token, alpha, token_mask=None):
+    """α Σ_i f_i P_i within each sequence, averaged over sequences (V3, equations 17–20).
+
+    f counts the top A of the plain scores: neither bias nor groups enter. P is the mean of the
+    scores after they are normalised over all experts. token_mask (B, T): False = padding.
+    """
+    shares_BTE = scores_BTE / (scores_BTE.sum(dim=-1, keepdim=True) + 1e-20)
+    top_BTA = scores_BTE.topk(experts_per_token, dim=-1).indices
+    chosen_BTE = torch.zeros_like(scores_BTE).scatter(2, top_BTA, 1.0)
+    if token_mask is None:
+        token_mask = torch.ones_like(scores_BTE[..., 0], dtype=torch.bool)
+    real_BT1 = token_mask.unsqueeze(-1)
+    lengths_B1 = real_BT1.sum(dim=1).clamp(min=1)
+    num_experts = scores_BTE.shape[-1]
+    fractions_BE = (chosen_BTE * real_BT1).sum(dim=1) * num_experts / experts_per_token / lengths_B1
+    mean_shares_BE = (shares_BTE * real_BT1).sum(dim=1) / lengths_B1
+    return alpha * (fractions_BE * mean_shares_BE).sum(dim=-1).mean()
+
+
+# %% The experts, and three ways to run them
+class Experts(nn.Module):
+    """E SwiGLU networks in two tensors, `gate_up_proj` (E, 2F, D) and `down_proj` (E, D, F)."""
+
+    def __init__(self, num_experts, hidden_size, intermediate_size):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(
+            torch.empty(num_experts, 2 * intermediate_size, hidden_size)
+        )
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+        for weight in (self.gate_up_proj, self.down_proj):
+            nn.init.uniform_(weight, -(weight.shape[-1] ** -0.5), weight.shape[-1] ** -0.5)
+
+    def dense(self, x_MD, routing):
+        """The naive reference: every expert on every token, most of it weighed with zero."""
+        used_MA = routing.weights if routing.kept is None else routing.weights * routing.kept
+        weights_ME = torch.zeros_like(routing.scores).scatter(1, routing.indices, used_MA)
+        outputs = [
+            self._one_expert(e, x_MD) * weights_ME[:, e, None].to(x_MD.dtype)
+            for e in range(len(self.down_proj))
+        ]
+        return torch.stack(outputs).sum(dim=0)
+
+    def loop(self, x_MD, routing):
+        """Expert by expert, each on its own tokens."""
+        output_MD = torch.zeros_like(x_MD)
+        for e in range(len(self.down_proj)):
+            mine_MA = routing.indices == e
+            if routing.kept is not None:
+                mine_MA = mine_MA & routing.kept
+            tokens, places = mine_MA.nonzero(as_tuple=True)
+            weights = routing.weights[tokens, places, None].to(x_MD.dtype)
+            output_MD = output_MD.index_add(0, tokens, self._one_expert(e, x_MD[tokens]) * weights)
+        return output_MD
+
+    def grouped(self, x_MD, routing):
+        """Tokens sorted by expert, then two grouped matrix products for all experts at once."""
+        active = routing.indices.shape[1]
+        tokens = torch.arange(len(x_MD), device=x_MD.device).repeat_interleave(active)
+        experts, weights = routing.indices.flatten(), routing.weights.flatten()
+        if routing.kept is not None:
+            kept = routing.kept.flatten()
+            tokens, experts, weights = tokens[kept], experts[kept], weights[kept]
+        order = experts.argsort(stable=True)
+        tokens, weights = tokens[order], weights[order].to(x_MD.dtype)
+        ends_E = expert_counts(experts, len(self.down_proj)).cumsum(0).to(torch.int32)
+        gate, up = grouped_linear(x_MD[tokens], self.gate_up_proj, ends_E).chunk(2, dim=-1)
+        outputs = grouped_linear(F.silu(gate) * up, self.down_proj, ends_E)
+        return torch.zeros_like(x_MD).index_add(0, tokens, outputs * weights.unsqueeze(1))
+
+    def _one_expert(self, e, x):
+        gate, up = F.linear(x, self.gate_up_proj[e]).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, self.down_proj[e])
+
+
+def grouped_linear(rows, weights, ends):
+    """`F.linear` of each expert on its own run of rows: (P, in), (E, out, in), (E,) → (P, out).
+
+    `ends` (int32): where each expert's run ends. One kernel call where rows are a multiple of 16
+    bytes, as the kernel demands; a product per expert elsewhere.
+    """
+    fits = all(width * rows.element_size() % 16 == 0 for width in weights.shape[1:])
+    if fits:
+        return F.grouped_mm(rows, weights.transpose(-2, -1), offs=ends)
+    starts = [0, *ends.tolist()[:-1]]
+    runs = [
+        F.linear(rows[start:end], weight)
+        for start, end, weight in zip(starts, ends.tolist(), weights, strict=True)
+    ]
+    return torch.cat(runs)
+
+
+# %% The layer
+class MixtureOfExperts(nn.Module):
+    """Router, routed experts, and shared experts that see every token. No residual inside.
+
+    `n_shared_experts` of width F are one SwiGLU of width n · F, as in the released checkpoints.
+    `balance_loss(routing, batch_shape, token_mask)` → scalar, or None; in training its value is
+    left in `last_balance_loss` for the training step to add. `last_routing` (detached) is for
+    reports; the router's `load` grows in training passes only.
+    """
+
+    def __init__(
+        self, hidden_size, moe_intermediate_size, router, n_shared_experts=0, balance_loss=None
+    ):
+        super().__init__()
+        self.gate = router
+        self.experts = Experts(router.num_experts, hidden_size, moe_intermediate_size)
+        self.shared_experts = None
+        if n_shared_experts:
+            self.shared_experts = SwiGLU(hidden_size, n_shared_experts * moe_intermediate_size)
+        self.balance_loss = balance_loss
+        self.last_balance_loss = None
+        self.last_routing = None
+
+    def forward(self, x, token_mask=None, dispatch="grouped"):
+        """(..., D) → (..., D). `dispatch`: "grouped", "loop" or "dense", all the same function.
+
+        token_mask (...): False = padding, which enters neither balance loss nor load.
+        """
+        if dispatch not in ("grouped", "loop", "dense"):
+            raise ValueError(f"dispatch={dispatch!r} must be 'grouped', 'loop' or 'dense'")
+        x_MD = x.flatten(0, -2)
+        routing = self.gate(x_MD)
+        output_MD = getattr(self.experts, dispatch)(x_MD, routing)
+        if self.shared_experts is not None:
+            output_MD = output_MD + self.shared_experts(x_MD)
+        if self.training:
+            self._record(routing, x.shape[:-1], token_mask)
+        self.last_routing = Routing(*(None if t is None else t.detach() for t in routing))
+        return output_MD.view_as(x)
+
+    def _record(self, routing, batch_shape, token_mask):
+        if self.balance_loss is not None:
+            self.last_balance_loss = self.balance_loss(routing, batch_shape, token_mask)
+        if hasattr(self.gate, "load"):
+            flat_mask = None if token_mask is None else token_mask.flatten()
+            self.gate.load += expert_counts(routing.indices, self.gate.num_experts, flat_mask)
+
+
+def balance_within_sequences(alpha, routing, batch_shape, token_mask):
+    """`sequence_balance_loss` in the form that `MixtureOfExperts` calls (bind `alpha` first)."""
+    scores_BTE = routing.scores.unflatten(0, batch_shape)
+    return sequence_balance_loss(scores_BTE, routing.indices.shape[1], alpha, token_mask)
+
+
+def balance_over_batch(alpha, routing, batch_shape, token_mask):
+    """`expert_balance_loss` in the form that `MixtureOfExperts` calls (bind `alpha` first)."""
+    flat_mask = None if token_mask is None else token_mask.flatten()
+    return expert_balance_loss(routing.scores, routing.indices, alpha, flat_mask)
+
+
+# %% The block: attention, then a feed-forward, each with a norm before and a residual around
+class TransformerBlock(nn.Module):
+    """h += attention(norm(h)); h += feed_forward(norm(h)); names as in the released checkpoints.
+
+    `attention`: `MultiHeadLatentAttention` or `MultiHeadAttention`. `feed_forward`: `SwiGLU` or
+    `MixtureOfExperts`.
+    """
+
+    def __init__(self, attention, feed_forward, norm_eps=1e-6):
+        super().__init__()
+        hidden_size = attention.o_proj.out_features
+        self.input_layernorm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.self_attn = attention
+        self.post_attention_layernorm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.mlp = feed_forward
+
+    def forward(self, hidden, token_mask=None, **attention_options):
+        """(B, T, D) → (B, T, D); `attention_options` (mask, cache, ...) go to the attention."""
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), **attention_options)
+        normed = self.post_attention_layernorm(hidden)
+        if isinstance(self.mlp, MixtureOfExperts):
+            return hidden + self.mlp(normed, token_mask=token_mask)
+        return hidden + self.mlp(normed)
+
+
+# %% The cost
+def expert_parameters(hidden_size, moe_intermediate_size, routed, active, shared):
+    """(parameters that exist, parameters that a token uses) in one layer's experts."""
+    one = 3 * hidden_size * moe_intermediate_size
+    return (routed + shared) * one, (active + shared) * one
+
+
+# %% Load over training, with and without balancing
+def train_on_clusters(balancing, steps, gamma, seed, device="cpu"):
+    """Trains one MoE layer on tokens of 8 unequal clusters, each with a map of its own to learn.
+
+    `balancing`: "none", "bias" (V3's update) or "loss" (V2's, α = 0.1). Returns: (steps, E) share
+    of the choices that went to each expert, and the last mean squared error.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    D, E, M = 16, 8, 512
+    centers = torch.randn(8, D, generator=generator) * 2
+    maps = torch.randn(8, D, D, generator=generator) / D**0.5
+    popularity = 1.0 / torch.arange(1, 9)
+    if balancing == "loss":
+        router = TopKRouter(D, E, 2, scoring_func="softmax", topk_method="greedy")
+        loss_function = functools.partial(balance_over_batch, 0.1)
+    else:
+        router, loss_function = TopKRouter(D, E, 2), None
+    layer = MixtureOfExperts(D, 16, router, balance_loss=loss_function).to(device)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
+    shares = []
+    for _ in range(steps):
+        cluster_M = torch.multinomial(popularity, M, replacement=True, generator=generator)
+        x_MD = centers[cluster_M] + torch.randn(M, D, generator=generator)
+        target_MD = torch.einsum("md,mde->me", x_MD, maps[cluster_M]).to(device)
+        error = F.mse_loss(layer(x_MD.to(device)), target_MD)
+        loss = error if loss_function is None else error + layer.last_balance_loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        shares.append(router.load / router.load.sum())
+        router.update_bias(gamma if balancing == "bias" else 0.0)
+    return torch.stack(shares).cpu(), error.item()
+
+
+def draw_load(shares_by_name, path):
+    """A picture: for each way of balancing, each expert's share of the choices at each step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        1, len(shares_by_name), figsize=(13, 3.6), sharey=True, layout="constrained"
+    )
+    for axis, (name, shares_SE) in zip(axes, shares_by_name.items(), strict=True):
+        axis.stackplot(range(len(shares_SE)), shares_SE.T.numpy(), edgecolor="white", linewidth=0.3)
+        worst = shares_SE[-20:].mean(dim=0).max() * shares_SE.shape[1]
+        axis.set(title=f"{name}: busiest expert {worst:.2f}× the mean", xlabel="training step")
+        axis.margins(0)
+    axes[0].set_ylabel("share of the choices, one band an expert")
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+# %% The demonstration
+def check_dispatches(demo, device):
+    routers = {
+        "V2 (softmax, best group)": TopKRouter(
+            32, 8, 3, "softmax", "group_limited_greedy", 4, 2, False, 16.0
+        ),
+        "V3 (sigmoid, biased)": TopKRouter(32, 8, 3, n_group=4, topk_group=2),
+        "Switch (capacity 0.5)": SwitchRouter(32, 8, capacity_factor=0.5),
+    }
+    x_BTD = torch.randn(2, 20, 32, device=device)
+    for name, router in routers.items():
+        if hasattr(router, "e_score_correction_bias"):
+            router.e_score_correction_bias.uniform_(-0.5, 0.5)
+        layer = MixtureOfExperts(32, 16, router, n_shared_experts=1).to(device)
+        results = {kind: layer(x_BTD, dispatch=kind) for kind in ("dense", "loop", "grouped")}
+        demo.same(f"{name}: loop = dense", "(B, T, D)", results["loop"], results["dense"])
+        demo.same(f"{name}: grouped = dense", "(B, T, D)", results["grouped"], results["dense"])
+        if isinstance(router, SwitchRouter):
+            kept_M = layer.last_routing.kept.squeeze(1)
+            extra_MD = (layer(x_BTD) - layer.shared_experts(x_BTD)).flatten(0, 1)
+            demo.check("Switch: dropped tokens get no routed expert", "M 40",
+                       f"{(~kept_M).sum()} dropped",
+                       bool((~kept_M).any() and extra_MD[~kept_M].abs().max() < 1e-6))  # fmt: skip
+
+
+@one_line_errors
+def main(argv=None):
+    parser = demonstration_parser(__doc__)
+    parser.add_argument("--steps", type=int, default=120, help="training steps of the picture")
+    parser.add_argument("--gamma", type=float, default=0.02, help="speed of the bias update")
+    parser.add_argument("--picture", default="pictures/moe_load.png", help="where to draw it")
+    arguments = parse_arguments(parser, argv)
+    if arguments.steps < 20:
+        raise ValueError(f"--steps={arguments.steps} must be at least 20")
+    demo = Demonstration("moe_coded.py", arguments.device, arguments.seed)
+    check_dispatches(demo, arguments.device)
+
+    even_ME = torch.full((64, 8), 1 / 8)
+    turns_MA = torch.arange(128).view(64, 2) % 8
+    loss = expert_balance_loss(even_ME, turns_MA, alpha=0.003)
+    demo.check("balance loss is α at perfect balance", "", f"{loss:.4f}, α 0.003",
+               abs(loss - 0.003) < 1e-7)  # fmt: skip
+    all_params, used_params = expert_parameters(7168, 2048, routed=256, active=8, shared=1)
+    demo.check("V3, experts of one layer", "parameters",
+               f"{all_params / 1e9:.2f}B exist, {used_params / 1e9:.2f}B used a token",
+               used_params * 28 < all_params)  # fmt: skip
+    block = TransformerBlock(
+        MultiHeadAttention(32, 4), MixtureOfExperts(32, 16, TopKRouter(32, 8, 2), 1)
+    ).to(arguments.device)
+    x_BTD = torch.randn(2, 6, 32, device=arguments.device)
+    demo.check("a block: attention, then experts", "(B, T, D) → (B, T, D)",
+               f"{tuple(x_BTD.shape)} → {tuple(block(x_BTD).shape)}",
+               block(x_BTD).shape == x_BTD.shape)  # fmt: skip
+
+    shares, worst = {}, {}
+    for name, balancing in {"no balancing": "none", "V3 bias": "bias", "V2 loss": "loss"}.items():
+        shares[name], error = train_on_clusters(
+            balancing, arguments.steps, arguments.gamma, arguments.seed, arguments.device
+        )
+        worst[name] = shares[name][-20:].mean(dim=0).max().item() * 8
+        demo.note(f"{name}: busiest expert {worst[name]:.2f}× the mean load, error {error:.3f}")
+    draw_load(shares, arguments.picture)
+    before, after = worst["no balancing"], worst["V3 bias"]
+    demo.check("V3's bias spreads the load", "max/mean load", f"{before:.2f} → {after:.2f}",
+               after < before or arguments.gamma == 0)  # fmt: skip
+    demo.note(f"picture: {arguments.picture}")
+    demo.finish("--gamma 0: the bias stays at zero", "--steps 400", "--gamma 0.2: does it settle?")
+
+
+if __name__ == "__main__":
+    main()
