@@ -1,0 +1,899 @@
+"""Phase 10: the complete model. All phases composed, trained on real text, scored and generating.
+
+Each layer is phase 5's block around phase 7's attention: latent KV cache, decoupled rotary
+positions. The first layers have a dense feed-forward, the others shared and routed experts whose
+balance is kept by a bias. One multi-token prediction module learns a token further ahead and
+drafts for speculative decoding. A model is described by the fields of the released config.json
+and stored in the released layout, so transformers reads what this script writes, and back.
+
+    h = Emb(t);   per layer: h += RotaryMLA(RMSNorm(h)), h += MoE(RMSNorm(h));   Head(RMSNorm(h))
+    L = L_next + λ L_mtp + L_balance;   after each step  b_i ± γ  for the routing bias
+
+Papers: DeepSeek-V2 (2024), DeepSeek-V3 (2024). Attention, MoE, MTP and RoPE: phases 4 to 7.
+Simplified: one device, one precision (FP32), documents packed without attention masks between.
+
+Dimensions: B batch · T query positions · D model width · E routed experts · A active experts per
+token · W vocabulary.
+
+Run:  python deepseek_full_model.py                    train, score, draw, generate: ~6 minutes
+      python deepseek_full_model.py --steps 20         the same as a smoke test, under a minute
+      python deepseek_full_model.py train --data my.txt --minutes 10 --out runs/mine
+      python deepseek_full_model.py train --resume runs/mine
+      python deepseek_full_model.py evaluate --checkpoint runs/mine/checkpoint
+      python deepseek_full_model.py generate --checkpoint runs/mine/checkpoint --prompt "def "
+"""
+
+import argparse
+import functools
+import pathlib
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass, fields
+
+import torch
+from torch import nn
+
+from mla_coded import cache_elements_per_token
+from moe_coded import (
+    MixtureOfExperts,
+    SwiGLU,
+    TopKRouter,
+    TransformerBlock,
+    balance_over_batch,
+    balance_within_sequences,
+    expert_counts,
+)
+from mtp_coded import CausalLM, mtp_loss, next_token_loss, speculative_generate
+from pipeline import checkpoint, corpus
+from pipeline.loop import Budget, State, learning_rate, read_metrics, run_steps
+from rope_coded import RotaryEmbedding, RotaryLatentAttention, YarnScaling
+from self_attention_coded import one_line_errors, parse_arguments
+
+HERE = pathlib.Path(__file__).parent
+
+
+# %% The configuration: the fields of config.json
+@dataclass
+class DeepSeekConfig:
+    """Fields as in the released config.json. `model_type` decides what V2 and V3 do differently.
+
+    `from_file` and `from_dict` read both spellings of the rotary settings and fill in what
+    transformers leaves out. Raises ValueError for a combination that no released model has.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    n_routed_experts: int
+    num_experts_per_tok: int
+    model_type: str = "deepseek_v3"
+    num_key_value_heads: int | None = None
+    q_lora_rank: int | None = None
+    n_shared_experts: int = 1
+    first_k_dense_replace: int = 0
+    moe_layer_freq: int = 1
+    n_group: int = 1
+    topk_group: int = 1
+    topk_method: str | None = None
+    scoring_func: str | None = None
+    norm_topk_prob: bool | None = None
+    routed_scaling_factor: float = 1.0
+    aux_loss_alpha: float = 0.001
+    seq_aux: bool = True
+    num_nextn_predict_layers: int = 0
+    max_position_embeddings: int = 4096
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    hidden_act: str = "silu"
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+    quantization_config: dict | None = None
+
+    def __post_init__(self):
+        v3 = self.model_type == "deepseek_v3"
+        if not v3 and self.model_type != "deepseek_v2":
+            raise ValueError(
+                f"model_type={self.model_type!r} is not supported, want deepseek_v2 or deepseek_v3"
+            )
+        # transformers' config.json omits what its classes imply.
+        if self.scoring_func is None:
+            self.scoring_func = "sigmoid" if v3 else "softmax"
+        if self.topk_method is None:
+            self.topk_method = "noaux_tc" if v3 else "greedy"
+        if self.norm_topk_prob is None:
+            self.norm_topk_prob = v3
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        self._check_sizes()
+        self._check_only_supported("scoring_func", "sigmoid" if v3 else "softmax")
+        methods = ("noaux_tc",) if v3 else ("greedy", "group_limited_greedy")
+        self._check_only_supported("topk_method", *methods)
+        self._check_only_supported("hidden_act", "silu")
+        self._check_only_supported("tie_word_embeddings", False)
+        self._check_only_supported("attention_dropout", 0.0)
+        self._check_only_supported("num_key_value_heads", self.num_attention_heads)
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(
+                f"qk_rope_head_dim={self.qk_rope_head_dim} must be even: it rotates pairs"
+            )
+        self.yarn  # noqa: B018 - wrong rope_scaling is reported here
+
+    def _check_sizes(self):
+        may_be_zero = {"n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"}
+        not_sizes = {"bos_token_id", "eos_token_id", "pad_token_id"}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            optional = field.type == int | None
+            if field.type not in (int, int | None) or field.name in not_sizes:
+                continue
+            lowest = 0 if field.name in may_be_zero else 1
+            if not (optional and value is None) and (type(value) is not int or value < lowest):
+                raise ValueError(f"{field.name}={value!r} must be an integer of at least {lowest}")
+
+    def _check_only_supported(self, name, *supported):
+        value = getattr(self, name)
+        if value not in supported:
+            wanted = " or ".join(map(repr, supported))
+            raise ValueError(
+                f"{name}={value!r} is not supported for {self.model_type}, want {wanted}"
+            )
+
+    @property
+    def yarn(self):
+        """The `YarnScaling` that rope_scaling describes, or None."""
+        if self.rope_scaling is None:
+            return None
+        settings = dict(self.rope_scaling)
+        kind = settings.pop("type", settings.pop("rope_type", None))
+        if kind != "yarn":
+            raise ValueError(f"rope_scaling type={kind!r} is not supported, want 'yarn'")
+        known = {field.name for field in fields(YarnScaling)}
+        unknown = sorted(set(settings) - known)
+        missing = sorted({"factor", "original_max_position_embeddings"} - set(settings))
+        if unknown or missing:
+            raise ValueError(f"rope_scaling has unknown fields {unknown} and lacks {missing}")
+        return YarnScaling(**{key: value for key, value in settings.items() if value is not None})
+
+    @classmethod
+    def from_dict(cls, raw):
+        """From the content of a config.json; fields that do not shape the model are ignored."""
+        raw = dict(raw)
+        rope = raw.pop("rope_parameters", None)
+        if rope is not None:  # transformers' spelling
+            rope = {key: value for key, value in rope.items() if value is not None}
+            raw["rope_theta"] = rope.pop("rope_theta", 10000.0)
+            kind = rope.pop("rope_type", rope.pop("type", "default"))
+            raw["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
+        if raw.get("rope_interleave") is False:
+            raise ValueError("rope_interleave=False is not supported: released weights rotate pairs")
+        if raw.get("mlp_bias"):
+            raise ValueError("mlp_bias=True is not supported: no released model has it")
+        for name in ("n_group", "topk_group"):
+            if raw.get(name, 1) is None:
+                raw[name] = 1
+        known = {field.name for field in fields(cls)}
+        kept = {key: value for key, value in raw.items() if key in known}
+        required = [field.name for field in fields(cls) if field.default is _NO_DEFAULT]
+        missing = [name for name in required if kept.get(name) is None]
+        if "model_type" not in raw:
+            missing.append("model_type")
+        if missing:
+            raise ValueError(f"the configuration lacks {', '.join(missing)}")
+        return cls(**kept)
+
+    @classmethod
+    def from_file(cls, path):
+        """Reads a config.json. ValueError naming the file if it is none."""
+        raw = checkpoint.read_json(path)
+        try:
+            return cls.from_dict(raw)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def to_dict(self):
+        """The content of a config.json in the released spelling."""
+        name = {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
+        values = {key: value for key, value in asdict(self).items() if value is not None}
+        return {
+            "architectures": [name[self.model_type]], **values,
+            "q_lora_rank": self.q_lora_rank, "rope_scaling": self.rope_scaling,
+            "torch_dtype": "float32",
+        }  # fmt: skip
+
+    def is_moe_layer(self, index):
+        return index >= self.first_k_dense_replace and index % self.moe_layer_freq == 0
+
+
+_NO_DEFAULT = next(field.default for field in fields(DeepSeekConfig))  # dataclasses.MISSING
+
+
+# %% The model
+class DeepSeekModel(CausalLM):
+    """DeepSeek-V2 or V3 by its configuration: `CausalLM` with rotary MLA, experts and MTP modules.
+
+    `model(input_ids)` (B, T) → logits (B, T, W). `generate`, `hidden_states` and `mtp_logits` are
+    those of `CausalLM`. Build it under `torch.device("meta")` to count without memory.
+    """
+
+    def __init__(self, config):
+        rotary = RotaryEmbedding(config.qk_rope_head_dim, config.rope_theta, config.yarn)
+        layers = range(config.num_hidden_layers)
+        super().__init__(
+            config.vocab_size,
+            config.hidden_size,
+            blocks=[build_block(config, rotary, config.is_moe_layer(i)) for i in layers],
+            mtp_blocks=[
+                build_block(config, rotary, moe=True)
+                for _ in range(config.num_nextn_predict_layers)
+            ],
+            norm_eps=config.rms_norm_eps,
+            max_positions=config.max_position_embeddings,
+        )
+        self.config = config
+        self.init_weights(config.initializer_range)
+
+    def moe_layers(self):
+        """{name: MixtureOfExperts} of all layers that have experts, MTP modules included."""
+        blocks = {f"layer {i}": block for i, block in enumerate(self.layers)}
+        blocks |= {f"MTP {k}": predictor.block for k, predictor in enumerate(self.mtp, start=1)}
+        return {
+            name: block.mlp for name, block in blocks.items()
+            if isinstance(block.mlp, MixtureOfExperts)
+        }  # fmt: skip
+
+    @classmethod
+    def from_pretrained(cls, directory):
+        """Reads config.json and safetensors in the released layout, in FP32.
+
+        A checkpoint without any MTP tensors loads without MTP and warns. Raises: ValueError for
+        missing, extra or mis-shaped tensors, unsupported configurations, or no checkpoint.
+        """
+        directory = pathlib.Path(directory)
+        if not (directory / "config.json").is_file():
+            raise ValueError(f"{directory} is no checkpoint: it has no config.json")
+        config = DeepSeekConfig.from_file(directory / "config.json")
+        if config.quantization_config is not None:
+            method = config.quantization_config.get("quant_method")
+            raise ValueError(f"{directory} is quantised ({method}): such checkpoints do not load yet")
+        files = {
+            name: file for name, file in checkpoint.tensor_files(directory).items()
+            if not name.endswith("rotary_emb.inv_freq")  # a table that old files carry along
+        }  # fmt: skip
+        mtp_prefixes = tuple(
+            f"model.layers.{config.num_hidden_layers + k}."
+            for k in range(config.num_nextn_predict_layers)
+        )
+        if mtp_prefixes and not any(name.startswith(mtp_prefixes) for name in files):
+            warnings.warn(f"{directory} holds no MTP tensors: loaded without MTP", stacklevel=2)
+            config.num_nextn_predict_layers = 0
+        model = cls(config)
+        fill_from_files(model, files, directory)
+        return model
+
+    def save_pretrained(self, directory):
+        """Writes config.json and model.safetensors in the released layout."""
+        directory = pathlib.Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_tensors(
+            directory / checkpoint.WEIGHTS, {**released_tensors(self), **mtp_copies(self)}
+        )
+        checkpoint.write_json(directory / "config.json", self.config.to_dict())
+
+
+def build_block(config, rotary, moe):
+    """One layer: rotary latent attention, then experts (`moe`) or a dense feed-forward."""
+    attention = RotaryLatentAttention(
+        config.hidden_size, config.num_attention_heads, config.kv_lora_rank,
+        config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim,
+        config.q_lora_rank, config.attention_bias, rotary=rotary,
+    )  # fmt: skip
+    if not moe:
+        feed_forward = SwiGLU(config.hidden_size, config.intermediate_size)
+        return TransformerBlock(attention, feed_forward, config.rms_norm_eps)
+    router = TopKRouter(
+        config.hidden_size, config.n_routed_experts, config.num_experts_per_tok,
+        config.scoring_func, config.topk_method, config.n_group, config.topk_group,
+        config.norm_topk_prob, config.routed_scaling_factor,
+    )  # fmt: skip
+    balance = balance_within_sequences if config.seq_aux else balance_over_batch
+    experts = MixtureOfExperts(
+        config.hidden_size, config.moe_intermediate_size, router, config.n_shared_experts,
+        functools.partial(balance, config.aux_loss_alpha),
+    )  # fmt: skip
+    return TransformerBlock(attention, experts, config.rms_norm_eps)
+
+
+# %% Names and shapes of the released checkpoints
+def released_tensors(model):
+    """{released name: view of the model's own memory} of every parameter and stored buffer.
+
+    Experts are one tensor each in the files; here they are slices of the fused ones.
+    """
+    tensors = {
+        "model.embed_tokens.weight": model.embed_tokens.weight,
+        "model.norm.weight": model.norm.weight,
+        "lm_head.weight": model.lm_head.weight,
+    }
+    for i, block in enumerate(model.layers):
+        tensors |= _block_tensors(f"model.layers.{i}", block)
+    for k, predictor in enumerate(model.mtp):
+        prefix = f"model.layers.{len(model.layers) + k}"
+        tensors |= _block_tensors(prefix, predictor.block)
+        for name in ("enorm", "hnorm", "eh_proj"):
+            tensors[f"{prefix}.{name}.weight"] = getattr(predictor, name).weight
+        tensors[f"{prefix}.shared_head.norm.weight"] = predictor.norm.weight
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def _block_tensors(prefix, block):
+    tensors = {}
+    for name, tensor in block.state_dict().items():
+        if name == "mlp.experts.gate_up_proj":
+            for e, gate_up in enumerate(tensor):
+                gate, up = gate_up.chunk(2)
+                tensors[f"{prefix}.mlp.experts.{e}.gate_proj.weight"] = gate
+                tensors[f"{prefix}.mlp.experts.{e}.up_proj.weight"] = up
+        elif name == "mlp.experts.down_proj":
+            for e, down in enumerate(tensor):
+                tensors[f"{prefix}.mlp.experts.{e}.down_proj.weight"] = down
+        else:
+            tensors[f"{prefix}.{name}"] = tensor
+    return tensors
+
+
+def mtp_copies(model):
+    """The copies of embedding and head that released files repeat in each MTP layer."""
+    copies = {}
+    for k in range(len(model.mtp)):
+        prefix = f"model.layers.{len(model.layers) + k}"
+        copies[f"{prefix}.embed_tokens.weight"] = model.embed_tokens.weight
+        copies[f"{prefix}.shared_head.head.weight"] = model.lm_head.weight
+    return copies
+
+
+@torch.no_grad()
+def fill_from_files(model, files, directory):
+    """Copies the tensors of {name: file} into the model; every one must be there and fit."""
+    wanted, copies = released_tensors(model), mtp_copies(model)
+    missing, extra = wanted.keys() - files.keys(), files.keys() - wanted.keys() - copies.keys()
+    for problem, names in (("lacks", missing), ("holds unexpected", extra)):
+        if names:
+            some = ", ".join(sorted(names)[:3])
+            raise ValueError(f"{directory} {problem} {len(names)} tensors: {some}, …")
+    # Copies come last: they must equal what the model then holds.
+    ordered = sorted(files.items(), key=lambda item: item[0] in copies)
+    for name, tensor in checkpoint.read_tensors(dict(ordered)):
+        target = copies[name] if name in copies else wanted[name]
+        if tensor.shape != target.shape:
+            raise ValueError(
+                f"{directory}: {name} has shape {tuple(tensor.shape)}, want {tuple(target.shape)}"
+            )
+        if name not in copies:
+            target.copy_(tensor)
+    for name, tensor in checkpoint.read_tensors({n: f for n, f in files.items() if n in copies}):
+        if not torch.equal(tensor.to(copies[name].dtype), copies[name].cpu()):
+            raise ValueError(f"{directory}: {name} differs from the main model's, which it repeats")
+
+
+# %% The cost of a configuration
+def parameter_counts(model):
+    """Parameters of the main model, in all and as a token uses them; MTP's own apart.
+
+    Returns: dict with `total`, `active`, `active_without_embedding`,
+        `active_without_embedding_and_head` and `mtp` (0 without). Routing biases are buffers and
+        count nowhere.
+    """
+    def size(module):
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    embedding, head = model.embed_tokens.weight.numel(), model.lm_head.weight.numel()
+    total = embedding + head + size(model.norm) + size(model.layers)
+    share = 1 - model.config.num_experts_per_tok / model.config.n_routed_experts
+    idle = sum(
+        round(size(block.mlp.experts) * share) for block in model.layers
+        if isinstance(block.mlp, MixtureOfExperts)
+    )  # fmt: skip
+    return {
+        "total": total,
+        "active": total - idle,
+        "active_without_embedding": total - idle - embedding,
+        "active_without_embedding_and_head": total - idle - embedding - head,
+        "mtp": size(model.mtp) - embedding - head if len(model.mtp) else 0,
+    }
+
+
+def cache_elements(config):
+    """Numbers that one token leaves in the latent caches of all layers."""
+    return cache_elements_per_token(
+        "MLA", config.num_hidden_layers, latent=config.kv_lora_rank, rotary=config.qk_rope_head_dim
+    )
+
+
+def training_flops_per_token(model, context):
+    """6 · active parameters without the embedding, plus causal attention at `context` tokens."""
+    config = model.config
+    head_widths = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+    attention = config.num_hidden_layers * config.num_attention_heads * head_widths * context * 3
+    return 6 * parameter_counts(model)["active_without_embedding"] + attention
+
+
+# %% The training step
+def build_optimizer(model, peak_rate):
+    """AdamW; matrices decay, norms and the router do not."""
+    decayed = [p for name, p in model.named_parameters() if p.dim() >= 2 and ".gate." not in name]
+    names = {id(p) for p in decayed}
+    others = [p for p in model.parameters() if id(p) not in names]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=peak_rate, betas=(0.9, 0.95), fused=True)
+
+
+def training_step(model, optimizer, ids, document_ids, rate, mtp_weight, gamma):
+    """One step on a batch of tokens (B, T); returns its figures. Losses in nats per token.
+
+    λ = `mtp_weight` weighs the MTP loss; γ = `gamma` is how far the routing bias moves.
+    """
+    model.train()
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    hidden_BTD = model.hidden_states(ids)
+    next_loss = next_token_loss(model.lm_head(hidden_BTD), ids)
+    further_loss = mtp_loss(model.mtp_logits(hidden_BTD, ids), ids, 1.0, document_ids)
+    balance_loss = sum(moe.last_balance_loss for moe in model.moe_layers().values())
+
+    optimizer.zero_grad()
+    (next_loss + mtp_weight * further_loss + balance_loss).backward()
+    gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
+    optimizer.step()
+
+    max_load = {}
+    for name, moe in model.moe_layers().items():
+        load_E = moe.gate.load.float()
+        max_load[name] = round((load_E.max() / load_E.mean()).item(), 4)
+        moe.gate.update_bias(gamma)
+    return {
+        "loss": next_loss.item(),
+        "mtp_loss": further_loss.item() if len(model.mtp) else None,
+        "balance_loss": torch.as_tensor(balance_loss).item(),
+        "gradient_norm": gradient_norm.item(),
+        "learning_rate": rate,
+        "max_load": max_load,
+        "tokens": ids.numel(),
+    }
+
+
+# %% Scoring
+@torch.no_grad()
+def score(model, tokenizer, documents, batch_size=16):
+    """Bits per byte of the documents, each byte scored once, and what else can be read off.
+
+    Every document is read behind a separator and scored to its end and the separator after it, in
+    windows of the model's context that overlap by half.
+
+    Returns: dict with `bits_per_byte`, `tokens`, `bytes`, `mtp_acceptance` (share of the
+        MTP module's greedy drafts that are the main model's own greedy choice; None without MTP)
+        and `max_load` ({layer: busiest expert's load over the mean}).
+    """
+    model.eval()
+    device, separator = model.lm_head.weight.device, tokenizer.token_to_id(corpus.SEPARATOR)
+    windows = []
+    for document in documents:
+        ids = [separator, *corpus.encode(tokenizer, document.text), separator]
+        for start, first, end in corpus.scoring_windows(len(ids), model.config.max_position_embeddings):
+            windows.append((ids[start:end], first - start))
+    windows.sort(key=lambda window: len(window[0]))  # little padding within a batch
+    nats, tokens, agreed, drafted, loads = 0.0, 0, 0, 0, {}
+    for i in range(0, len(windows), batch_size):
+        batch = windows[i : i + batch_size]
+        width = max(len(ids) for ids, _ in batch)
+        # Padding stands to the right, where causal attention never looks.
+        ids_BT = torch.tensor([ids + [separator] * (width - len(ids)) for ids, _ in batch])
+        place_T = torch.arange(width)
+        first_B1 = torch.tensor([[first] for _, first in batch])
+        end_B1 = torch.tensor([[len(ids)] for ids, _ in batch])
+        target_BT = ((place_T >= first_B1) & (place_T < end_B1)).to(device)
+        real_M = (place_T < end_B1).flatten().to(device)
+        ids_BT = ids_BT.to(device)
+
+        hidden_BTD = model.hidden_states(ids_BT)
+        logits_BTW = model.lm_head(hidden_BTD)
+        losses_BT = nn.functional.cross_entropy(
+            logits_BTW[:, :-1].transpose(1, 2).float(), ids_BT[:, 1:], reduction="none"
+        )
+        nats += losses_BT.double()[target_BT[:, 1:]].sum().item()
+        tokens += int(target_BT.sum())
+        for name, moe in model.moe_layers().items():
+            if name.startswith("MTP"):
+                continue
+            counts_E = expert_counts(moe.last_routing.indices, moe.gate.num_experts, real_M)
+            loads[name] = loads.get(name, 0) + counts_E
+        if len(model.mtp) and width > 2:
+            draft_BT = model.mtp_logits(hidden_BTD, ids_BT)[0].argmax(dim=-1)[:, :-1]
+            choice_BT, counted_BT = logits_BTW[:, 1:-1].argmax(dim=-1), target_BT[:, 2:]
+            agreed += int(((draft_BT == choice_BT) & counted_BT).sum())
+            drafted += int(counted_BT.sum())
+    size = sum(document.size for document in documents)
+    return {
+        "bits_per_byte": nats / torch.log(torch.tensor(2.0, dtype=torch.float64)).item() / size,
+        "tokens": tokens,
+        "bytes": size,
+        "mtp_acceptance": agreed / drafted if drafted else None,
+        "max_load": {
+            name: (load.max() / load.float().mean()).item() for name, load in loads.items()
+        },
+    }
+
+
+def print_scores(scores, documents, tokenizer, part):
+    """The scores beside honest yardsticks on the same bytes; returns all rates."""
+    rates = {"this model": scores["bits_per_byte"], **corpus.compressor_rates(documents)}
+    rates["uniform"] = corpus.uniform_rate(
+        scores["tokens"], scores["bytes"], tokenizer.get_vocab_size()
+    )
+    print(f"bits per byte, {part}: {len(documents)} documents, {scores['bytes']:,} bytes, "
+          f"{scores['tokens']:,} tokens")  # fmt: skip
+    for name, rate in sorted(rates.items(), key=lambda item: item[1]):
+        print(f"  {name:<12} {rate:.4f}")
+    if scores["mtp_acceptance"] is not None:
+        print(f"MTP acceptance: {scores['mtp_acceptance']:.1%} of the drafts are the model's choice")
+    if scores["max_load"]:
+        loads = ", ".join(f"{name} {value:.2f}" for name, value in scores["max_load"].items())
+        print(f"busiest expert / mean load: {loads}")
+    return rates
+
+
+# %% A run: corpus, tokenizer, model, steps, checkpoints
+@dataclass
+class RunOptions:
+    """What a training run was asked for; stored with its checkpoint, so that it can resume."""
+
+    config: str = str(HERE / "configs" / "small.json")
+    data: list | None = None
+    steps: int | None = None
+    minutes: float | None = None
+    seed: int = 0
+    batch_size: int = 8
+    sequence_length: int = 256
+    learning_rate: float = 3e-3
+    mtp_weight: float = 0.3
+    gamma: float = 0.005
+
+
+class TrainingRun:
+    """Everything between the options and a trained checkpoint in `directory`/checkpoint."""
+
+    def __init__(self, directory, options, device, resume=False):
+        self.directory, self.options, self.device = pathlib.Path(directory), options, device
+        self.checkpoint = self.directory / "checkpoint"
+        self.budget = Budget(options.steps, options.minutes)
+        self.state = State()
+        self.corpus = corpus.load_corpus(options.data, options.seed)
+        stored = checkpoint.read_json(self.checkpoint / "run.json") if resume else None
+        if resume and stored["corpus"] != self.corpus.fingerprint:
+            raise ValueError(
+                f"the text has changed since {self.directory} was started: its hash is "
+                f"{self.corpus.fingerprint}, was {stored['corpus']}"
+            )
+        torch.manual_seed(options.seed)
+        if resume:
+            self.tokenizer = corpus.load_tokenizer(self.checkpoint / "tokenizer.json")
+            self.model = DeepSeekModel.from_pretrained(self.checkpoint).to(device)
+            self.state = State(**stored["state"])
+        else:
+            config = DeepSeekConfig.from_file(options.config)
+            self.tokenizer = corpus.train_tokenizer(self.corpus.train, config.vocab_size)
+            config.vocab_size = self.tokenizer.get_vocab_size()
+            self.model = DeepSeekModel(config).to(device)
+        if options.sequence_length > self.model.config.max_position_embeddings:
+            raise ValueError(
+                f"--sequence-length={options.sequence_length} exceeds max_position_embeddings="
+                f"{self.model.config.max_position_embeddings}"
+            )
+        self.optimizer = build_optimizer(self.model, options.learning_rate)
+        if resume:
+            files = checkpoint.tensor_files(self.checkpoint / "optimizer")
+            checkpoint.restore_optimizer(
+                self.model, self.optimizer, checkpoint.read_tensors(files)
+            )
+        stream = corpus.token_stream(self.tokenizer, self.corpus.train)
+        self.batches = corpus.Batches(
+            stream, options.batch_size, options.sequence_length, options.seed
+        )
+
+    def describe(self):
+        config, counts = self.model.config, parameter_counts(self.model)
+        print(
+            f"deepseek_full_model.py · Python {sys.version.split()[0]} · torch {torch.__version__} "
+            f"· {self.device} · float32 · {torch.get_num_threads()} threads "
+            f"· seed {self.options.seed}"
+        )
+        sizes = [sum(d.size for d in self.corpus.part(p)) for p in ("train", "validation", "test")]
+        print(
+            f"corpus {self.corpus.fingerprint}: {sizes[0]:,} bytes to train on, {sizes[1]:,} "
+            f"validation, {sizes[2]:,} test; {len(self.batches.ids):,} training tokens of "
+            f"{config.vocab_size}"
+        )
+        print(
+            f"model: {counts['total']:,} parameters, {counts['active']:,} active a token, "
+            f"{counts['mtp']:,} more in MTP; {cache_elements(config)} cached numbers a token"
+        )
+
+    def step(self, number, used):
+        ids, document_ids = (part.to(self.device) for part in self.batches[number])
+        # V3's schedules: λ falls to a third after two thirds of the training, γ ends at 0.
+        mtp_weight = self.options.mtp_weight / (1 if used < 2 / 3 else 3)
+        gamma = self.options.gamma if used < 0.95 else 0.0
+        rate = learning_rate(used, self.options.learning_rate)
+        return training_step(
+            self.model, self.optimizer, ids, document_ids, rate, mtp_weight, gamma
+        )
+
+    def save(self):
+        """The whole checkpoint directory at once: an interrupted save leaves the last one whole."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with checkpoint.replaced_directory(self.checkpoint) as fresh:
+            self.model.save_pretrained(fresh)
+            self.tokenizer.save(str(fresh / "tokenizer.json"))
+            (fresh / "optimizer").mkdir()
+            checkpoint.write_tensors(
+                fresh / "optimizer" / checkpoint.WEIGHTS,
+                checkpoint.optimizer_tensors(self.model, self.optimizer),
+            )
+            checkpoint.write_json(
+                fresh / "run.json",
+                {"options": asdict(self.options), "state": asdict(self.state),
+                 "corpus": self.corpus.fingerprint},
+            )  # fmt: skip
+
+    def train(self):
+        self.directory.mkdir(parents=True, exist_ok=True)
+        metrics = self.directory / "metrics.jsonl"
+        try:
+            run_steps(self.step, self.state, self.budget, metrics, self.save)
+        except KeyboardInterrupt:
+            print(
+                f"\nstopped at step {self.state.step}; go on with: python deepseek_full_model.py "
+                f"train --resume {self.directory}", file=sys.stderr,
+            )  # fmt: skip
+            raise SystemExit(130) from None
+        print(
+            f"trained {self.state.step} steps, {self.state.tokens:,} tokens in "
+            f"{self.state.seconds:.0f} s: {self.state.tokens / self.state.seconds:,.0f} tokens/s"
+        )
+
+
+# %% What the commands do
+def open_run(arguments):
+    """The `TrainingRun` that the command line describes, new or resumed."""
+    if arguments.resume:
+        directory = pathlib.Path(arguments.resume)
+        checkpoint.recover_directory(directory / "checkpoint")
+        if not (directory / "checkpoint" / "run.json").is_file():
+            raise ValueError(f"{directory} holds no training run: no checkpoint/run.json in it")
+        stored = checkpoint.read_json(directory / "checkpoint" / "run.json")
+        options = RunOptions(**stored["options"])
+        if arguments.steps or arguments.minutes:
+            options.steps, options.minutes = arguments.steps, arguments.minutes
+        return TrainingRun(directory, options, arguments.device, resume=True)
+    chosen = {field.name: getattr(arguments, field.name, None) for field in fields(RunOptions)}
+    options = RunOptions(**{name: value for name, value in chosen.items() if value is not None})
+    if options.steps is None and options.minutes is None:
+        options.minutes = DEFAULT_MINUTES
+    if options.batch_size < 1 or options.sequence_length < 3 or options.learning_rate <= 0:
+        raise ValueError(
+            f"--batch-size={options.batch_size} must be at least 1, "
+            f"--sequence-length={options.sequence_length} at least 3 and "
+            f"--learning-rate={options.learning_rate} above 0"
+        )
+    return TrainingRun(new_directory(arguments.out), options, arguments.device)
+
+
+DEFAULT_MINUTES = 4.6
+
+
+def new_directory(asked):
+    """A run directory that holds no run yet: the one asked for, or the next free default."""
+    if asked is not None:
+        if (pathlib.Path(asked) / "checkpoint").exists():
+            raise ValueError(f"--out {asked} already holds a run: resume it or choose another")
+        return pathlib.Path(asked)
+    number = 1
+    while True:
+        directory = pathlib.Path("runs") / ("default" if number == 1 else f"default-{number}")
+        if not directory.exists():
+            return directory
+        number += 1
+
+
+def train_command(arguments):
+    run = open_run(arguments)
+    run.describe()
+    run.train()
+    scores = score(run.model, run.tokenizer, run.corpus.validation)
+    print_scores(scores, run.corpus.validation, run.tokenizer, "validation part")
+    print(f"checkpoint: {run.checkpoint}")
+
+
+def whole_pipeline(arguments):
+    """The main job: train, read the checkpoint back, score the test part, draw, generate."""
+    from pipeline import report
+
+    run = open_run(arguments)
+    run.describe()
+    run.train()
+    model = DeepSeekModel.from_pretrained(run.checkpoint).to(run.device)
+    scores = score(model, run.tokenizer, run.corpus.test)
+    rates = print_scores(scores, run.corpus.test, run.tokenizer, "test part")
+    metrics = read_metrics(run.directory / "metrics.jsonl")
+    pictures = [run.directory / "loss.png", run.directory / "expert_load.png"]
+    report.draw_losses(metrics, pictures[0])
+    report.draw_expert_load(metrics, pictures[1])
+    speculation = show_continuation(model, run.tokenizer, run.corpus.test)
+    checkpoint.write_json(
+        run.directory / "results.json",
+        {"bits_per_byte": rates, "test": scores, "speculation": speculation,
+         "training": asdict(run.state), "python": sys.version.split()[0],
+         "corpus": run.corpus.fingerprint},
+    )  # fmt: skip
+    print(f"checkpoint: {run.checkpoint}   pictures: {', '.join(map(str, pictures))}")
+
+
+def show_continuation(model, tokenizer, documents, prompt_tokens=96, new_tokens=96):
+    """Prints how the model goes on with a held-out file; returns the speculation figures."""
+    model.eval()
+    document = next((d for d in documents if d.size > 4000), documents[0])
+    separator = tokenizer.token_to_id(corpus.SEPARATOR)
+    ids = [separator, *corpus.encode(tokenizer, document.text)][:prompt_tokens]
+    prompt = torch.tensor([ids], device=model.lm_head.weight.device)
+    new_tokens = max(1, min(new_tokens, model.config.max_position_embeddings - len(ids)))
+    generator = torch.Generator(device=prompt.device).manual_seed(0)
+    sampled = model.generate(prompt, new_tokens, temperature=0.6, generator=generator)[0]
+    print(f"continuation of {document.name}, temperature 0.6 (│ prompt, ▌ model):")
+    print_marked("│", tokenizer.decode(ids))
+    print_marked("▌", tokenizer.decode(sampled[len(ids) :].tolist()))
+    if not len(model.mtp):
+        return None
+    plain = model.generate(prompt, new_tokens)
+    drafted, figures = speculative_generate(model, prompt, new_tokens)
+    same = torch.equal(plain, drafted)
+    print(f"speculative decoding: {new_tokens} tokens in {figures['forwards']} passes, "
+          f"{figures['accepted']} of {figures['drafted']} drafts taken, "
+          f"{'the same text as' if same else 'NOT the text of'} plain greedy decoding")  # fmt: skip
+    if not same:
+        raise RuntimeError("speculative decoding changed the text")
+    return figures
+
+
+def print_marked(mark, text):
+    for line in text.splitlines():
+        print(f"  {mark} {line}")
+
+
+def load_with_tokenizer(directory, device):
+    """(model, tokenizer) of a checkpoint directory; a run's directory will do as well."""
+    directory = pathlib.Path(directory)
+    if not (directory / "config.json").exists() and (directory / "checkpoint").is_dir():
+        directory = directory / "checkpoint"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = DeepSeekModel.from_pretrained(directory).to(device).eval()
+    for warning in caught:
+        print(f"note: {warning.message}", file=sys.stderr)
+    tokenizer = corpus.load_tokenizer(directory / "tokenizer.json")
+    if tokenizer.get_vocab_size() > model.config.vocab_size:
+        raise ValueError(
+            f"{directory}: the tokenizer has {tokenizer.get_vocab_size()} entries, "
+            f"the model {model.config.vocab_size}"
+        )
+    if tokenizer.token_to_id(corpus.SEPARATOR) is None:
+        raise ValueError(f"{directory}: the tokenizer has no {corpus.SEPARATOR}")
+    return model, tokenizer, directory
+
+
+def evaluate_command(arguments):
+    model, tokenizer, directory = load_with_tokenizer(arguments.checkpoint, arguments.device)
+    if arguments.data:
+        documents, part = corpus.read_files(arguments.data), "all of --data"
+    else:
+        run = {}
+        if (directory / "run.json").is_file():
+            run = checkpoint.read_json(directory / "run.json")
+        options = run.get("options", {})
+        text = corpus.load_corpus(options.get("data"), options.get("seed", 0))
+        if run and run["corpus"] != text.fingerprint:
+            print(f"note: the text has changed since training, held-out parts may have been seen "
+                  f"(hash {text.fingerprint}, was {run['corpus']})", file=sys.stderr)  # fmt: skip
+        documents, part = text.part(arguments.part), f"{arguments.part} part"
+    scores = score(model, tokenizer, documents)
+    print_scores(scores, documents, tokenizer, part)
+
+
+def generate_command(arguments):
+    model, tokenizer, _ = load_with_tokenizer(arguments.checkpoint, arguments.device)
+    separator = tokenizer.token_to_id(corpus.SEPARATOR)
+    ids = [separator, *corpus.encode(tokenizer, arguments.prompt)]
+    prompt = torch.tensor([ids], device=arguments.device)
+    generator = torch.Generator(device=arguments.device).manual_seed(arguments.seed)
+    start = time.perf_counter()
+    output = model.generate(
+        prompt, arguments.max_new_tokens, arguments.temperature, arguments.speculative,
+        eos_token_id=separator, pad_token_id=separator, generator=generator,
+    )[0, len(ids) :].tolist()  # fmt: skip
+    seconds = time.perf_counter() - start
+    written = output[: output.index(separator)] if separator in output else output
+    print(arguments.prompt + tokenizer.decode(written))
+    print(f"{len(written)} tokens, {len(written) / seconds:.1f} tokens/s", file=sys.stderr)
+
+
+# %% The command line
+def build_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_training_flags(parser)
+    parser.set_defaults(command=whole_pipeline, resume=None)
+    commands = parser.add_subparsers(title="commands", metavar="")
+    train = commands.add_parser("train", help="train only, or go on with a stopped run")
+    add_training_flags(train)
+    train.add_argument("--resume", metavar="RUN", help="directory of the run to go on with")
+    train.set_defaults(command=train_command)
+
+    evaluate = commands.add_parser("evaluate", help="bits per byte of a checkpoint")
+    evaluate.add_argument("--checkpoint", required=True, metavar="DIR")
+    evaluate.add_argument("--data", nargs="+", metavar="FILE", help="score all of these files")
+    evaluate.add_argument("--part", default="test", choices=["train", "validation", "test"],
+                          help="part of the training run's text, without --data")  # fmt: skip
+    evaluate.add_argument("--device", help="cuda, mps or cpu")
+    evaluate.set_defaults(command=evaluate_command)
+
+    generate = commands.add_parser("generate", help="continue a prompt")
+    generate.add_argument("--checkpoint", required=True, metavar="DIR")
+    generate.add_argument("--prompt", default="", help="text to go on from; default: a new file")
+    generate.add_argument("--max-new-tokens", type=int, default=128)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0: most likely token")
+    generate.add_argument("--speculative", action="store_true", help="draft with the MTP module")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--device", help="cuda, mps or cpu")
+    generate.set_defaults(command=generate_command)
+    return parser
+
+
+def add_training_flags(parser):
+    defaults = RunOptions()
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--steps", type=int, help="train for so many steps")
+    budget.add_argument("--minutes", type=float,
+                        help=f"train for so many minutes (default: {DEFAULT_MINUTES})")  # fmt: skip
+    parser.add_argument("--data", nargs="+", metavar="FILE",
+                        help="your own UTF-8 text (default: Python's standard library)")  # fmt: skip
+    parser.add_argument("--out", metavar="RUN",
+                        help="directory of the run (default: runs/default, then -2, …)")  # fmt: skip
+    parser.add_argument("--config", help="config.json of the model (default: configs/small.json)")
+    for name in ("seed", "batch_size", "sequence_length", "learning_rate", "mtp_weight", "gamma"):
+        value = getattr(defaults, name)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value),
+                            help=f"default: {value}")  # fmt: skip
+    parser.add_argument("--device", help="cuda, mps or cpu (default: best there is)")
+
+
+@one_line_errors
+def main(argv=None):
+    arguments = parse_arguments(build_parser(), argv)
+    arguments.command(arguments)
+
+
+if __name__ == "__main__":
+    main()

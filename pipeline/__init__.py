@@ -1,0 +1,1 @@
+"""What surrounds the model: corpus, run loop, checkpoint files, pictures. Knows no phase script."""

@@ -1,0 +1,121 @@
+"""Checkpoint files: safetensors and JSON only, complete or absent, never unpickled."""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def write_json(path, content):
+    _write_then_rename(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2)))
+
+
+def write_tensors(path, tensors):
+    """{name: tensor} as safetensors. Tensors are copied, so views and shared memory are fine."""
+    copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    _write_then_rename(
+        path, lambda temporary: save_file(copies, temporary, metadata={"format": "pt"})
+    )
+
+
+def _write_then_rename(path, write):
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path):
+    """ValueError naming the file if it is missing or no JSON object."""
+    try:
+        content = json.loads(pathlib.Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def tensor_files(directory):
+    """{tensor name: file} of a checkpoint directory, in one file or in shards with an index."""
+    directory = pathlib.Path(directory)
+    if (directory / INDEX).exists():
+        weight_map = read_json(directory / INDEX).get("weight_map", {})
+        return {name: directory / file for name, file in weight_map.items()}
+    if not (directory / WEIGHTS).exists():
+        raise ValueError(f"{directory} is no checkpoint: it has no {WEIGHTS}")
+    return dict.fromkeys(_open(directory / WEIGHTS).keys(), directory / WEIGHTS)
+
+
+def read_tensors(files):
+    """Yields (name, tensor) for {name: file}, one at a time."""
+    for file in sorted(set(files.values())):
+        reader = _open(file)
+        present = set(reader.keys())
+        for name in (name for name, where in files.items() if where == file):
+            if name not in present:
+                raise ValueError(f"{file} does not hold {name}, which the index promises")
+            yield name, reader.get_tensor(name)
+
+
+def _open(file):
+    try:
+        return safe_open(file, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} is no safetensors file: {error}") from None
+
+
+@contextlib.contextmanager
+def replaced_directory(directory):
+    """Yields a new directory to fill; on success it takes the place of `directory` as a whole."""
+    directory = pathlib.Path(directory)
+    fresh, old = (directory.with_name(directory.name + end) for end in (".new", ".old"))
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    yield fresh
+    if directory.exists():
+        os.rename(directory, old)
+    os.rename(fresh, directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_directory(directory):
+    """Finishes a `replaced_directory` that was killed between its two renames."""
+    directory = pathlib.Path(directory)
+    fresh = directory.with_name(directory.name + ".new")
+    old = directory.with_name(directory.name + ".old")
+    if not directory.exists() and old.exists() and fresh.exists():
+        os.rename(fresh, directory)
+
+
+# The state of a run that is not in the model
+def optimizer_tensors(model, optimizer):
+    """The optimizer's state as {parameter name/state name: tensor}."""
+    return {
+        f"{name}/{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_optimizer(model, optimizer, tensors):
+    """Puts back what `optimizer_tensors` gave. `tensors`: pairs of name and tensor."""
+    parameters = dict(model.named_parameters())
+    for full_name, value in tensors:
+        name, key = full_name.rsplit("/", 1)
+        parameter = parameters[name]
+        # Step counts stay on the CPU, moments live with their parameter.
+        device = parameter.device if value.dim() else "cpu"
+        optimizer.state[parameter][key] = value.to(device)

@@ -1,0 +1,238 @@
+"""Text in, token ids out: the corpus, its three parts, the tokenizer, batches and scoring windows.
+
+The default text is the source of Python's own standard library: real, on every machine, no
+download. A document is a file; parts are split by document, so no held-out text is ever seen in
+training, and the tokenizer learns from the training part alone.
+"""
+
+import hashlib
+import lzma
+import math
+import pathlib
+import random
+import sysconfig
+import zlib
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+SEPARATOR = "<|end_of_text|>"
+LEFT_OUT_FOLDERS = {
+    "site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3",
+    "encodings", "pydoc_data", "__pycache__",
+}  # fmt: skip
+GENERATED = {"html/entities.py"}
+SMALLEST_CORPUS = 20_000  # bytes: below, a part would be a page or less
+PIECE = 16_384  # bytes: a user's few files are cut into documents of about this size
+
+
+@dataclass(frozen=True)
+class Document:
+    name: str
+    text: str
+
+    @property
+    def size(self):
+        return len(self.text.encode())
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Three lists of `Document`s and a hash of all that is in them."""
+
+    train: list
+    validation: list
+    test: list
+    fingerprint: str = field(default="")
+
+    def part(self, name):
+        return {"train": self.train, "validation": self.validation, "test": self.test}[name]
+
+
+# Reading
+def standard_library():
+    """The .py files of this Python's standard library, without tests and generated tables."""
+    root = pathlib.Path(sysconfig.get_path("stdlib"))
+    documents = []
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root).as_posix()
+        folders = relative.split("/")[:-1]
+        generated = relative in GENERATED or path.name.startswith("_sysconfigdata")
+        if generated or any(f in LEFT_OUT_FOLDERS or f.startswith("config-") for f in folders):
+            continue
+        try:
+            text = path.read_bytes().decode()
+        except (OSError, UnicodeDecodeError):  # a few old files are not UTF-8
+            continue
+        if text.strip():
+            documents.append(Document(relative, text))
+    return documents
+
+
+def read_files(paths):
+    """The user's own UTF-8 text files. Fewer than 20 are cut at line ends, to be split by part."""
+    documents = []
+    for path in paths:
+        data = pathlib.Path(path).read_bytes()
+        try:
+            text = data.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--data {path}: not UTF-8 text (byte {error.start})") from None
+        if not text.strip():
+            raise ValueError(f"--data {path}: the file holds no text")
+        documents.append(Document(str(path), text))
+    if len(documents) < 20:
+        documents = [piece for document in documents for piece in cut_at_lines(document)]
+    return documents
+
+
+def cut_at_lines(document):
+    """Pieces of about PIECE bytes that end at a line's end and together are the document."""
+    total = document.size
+    piece_size = min(PIECE, max(1, total // 20))
+    pieces, lines, size = [], [], 0
+    for line in document.text.splitlines(keepends=True):
+        lines.append(line)
+        size += len(line.encode())
+        if size >= piece_size:
+            pieces.append("".join(lines))
+            lines, size = [], 0
+    if lines:
+        pieces.append("".join(lines))
+    return [Document(f"{document.name}#{i}", piece) for i, piece in enumerate(pieces)]
+
+
+def load_corpus(paths=None, seed=0, held_out=0.05):
+    """Reads and splits the corpus: about `held_out` of the bytes for validation and for test each.
+
+    Raises: ValueError naming what is wrong with a file; OSError if one cannot be read.
+    """
+    documents = read_files(paths) if paths else standard_library()
+    total = sum(document.size for document in documents)
+    if total < SMALLEST_CORPUS or len(documents) < 3:
+        raise ValueError(
+            f"the text is too short: {total} bytes in {len(documents)} pieces, want at least "
+            f"{SMALLEST_CORPUS} bytes and 3 pieces (lines must end somewhere)"
+        )
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(f"{document.name}\0{document.text}\0".encode())
+    order = sorted(documents, key=lambda document: document.name)
+    random.Random(seed).shuffle(order)
+    parts = {"test": [], "validation": []}
+    for part in parts.values():
+        while sum(document.size for document in part) < held_out * total and len(order) > 1:
+            part.append(order.pop())
+    if not parts["validation"] or sum(document.size for document in order) < total / 2:
+        raise ValueError("the text cannot be split: one piece is most of it")
+    return Corpus(order, parts["validation"], parts["test"], digest.hexdigest()[:12])
+
+
+# Tokens
+def train_tokenizer(documents, vocab_size):
+    """Byte-level BPE of at most `vocab_size` entries; id 0 is the separator between documents."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[SEPARATOR],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((document.text for document in documents), trainer)
+    return tokenizer
+
+
+def load_tokenizer(path):
+    """Reads tokenizer.json. ValueError if it is not one."""
+    try:
+        return Tokenizer.from_str(pathlib.Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"no tokenizer: {error}") from None
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(f"{path} is no tokenizer: {error}") from None
+
+
+def encode(tokenizer, text):
+    """Token ids of a text. The separator's name within a text is plain text."""
+    tokenizer.encode_special_tokens = True
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def token_stream(tokenizer, documents):
+    """(ids, document_ids), int64 each: every document behind one separator, a last one at the end."""
+    separator = tokenizer.token_to_id(SEPARATOR)
+    ids, document_ids = [], []
+    for i, document in enumerate(documents):
+        document_tokens = [separator, *encode(tokenizer, document.text)]
+        ids.extend(document_tokens)
+        document_ids.extend([i] * len(document_tokens))
+    ids.append(separator)
+    document_ids.append(len(documents))
+    return torch.from_numpy(np.array(ids)), torch.from_numpy(np.array(document_ids))
+
+
+class Batches:
+    """Chunks of a token stream in an order that depends on seed and step alone.
+
+    An epoch visits every chunk once, in an order of its own and cut at an offset of its own.
+    """
+
+    def __init__(self, stream, batch_size, length, seed):
+        self.ids, self.document_ids = stream
+        self.batch_size, self.length, self.seed = batch_size, length, seed
+        self.per_epoch = len(self.ids) // length - 1
+        if self.per_epoch < 1:
+            raise ValueError(
+                f"the text is too short: {len(self.ids)} training tokens, want at least "
+                f"{2 * length} for sequences of {length}"
+            )
+
+    def __getitem__(self, step):
+        """(ids, document_ids) of this step, (B, T) each."""
+        numbers = range(step * self.batch_size, (step + 1) * self.batch_size)
+        starts = [self._start(*divmod(number, self.per_epoch)) for number in numbers]
+        return tuple(
+            torch.stack([stream[start : start + self.length] for start in starts])
+            for stream in (self.ids, self.document_ids)
+        )
+
+    def _start(self, epoch, place):
+        random_state = np.random.default_rng((self.seed, epoch))
+        offset = int(random_state.integers(self.length))
+        return offset + self.length * int(random_state.permutation(self.per_epoch)[place])
+
+
+# Scoring
+def scoring_windows(token_count, context):
+    """[(start, first target, end)]: windows of at most `context` tokens that score each target once.
+
+    The tokens are numbered from 0; token 0 is given, tokens 1 … token_count − 1 are targets. A
+    window reads tokens start … end − 1 and scores first target … end − 1. Windows overlap by half,
+    so that all but the first targets have at least context / 2 tokens before them. 7 tokens,
+    context 4: [(0, 1, 4), (2, 4, 6), (4, 6, 7)].
+    """
+    windows, scored, start = [], 1, 0
+    stride = max(1, context // 2)
+    while scored < token_count:
+        end = min(start + context, token_count)
+        windows.append((start, scored, end))
+        scored, start = end, start + stride
+    return windows
+
+
+def compressor_rates(documents):
+    """Bits per byte of zlib -9 and lzma -9 on the documents' concatenated bytes."""
+    data = "".join(document.text for document in documents).encode()
+    return {
+        "zlib -9": 8 * len(zlib.compress(data, 9)) / len(data),
+        "lzma -9": 8 * len(lzma.compress(data, preset=9)) / len(data),
+    }
+
+
+def uniform_rate(tokens, size, vocab_size):
+    """Bits per byte of guessing every token uniformly."""
+    return tokens * math.log2(vocab_size) / size
