@@ -116,7 +116,7 @@ class DeepSeekConfig:
             self.topk_method = "noaux_tc" if v3 else "greedy"
         if self.norm_topk_prob is None:
             self.norm_topk_prob = v3
-        if self.num_key_value_heads is None:
+        if self.num_key_value_heads is None:  # latent attention has none: without effect
             self.num_key_value_heads = self.num_attention_heads
         self._check_sizes()
         self._check_only_supported("scoring_func", "sigmoid" if v3 else "softmax")
@@ -125,7 +125,6 @@ class DeepSeekConfig:
         self._check_only_supported("hidden_act", "silu")
         self._check_only_supported("tie_word_embeddings", False)
         self._check_only_supported("attention_dropout", 0.0)
-        self._check_only_supported("num_key_value_heads", self.num_attention_heads)
         if self.qk_rope_head_dim % 2:
             raise ValueError(
                 f"qk_rope_head_dim={self.qk_rope_head_dim} must be even: it rotates pairs"
@@ -756,9 +755,10 @@ def show_continuation(model, tokenizer, documents, prompt_tokens=96, new_tokens=
     model.eval()
     document = next((d for d in documents if d.size > 4000), documents[0])
     separator = tokenizer.token_to_id(corpus.SEPARATOR)
+    half_context = model.config.max_position_embeddings // 2
+    prompt_tokens, new_tokens = min(prompt_tokens, half_context), min(new_tokens, half_context)
     ids = [separator, *corpus.encode(tokenizer, document.text)][:prompt_tokens]
     prompt = torch.tensor([ids], device=model.lm_head.weight.device)
-    new_tokens = max(1, min(new_tokens, model.config.max_position_embeddings - len(ids)))
     generator = torch.Generator(device=prompt.device).manual_seed(0)
     sampled = model.generate(prompt, new_tokens, temperature=0.6, generator=generator)[0]
     print(f"continuation of {document.name}, temperature 0.6 (│ prompt, ▌ model):")

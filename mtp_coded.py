@@ -343,8 +343,9 @@ def speculative_generate(model, input_ids, max_new_tokens, eos_token_id=None):
             cache.truncate(tokens.shape[1] - 1)  # all but the last confirmed token are read
         hidden = hidden[:, : unread.shape[1] + accepted]
         hidden_tail = hidden if hidden_tail is None else torch.cat([hidden_tail, hidden], dim=1)
-        drafts, hidden_tail = _draft(model, tokens, hidden_tail, draft_caches, depth)
         unread = tokens[:, -1:]
+        if tokens.shape[1] < end:
+            drafts, hidden_tail = _draft(model, tokens, hidden_tail, draft_caches, depth)
     return tokens, figures
 
 

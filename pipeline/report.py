@@ -41,8 +41,10 @@ def draw_expert_load(metrics, path):
         axis.plot(tokens, _smooth([line["max_load"][name] for line in metrics]), color=color,
                   label=name)  # fmt: skip
     axis.axhline(1, color="gray", linewidth=0.8, linestyle="--")
-    axis.set(xlabel="training tokens (millions)", ylabel="busiest expert / mean load", ylim=(0.9, None))
+    axis.set(xlabel="training tokens (millions)", ylabel="busiest expert / mean load")
+    axis.set_ylim(bottom=0.9)
     axis.grid(alpha=0.3)
-    axis.legend(ncols=2, fontsize=8)
+    if names:
+        axis.legend(ncols=2, fontsize=8)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

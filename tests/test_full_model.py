@@ -1,0 +1,729 @@
+"""Phase 10: configuration, parity with transformers, checkpoints, training, command line."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import deepseek_full_model as full
+from deepseek_full_model import (
+    HERE,
+    DeepSeekConfig,
+    DeepSeekModel,
+    RunOptions,
+    TrainingRun,
+    build_optimizer,
+    cache_elements,
+    parameter_counts,
+    released_tensors,
+    score,
+    training_flops_per_token,
+    training_step,
+)
+from mla_coded import LatentCache
+from moe_coded import MixtureOfExperts
+from pipeline import checkpoint, corpus
+from pipeline.loop import read_metrics
+
+YARN = {
+    "type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16, "beta_fast": 32,
+    "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707,
+}  # fmt: skip
+COMMON = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 12,
+    "num_hidden_layers": 3, "num_attention_heads": 4, "kv_lora_rank": 12, "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8, "v_head_dim": 6, "n_routed_experts": 8, "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1, "max_position_embeddings": 128,
+}  # fmt: skip
+V2 = {"model_type": "deepseek_v2"}
+KINDS = {
+    "v2_lite": {**COMMON, **V2, "n_shared_experts": 2, "topk_method": "greedy"},
+    "v2_lite_wide": {**COMMON, **V2, "topk_method": "greedy", "num_experts_per_tok": 6,
+                     "v_head_dim": 16, "moe_intermediate_size": 20, "hidden_size": 40},
+    "v2": {**COMMON, **V2, "q_lora_rank": 16, "topk_method": "group_limited_greedy", "n_group": 4,
+           "topk_group": 2, "routed_scaling_factor": 16.0, "num_experts_per_tok": 3,
+           "rms_norm_eps": 1e-2},  # the norms inside attention keep 1e-6
+    "v2_two_groups": {**COMMON, **V2, "q_lora_rank": 8, "topk_method": "group_limited_greedy",
+                      "n_group": 2, "topk_group": 1, "first_k_dense_replace": 0},
+    "v3": {**COMMON, "q_lora_rank": 16, "n_group": 4, "topk_group": 2,
+           "routed_scaling_factor": 2.5, "num_experts_per_tok": 3},
+    "v3_plain_queries": {**COMMON, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 4,
+                         "attention_bias": True, "q_lora_rank": None, "first_k_dense_replace": 2},
+}  # fmt: skip
+EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
+WITH_AND_WITHOUT_YARN = pytest.mark.parametrize("yarn", [None, YARN], ids=["plain", "yarn"])
+
+
+def build(kind="v3", yarn=None, std=0.3, **changes):
+    config = DeepSeekConfig(**{**KINDS[kind], "rope_scaling": yarn, **changes})
+    model = DeepSeekModel(config)
+    model.init_weights(std)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.uniform_(-0.3, 0.3)
+    return model.eval()
+
+
+def transformers_class(model_type):
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    names = {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
+    return getattr(transformers, names[model_type])
+
+
+def load_in_transformers(directory, model_type):
+    model, info = transformers_class(model_type).from_pretrained(
+        directory, output_loading_info=True, dtype=torch.float32, attn_implementation="eager"
+    )
+    return model.eval(), info
+
+
+@pytest.fixture
+def in_transformers(tmp_path):
+    """in_transformers(model) → the same weights in transformers' class, through the files."""
+
+    def convert(model):
+        model.save_pretrained(tmp_path / "ours")
+        theirs, info = load_in_transformers(tmp_path / "ours", model.config.model_type)
+        missing, unexpected = info["missing_keys"], info["unexpected_keys"]
+        mtp = f"model.layers.{model.config.num_hidden_layers}."
+        assert not missing and all(key.startswith(mtp) for key in unexpected), info
+        assert not info["mismatched_keys"]
+        return theirs
+
+    return convert
+
+
+def ids_of(*shape, vocab=61):
+    return torch.randint(vocab, shape)
+
+
+# Parity with transformers
+@pytest.mark.comparison
+@EVERY_KIND
+@WITH_AND_WITHOUT_YARN
+def test_saved_model_gives_the_same_logits_and_gradients_in_transformers(kind, yarn, in_transformers):
+    ours = build(kind, yarn, std=0.15)
+    theirs, ids = in_transformers(ours), ids_of(2, 40)
+    logits, expected = ours(ids), theirs(ids).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+
+    for model, output in ((ours, logits), (theirs, expected)):
+        model.zero_grad()
+        F.cross_entropy(output[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    # Transformers fuses its experts as we do, so gradients are compared in memory's names.
+    gradients = {name: p.grad for name, p in ours.named_parameters()}
+    for name, parameter in theirs.named_parameters():
+        got, want = gradients.pop(name.removeprefix("model.")), parameter.grad
+        assert want.norm() > 0, name
+        assert (got - want).norm() <= 1e-3 * want.norm(), name
+    assert not gradients
+
+
+@pytest.mark.comparison
+@EVERY_KIND
+@WITH_AND_WITHOUT_YARN
+def test_model_saved_by_transformers_loads_and_gives_the_same(kind, yarn, tmp_path):
+    config_class = transformers_class(KINDS[kind].get("model_type", "deepseek_v3")).config_class
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    if yarn:
+        rope = {"rope_theta": 10000.0, "rope_type": "yarn", **yarn}
+        rope.pop("type")
+    settings = {k: v for k, v in KINDS[kind].items() if k != "model_type"}
+    theirs = transformers_class(config_class.model_type)(
+        config_class(
+            **settings, rope_parameters=rope, attn_implementation="eager",
+            num_key_value_heads=settings["num_attention_heads"],
+        )
+    ).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(std=0.15) if parameter.dim() > 1 else parameter.uniform_(0.5, 1.5)
+        for name, buffer in theirs.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.uniform_(-0.3, 0.3)
+    theirs.save_pretrained(tmp_path)
+    if config_class.model_type == "deepseek_v3":
+        assert "scoring_func" not in json.loads((tmp_path / "config.json").read_text())
+        with pytest.warns(UserWarning, match="no MTP tensors: loaded without MTP"):
+            ours = DeepSeekModel.from_pretrained(tmp_path)
+    else:
+        ours = DeepSeekModel.from_pretrained(tmp_path)
+    assert len(ours.mtp) == 0
+    ids = ids_of(2, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(ids), theirs(ids).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.comparison
+@EVERY_KIND
+@WITH_AND_WITHOUT_YARN
+def test_cached_generation_is_transformers_greedy_generation(kind, yarn, in_transformers):
+    ours = build(kind, yarn, num_nextn_predict_layers=0)
+    theirs, prompt = in_transformers(ours), ids_of(3, 9)
+    theirs.generation_config.eos_token_id = None
+    expected = theirs.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=30, do_sample=False,
+        eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    assert torch.equal(ours.generate(prompt, 30), expected)
+
+
+@pytest.mark.comparison
+def test_left_padded_generation_is_transformers_generation(in_transformers):
+    ours = build("v3")
+    theirs, prompt = in_transformers(ours), ids_of(2, 9)
+    mask = torch.ones_like(prompt)
+    mask[1, :4] = 0
+    expected = theirs.generate(prompt, attention_mask=mask, max_new_tokens=20, do_sample=False,
+                               eos_token_id=None, pad_token_id=0)  # fmt: skip
+    assert torch.equal(ours.generate(prompt, 20, attention_mask=mask), expected)
+
+
+@pytest.fixture(scope="module")
+def sixty_one_layers(tmp_path_factory):
+    """A 61-layer model of tiny width with its MTP layer, in the released names, and its folder."""
+    torch.manual_seed(5)
+    model = build(
+        "v3", num_hidden_layers=61, hidden_size=16, intermediate_size=16, q_lora_rank=8,
+        kv_lora_rank=8, moe_intermediate_size=8, num_attention_heads=2,
+        num_nextn_predict_layers=1, first_k_dense_replace=3, std=0.1,
+    )  # fmt: skip
+    directory = tmp_path_factory.mktemp("sixty_one")
+    model.save_pretrained(directory)
+    return model, directory
+
+
+@pytest.mark.comparison
+def test_mtp_drafts_match_transformers_mtp_model(sixty_one_layers):
+    from transformers.modeling_layers import MtpModel
+
+    ours, directory = sixty_one_layers
+    main, info = load_in_transformers(directory, "deepseek_v3")
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    mtp, ids = MtpModel.from_pretrained(main), ids_of(1, 12)
+    with torch.no_grad():
+        hidden = ours.hidden_states(ids)
+        theirs = main.model(ids).last_hidden_state
+        torch.testing.assert_close(hidden, theirs, rtol=0, atol=1e-4)
+        state = mtp.forward_layer(
+            0, theirs[:, :-1], torch.arange(1, 12)[None], None, input_ids=ids[:, 1:]
+        )
+        expected = mtp.shared_head(state)
+        got = ours.mtp_logits(hidden, ids)[0]
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+    assert expected.std() > 0.01
+
+
+@pytest.mark.comparison
+def test_transformers_speculates_with_our_mtp_layer(sixty_one_layers):
+    ours, directory = sixty_one_layers
+    main, _ = load_in_transformers(directory, "deepseek_v3")
+    main.generation_config.eos_token_id = None
+    prompt = ids_of(1, 6)
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0,
+               "attention_mask": torch.ones_like(prompt)}  # fmt: skip
+    drafted = main.generate(prompt, use_mtp=True, **options)
+    assert torch.equal(drafted, ours.generate(prompt, 12, speculative=True))
+    assert torch.equal(drafted, ours.generate(prompt, 12))
+
+
+# Published numbers
+PUBLISHED = {
+    "deepseek_v2_lite": (15_706_484_224, 2_661_150_208, 2_451_435_008, 2_241_719_808, 15_552),
+    "deepseek_v2": (235_741_434_880, 21_375_800_320, 20_851_512_320, 20_327_224_320, 34_560),
+    "deepseek_v3": (671_026_404_352, 37_552_282_624, 36_625_603_584, 35_698_924_544, 35_136),
+}
+
+
+@pytest.mark.performance
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_released_configurations_have_the_published_sizes(name):
+    config = DeepSeekConfig.from_file(HERE / "configs" / f"{name}.json")
+    with torch.device("meta"):
+        model = DeepSeekModel(config)
+    counts = parameter_counts(model)
+    total, *active, cached = PUBLISHED[name]
+    assert counts["total"] == total
+    assert [counts[key] for key in list(counts)[1:4]] == active
+    assert cache_elements(config) == cached
+    tensors = released_tensors(model)
+    main = {n: t for n, t in tensors.items() if not n.startswith("model.layers.61.")}
+    biases = [t.numel() for n, t in main.items() if n.endswith("e_score_correction_bias")]
+    assert sum(t.numel() for t in main.values()) == total + sum(biases)
+    if name == "deepseek_v3":
+        assert counts["mtp"] == 11_610_067_968 and sum(biases) == 14_848
+        assert sum(p.numel() for p in model.parameters()) == 682_636_472_320
+        # Bytes aside, the released files hold these and one scale for every 128 × 128 block.
+        stored = {**tensors, **full.mtp_copies(model)}
+        assert sum(t.numel() for t in stored.values()) == 684_531_386_000 - 41_540_496
+        gigaflops = training_flops_per_token(model, 4096) / 1e9
+        assert gigaflops == pytest.approx(250.46, abs=0.01)
+    if name == "deepseek_v2":
+        gigaflops = training_flops_per_token(model, 4096) / 1e9
+        assert gigaflops == pytest.approx(155.31, abs=0.01)
+
+
+@pytest.mark.performance
+def test_cache_of_the_model_holds_latent_and_rotary_key_only():
+    model, caches = build("v3"), None
+    caches = model.new_caches()
+    model(ids_of(2, 10), caches=caches)
+    assert all(isinstance(cache, LatentCache) for cache in caches)
+    used = sum(cache.used_bytes() for cache in caches)
+    assert used == 2 * 10 * cache_elements(model.config) * 4 == 2 * 10 * 3 * (12 + 8) * 4
+
+
+# The model
+@EVERY_KIND
+@pytest.mark.parametrize("chunks", [[1] * 12, [5, 1, 6], [3, 9]])
+def test_full_pass_matches_any_chunks(kind, chunks):
+    model, ids = build(kind), ids_of(2, 12)
+    caches = model.new_caches()
+    with torch.no_grad():
+        pieces = [model(p, caches=caches, path="absorbed") for p in ids.split(chunks, dim=1)]
+        torch.testing.assert_close(torch.cat(pieces, 1), model(ids), rtol=0, atol=1e-4)
+
+
+def test_speculative_generation_is_lossless_in_the_full_model():
+    for depth in (1, 2):
+        model, ids = build("v3", num_nextn_predict_layers=depth), ids_of(2, 7)
+        assert torch.equal(model.generate(ids, 25, speculative=True), model.generate(ids, 25))
+
+
+@pytest.mark.parametrize("edited", [3, 7, 11])
+def test_editing_a_token_moves_nothing_before_it(edited):
+    model, ids = build("v3", num_nextn_predict_layers=1), ids_of(1, 12)
+    changed = ids.clone()
+    changed[0, edited] = (ids[0, edited] + 1) % 61
+    hidden, changed_hidden = model.hidden_states(ids), model.hidden_states(changed)
+    torch.testing.assert_close(hidden[:, :edited], changed_hidden[:, :edited])
+    before = model.mtp_logits(hidden, ids)[0][:, : edited - 1]
+    after = model.mtp_logits(changed_hidden, changed)[0][:, : edited - 1]
+    torch.testing.assert_close(before, after)
+
+
+def test_first_loss_is_ln_of_the_vocabulary():
+    model, ids = DeepSeekModel(DeepSeekConfig(**KINDS["v3"])), ids_of(4, 50)
+    loss = F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert loss.item() == pytest.approx(np.log(61), abs=0.05)
+
+
+def test_dense_layers_come_first():
+    model = build("v3", first_k_dense_replace=2, num_hidden_layers=4, num_nextn_predict_layers=1)
+    kinds = [isinstance(block.mlp, MixtureOfExperts) for block in model.layers]
+    assert kinds == [False, False, True, True]
+    assert list(model.moe_layers()) == ["layer 2", "layer 3", "MTP 1"]
+
+
+# Training step
+def step_once(model, gamma=0.01, weight=0.3):
+    optimizer = build_optimizer(model, 1e-3)
+    ids = ids_of(4, 20)
+    return training_step(model, optimizer, ids, torch.zeros_like(ids), 1e-3, weight, gamma)
+
+
+def test_training_step_moves_every_parameter_and_reports():
+    model = build("v3", num_nextn_predict_layers=1, std=0.1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    figures = step_once(model)
+    assert all(not torch.equal(before[n], p) for n, p in model.named_parameters())
+    assert figures["tokens"] == 80 and figures["mtp_loss"] > 0 and figures["balance_loss"] > 0
+    assert set(figures["max_load"]) == {"layer 1", "layer 2", "MTP 1"}
+
+
+def test_training_step_moves_the_bias_of_overloaded_experts_down_by_gamma():
+    model = build("v3", std=0.1)
+    routers = [moe.gate for moe in model.moe_layers().values()]
+    for router in routers:
+        router.e_score_correction_bias.zero_()
+    loads = []
+    hook = [r.register_forward_hook(lambda _, __, out: loads.append(out.indices)) for r in routers]
+    step_once(model, gamma=0.01)
+    for router, indices, handle in zip(routers, loads, hook, strict=True):
+        handle.remove()
+        load = torch.bincount(indices.flatten(), minlength=8).float()
+        expected = -0.01 * torch.sign(load - load.mean())
+        torch.testing.assert_close(router.e_score_correction_bias, expected)
+    model.eval()
+    before = routers[0].e_score_correction_bias.clone()
+    model(ids_of(2, 9))
+    assert torch.equal(routers[0].e_score_correction_bias, before) and routers[0].load.sum() == 0
+
+
+def test_training_lowers_the_loss():
+    torch.manual_seed(1)
+    model = build("v3", num_nextn_predict_layers=1, std=0.05)
+    optimizer, ids = build_optimizer(model, 3e-3), ids_of(2, 30)
+    losses = [
+        training_step(model, optimizer, ids, torch.zeros_like(ids), 3e-3, 0.3, 0.001)
+        for _ in range(30)
+    ]
+    assert losses[-1]["loss"] < 0.5 * losses[0]["loss"]
+    assert losses[-1]["mtp_loss"] < 0.5 * losses[0]["mtp_loss"]
+
+
+# Scoring
+def test_score_is_the_plain_sum_over_every_byte():
+    documents = [corpus.Document("a", "def f(x):\n    return x\n" * 9), corpus.Document("b", "y")]
+    tokenizer = corpus.train_tokenizer(documents, 280)
+    model = build("v3", vocab_size=tokenizer.get_vocab_size(), num_nextn_predict_layers=1,
+                  max_position_embeddings=16, std=0.1)  # fmt: skip
+    scores = score(model, tokenizer, documents, batch_size=3)
+    nats, tokens = 0.0, 0
+    for document in documents:
+        ids = [0, *corpus.encode(tokenizer, document.text), 0]
+        for start, first, end in corpus.scoring_windows(len(ids), 16):
+            window = torch.tensor([ids[start:end]])
+            log_probs = model(window).log_softmax(-1)[0]
+            for target in range(first, end):
+                nats -= log_probs[target - start - 1, ids[target]].item()
+                tokens += 1
+    size = sum(document.size for document in documents)
+    assert scores["bits_per_byte"] == pytest.approx(nats / np.log(2) / size, rel=1e-5)
+    assert scores["tokens"] == tokens and scores["bytes"] == size
+    assert 0 <= scores["mtp_acceptance"] <= 1
+    assert set(scores["max_load"]) == {"layer 1", "layer 2"}
+
+
+def test_uniform_model_scores_the_uniform_rate():
+    documents = [corpus.Document("a", "def f(x):\n    return x\n" * 9)]
+    tokenizer = corpus.train_tokenizer(documents, 280)
+    model = build("v3", vocab_size=tokenizer.get_vocab_size())
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    scores = score(model, tokenizer, documents)
+    uniform = corpus.uniform_rate(scores["tokens"], scores["bytes"], tokenizer.get_vocab_size())
+    assert scores["bits_per_byte"] == pytest.approx(uniform, rel=1e-6)
+
+
+# Configuration
+def test_both_spellings_of_the_rotary_settings_are_one():
+    base = {**KINDS["v3"], "model_type": "deepseek_v3"}
+    released = DeepSeekConfig.from_dict({**base, "rope_theta": 5000, "rope_scaling": YARN})
+    settings = {**YARN, "rope_type": YARN["type"], "rope_theta": 5000}
+    settings.pop("type")
+    new = DeepSeekConfig.from_dict({**base, "rope_parameters": settings})
+    assert released.yarn == new.yarn and released.rope_theta == new.rope_theta == 5000
+    plain = {"rope_type": "default", "rope_theta": 10000.0}
+    assert DeepSeekConfig.from_dict({**base, "rope_parameters": plain}).yarn is None
+
+
+def test_router_fields_follow_from_the_model_type():
+    v3 = DeepSeekConfig.from_dict({**KINDS["v3"], "model_type": "deepseek_v3"})
+    assert (v3.scoring_func, v3.topk_method, v3.norm_topk_prob) == ("sigmoid", "noaux_tc", True)
+    v2 = DeepSeekConfig.from_dict({**COMMON, **V2, "n_group": None, "topk_group": None})
+    assert (v2.scoring_func, v2.topk_method, v2.norm_topk_prob) == ("softmax", "greedy", False)
+
+
+def test_configuration_round_trips(tmp_path):
+    for name in ("deepseek_v2_lite", "deepseek_v2", "deepseek_v3", "small"):
+        config = DeepSeekConfig.from_file(HERE / "configs" / f"{name}.json")
+        checkpoint.write_json(tmp_path / "config.json", config.to_dict())
+        assert DeepSeekConfig.from_file(tmp_path / "config.json") == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 0}, "hidden_size=0 must be an integer of at least 1"),
+        ({"vocab_size": "many"}, "vocab_size='many' must be an integer"),
+        ({"hidden_size": None}, "the configuration lacks hidden_size"),
+        ({"model_type": None}, "model_type=None is not supported"),
+        ({"model_type": "llama"}, "model_type='llama' is not supported, want deepseek_v2 or"),
+        ({"qk_rope_head_dim": 7}, "qk_rope_head_dim=7 must be even"),
+        ({"scoring_func": "softmax"}, "scoring_func='softmax' is not supported for deepseek_v3"),
+        ({"topk_method": "greedy"}, "topk_method='greedy' is not supported for deepseek_v3"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings=True is not supported"),
+        ({"attention_dropout": 0.1}, "attention_dropout=0.1 is not supported"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "type='linear' is not supported"),
+        ({"rope_scaling": {"type": "yarn"}}, "lacks .*factor"),
+        ({"rope_scaling": {**YARN, "speed": 3}}, "unknown fields .*speed"),
+        ({"rope_interleave": False}, "rope_interleave=False is not supported"),
+        ({"mlp_bias": True}, "mlp_bias=True is not supported"),
+    ],
+)
+def test_wrong_configurations_are_named(changes, message, tmp_path):
+    content = {**KINDS["v3"], "model_type": "deepseek_v3", **changes}
+    checkpoint.write_json(tmp_path / "config.json", content)
+    with pytest.raises(ValueError, match=message) as caught:
+        DeepSeekConfig.from_file(tmp_path / "config.json")
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok=9 must be from 1"),
+        ({"n_group": 3}, "n_routed_experts=8 must be divisible by n_group=3"),
+        ({"topk_group": 5}, "topk_group=5 must be from 1 to n_group=4"),
+    ],
+)
+def test_wrong_routing_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        DeepSeekModel(DeepSeekConfig(**{**KINDS["v3"], **changes}))
+
+
+# Checkpoints
+@pytest.fixture
+def saved(tmp_path):
+    model = build("v3", num_nextn_predict_layers=2)
+    model.save_pretrained(tmp_path / "saved")
+    return model, tmp_path / "saved"
+
+
+def rewrite(directory, change):
+    tensors = dict(checkpoint.read_tensors(checkpoint.tensor_files(directory)))
+    change(tensors)
+    checkpoint.write_tensors(directory / checkpoint.WEIGHTS, tensors)
+
+
+@EVERY_KIND
+@WITH_AND_WITHOUT_YARN
+def test_round_trip_is_exact(kind, yarn, tmp_path):
+    depth = 1 if kind.startswith("v3") else 0
+    model = build(kind, yarn, num_nextn_predict_layers=depth)
+    model.save_pretrained(tmp_path)
+    again = DeepSeekModel.from_pretrained(tmp_path)
+    assert again.config == model.config
+    theirs = again.state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def test_released_names_and_one_tensor_for_each_expert(saved):
+    _, directory = saved
+    names = set(checkpoint.tensor_files(directory))
+    assert {
+        "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight",
+        "model.layers.0.mlp.gate_proj.weight", "model.layers.0.self_attn.q_a_layernorm.weight",
+        "model.layers.1.self_attn.kv_a_proj_with_mqa.weight",
+        "model.layers.1.mlp.experts.7.down_proj.weight", "model.layers.1.mlp.gate.weight",
+        "model.layers.1.mlp.gate.e_score_correction_bias",
+        "model.layers.1.mlp.shared_experts.up_proj.weight",
+        "model.layers.3.eh_proj.weight", "model.layers.3.enorm.weight",
+        "model.layers.3.hnorm.weight", "model.layers.3.shared_head.norm.weight",
+        "model.layers.3.shared_head.head.weight", "model.layers.3.embed_tokens.weight",
+        "model.layers.4.eh_proj.weight",
+    } <= names  # fmt: skip
+    assert not any("rotary" in name or "load" in name or "mtp" in name for name in names)
+
+
+def test_absent_mtp_layers_load_without_and_partial_ones_do_not(saved):
+    model, directory = saved
+    rewrite(directory, lambda t: t.pop("model.layers.3.eh_proj.weight"))
+    with pytest.raises(ValueError, match=r"lacks 1 tensors: model\.layers\.3\.eh_proj\.weight"):
+        DeepSeekModel.from_pretrained(directory)
+    rewrite(directory, lambda t: [t.pop(n) for n in list(t) if n.startswith(("model.layers.3.",
+                                                                             "model.layers.4."))])  # fmt: skip
+    with pytest.warns(UserWarning, match="loaded without MTP"):
+        again = DeepSeekModel.from_pretrained(directory)
+    assert len(again.mtp) == 0 and again.config.num_nextn_predict_layers == 0
+    ids = ids_of(1, 9)
+    torch.testing.assert_close(again.eval()(ids), model(ids))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.norm.weight"), r"lacks 1 tensors: model\.norm\.weight"),
+        (lambda t: t.update({"model.layers.9.x": torch.ones(1)}), r"unexpected 1 tensors: model\.lay"),
+        (lambda t: t.update({"lm_head.weight": torch.ones(61, 31)}),
+         r"lm_head\.weight has shape \(61, 31\), want \(61, 32\)"),
+        (lambda t: t.update({"model.layers.3.embed_tokens.weight": torch.ones(61, 32)}),
+         "differs from the main model's"),
+    ],
+)  # fmt: skip
+def test_wrong_tensors_are_named(saved, change, message):
+    _, directory = saved
+    rewrite(directory, change)
+    with pytest.raises(ValueError, match=message):
+        DeepSeekModel.from_pretrained(directory)
+
+
+def test_no_checkpoint_and_unsupported_checkpoints_are_named(saved, tmp_path):
+    _, directory = saved
+    with pytest.raises(ValueError, match="is no checkpoint: it has no config.json"):
+        DeepSeekModel.from_pretrained(tmp_path / "nowhere")
+    shutil.copytree(directory, tmp_path / "no_weights")
+    (tmp_path / "no_weights" / checkpoint.WEIGHTS).unlink()
+    with pytest.raises(ValueError, match=r"is no checkpoint: it has no model\.safetensors"):
+        DeepSeekModel.from_pretrained(tmp_path / "no_weights")
+    config = checkpoint.read_json(directory / "config.json")
+    config["quantization_config"] = {"quant_method": "fp8"}
+    checkpoint.write_json(directory / "config.json", config)
+    with pytest.raises(ValueError, match=r"is quantised \(fp8\)"):
+        DeepSeekModel.from_pretrained(directory)
+
+
+# Runs
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    """Options of a run that takes seconds, on a text of its own."""
+    folder = tmp_path_factory.mktemp("run")
+    text = folder / "text.py"
+    text.write_text("".join(f"def f_{i}(x):\n    return x + {i}\n" for i in range(1500)))
+    config = checkpoint.read_json(HERE / "configs" / "small.json")
+    config |= {
+        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "moe_intermediate_size": 16, "num_attention_heads": 2, "kv_lora_rank": 16,
+        "q_lora_rank": 16, "max_position_embeddings": 64,
+    }  # fmt: skip
+    checkpoint.write_json(folder / "config.json", config)
+    return folder, {
+        "config": str(folder / "config.json"), "data": [str(text)], "batch_size": 2,
+        "sequence_length": 32,
+    }  # fmt: skip
+
+
+def flags(options):
+    return [
+        part for name, value in options.items()
+        for part in (f"--{name.replace('_', '-')}", *(value if isinstance(value, list) else [value]))
+    ]  # fmt: skip
+
+
+@pytest.mark.integration
+def test_a_stopped_run_resumes_with_the_same_figures(small_run, tmp_path):
+    _, options = small_run
+    whole = TrainingRun(tmp_path / "whole", RunOptions(**options, steps=8), "cpu")
+    whole.train()
+
+    stopped = TrainingRun(tmp_path / "stopped", RunOptions(**options, steps=8), "cpu")
+    step = stopped.step
+
+    def interrupted(number, used):
+        if number == 5:
+            raise KeyboardInterrupt
+        return step(number, used)
+
+    stopped.step = interrupted
+    with pytest.raises(SystemExit):
+        stopped.train()
+    full.main(["train", "--resume", str(tmp_path / "stopped"), "--device", "cpu"])
+
+    one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "stopped"))
+    for line in one + two:
+        line.pop("seconds")
+    assert len(one) == 8 and one == two
+    ours = dict(checkpoint.read_tensors(checkpoint.tensor_files(whole.checkpoint)))
+    for name, tensor in checkpoint.read_tensors(checkpoint.tensor_files(stopped.checkpoint)):
+        assert torch.equal(tensor, ours[name]), name
+
+
+@pytest.mark.integration
+def test_whole_pipeline_from_the_command_line(small_run, run_script, tmp_path):
+    _, options = small_run
+    result = run_script("deepseek_full_model.py", *flags(options), "--steps", 6, "--out", "run")
+    assert result.returncode == 0, result.stderr
+    for promised in ("bits per byte, test part", "this model", "zlib -9", "lzma -9", "uniform",
+                     "MTP acceptance", "busiest expert / mean load", "tokens/s", "continuation of",
+                     "the same text as plain greedy decoding"):  # fmt: skip
+        assert promised in result.stdout
+    run = tmp_path / "run"
+    assert {"metrics.jsonl", "loss.png", "expert_load.png", "results.json", "checkpoint"} == {
+        path.name for path in run.iterdir()
+    }
+    assert {path.name for path in (run / "checkpoint").iterdir()} == {
+        "config.json", "model.safetensors", "tokenizer.json", "run.json", "optimizer",
+    }  # fmt: skip
+    printed = float(result.stdout.split("this model")[1].split()[0])
+    evaluated = run_script("deepseek_full_model.py", "evaluate", "--checkpoint", "run")
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert float(evaluated.stdout.split("this model")[1].split()[0]) == printed
+
+    texts = [
+        run_script("deepseek_full_model.py", "generate", "--checkpoint", "run/checkpoint",
+                   "--prompt", "def f", "--max-new-tokens", 20, *extra).stdout
+        for extra in ([], ["--speculative"])
+    ]  # fmt: skip
+    assert texts[0].startswith("def f") and texts[0] == texts[1]
+    again = run_script("deepseek_full_model.py", *flags(options), "--steps", 6, "--out", "run")
+    assert again.returncode == 2 and "already holds a run" in again.stderr
+
+
+@pytest.mark.integration
+def test_evaluate_scores_all_of_a_users_file(small_run, tmp_path, capsys):
+    folder, options = small_run
+    run = TrainingRun(tmp_path / "run", RunOptions(**options, steps=2), "cpu")
+    run.train()
+    mine = tmp_path / "mine.py"
+    mine.write_text("x = 1\n" * 30)
+    full.main(["evaluate", "--checkpoint", str(run.checkpoint), "--data", str(mine)])
+    assert "180 bytes" in capsys.readouterr().out
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "nowhere.txt"], "No such file"),
+        (["--data", "empty.txt"], "--data empty.txt: the file holds no text"),
+        (["--data", "short.txt"], "the text is too short"),
+        (["--steps", "0"], "the training budget must be above 0, got 0"),
+        (["--batch-size", "0", "--steps", "1"], "--batch-size=0 must be at least 1"),
+        (["--sequence-length", "9999", "--steps", "1"], "--sequence-length=9999 exceeds"),
+        (["--config", "nowhere.json", "--steps", "1"], "nowhere.json cannot be read"),
+        (["train", "--resume", "nowhere"], "nowhere holds no training run"),
+        (["evaluate", "--checkpoint", "nowhere"], "nowhere is no checkpoint"),
+        (["generate", "--checkpoint", "nowhere"], "nowhere is no checkpoint"),
+        (["--device", "abacus"], "device 'abacus' is not available"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_line_and_write_nothing(
+    arguments, message, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("a\nb\nc\nd\n")
+    with pytest.raises(SystemExit) as exit_info:
+        full.main(arguments)
+    error = capsys.readouterr().err
+    assert exit_info.value.code == 2
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert {path.name for path in tmp_path.iterdir()} == {"empty.txt", "short.txt"}
+
+
+@pytest.mark.integration
+def test_prompt_past_the_context_is_one_line(small_run, tmp_path, capsys):
+    _, options = small_run
+    run = TrainingRun(tmp_path / "run", RunOptions(**options, steps=1), "cpu")
+    run.save()
+    for prompt, new in (("word " * 200, 4), ("word", 64)):
+        with pytest.raises(SystemExit) as exit_info:
+            full.main(["generate", "--checkpoint", str(run.checkpoint), "--prompt", prompt,
+                       "--max-new-tokens", str(new)])  # fmt: skip
+        error = capsys.readouterr().err
+        assert exit_info.value.code == 2 and "exceed the context of 64" in error
+        assert error.count("\n") == 1
+
+
+@pytest.mark.integration
+def test_resuming_on_changed_text_is_refused(small_run, tmp_path):
+    folder, options = small_run
+    text = tmp_path / "text.py"
+    text.write_text("".join(f"a = {i}\n" for i in range(4000)))
+    run = TrainingRun(tmp_path / "run", RunOptions(**{**options, "data": [str(text)]}, steps=2), "cpu")
+    run.save()
+    text.write_text("".join(f"b = {i}\n" for i in range(4000)))
+    with pytest.raises(SystemExit) as exit_info:
+        full.main(["train", "--resume", str(tmp_path / "run")])
+    assert exit_info.value.code == 2
+
+
+@pytest.mark.integration
+def test_help():
+    with pytest.raises(SystemExit) as exit_info:
+        full.main(["--help"])
+    assert exit_info.value.code == 0

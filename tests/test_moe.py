@@ -1,0 +1,376 @@
+"""Phase 5: routing, dispatch, balance."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+import moe_coded
+from moe_coded import (
+    MixtureOfExperts,
+    Routing,
+    SwiGLU,
+    SwitchRouter,
+    TopKRouter,
+    balance_over_batch,
+    balance_within_sequences,
+    communication_balance_loss,
+    device_balance_loss,
+    expert_balance_loss,
+    expert_counts,
+    expert_parameters,
+    grouped_linear,
+    sequence_balance_loss,
+    switch_balance_loss,
+    train_on_clusters,
+)
+
+ROUTERS = {
+    "v2_lite": lambda: TopKRouter(16, 8, 3, "softmax", "greedy", norm_topk_prob=False),
+    "v2": lambda: TopKRouter(16, 8, 3, "softmax", "group_limited_greedy", 4, 2, False, 16.0),
+    "v3": lambda: TopKRouter(16, 8, 3, n_group=4, topk_group=2, routed_scaling_factor=2.5),
+    "switch": lambda: SwitchRouter(16, 8, capacity_factor=0.75),
+}
+EVERY_ROUTER = pytest.mark.parametrize("kind", ROUTERS)
+
+
+def build_router(kind):
+    router = ROUTERS[kind]()
+    with torch.no_grad():
+        router.weight.normal_()
+        if kind == "v3":
+            router.e_score_correction_bias.uniform_(-0.4, 0.4)
+    return router
+
+
+def biased_router(scores, bias, active, **options):
+    """A V3 router that sees these affinities: one-hot tokens, weights that invert the sigmoid."""
+    scores = torch.tensor(scores)
+    router = TopKRouter(len(scores), scores.shape[1], active, **options)
+    with torch.no_grad():
+        router.weight.copy_(torch.logit(scores).T)
+        router.e_score_correction_bias.copy_(torch.tensor(bias))
+    return router, torch.eye(len(scores))
+
+
+# Routing
+def test_v3_bias_selects_and_does_not_weigh():
+    scores = [[0.9, 0.8, 0.3, 0.2]]
+    router, x = biased_router(scores, [0.0, 0.0, 0.7, 0.0], 2, routed_scaling_factor=2.5)
+    weights, indices, _, _ = router(x)
+    assert sorted(indices[0].tolist()) == [0, 2]  # 1.0 and 0.9 beat 0.8
+    chosen = dict(zip(indices[0].tolist(), weights[0].tolist(), strict=True))
+    assert chosen[0] == pytest.approx(2.5 * 0.9 / 1.2, rel=1e-5)
+    assert chosen[2] == pytest.approx(2.5 * 0.3 / 1.2, rel=1e-5)
+
+
+def test_bias_that_keeps_the_selection_leaves_the_weights_unchanged():
+    router, x = build_router("v3"), torch.randn(50, 16)
+    router.e_score_correction_bias.zero_()
+    before = router(x)
+    router.e_score_correction_bias.fill_(0.37)  # the same for all experts
+    after = router(x)
+    assert torch.equal(before.indices, after.indices)
+    assert torch.equal(before.weights, after.weights)
+
+
+def test_v3_group_score_is_the_sum_of_the_two_best_biased_scores():
+    # group 0 has the best expert, group 1 the best pair
+    options = {"n_group": 2, "topk_group": 1}
+    router, x = biased_router([[0.9, 0.1, 0.6, 0.6]], [0.0, 0.0, 0.0, 0.0], 2, **options)
+    assert sorted(router(x).indices[0].tolist()) == [2, 3]
+    router, x = biased_router([[0.9, 0.1, 0.6, 0.6]], [0.3, 0.0, 0.0, 0.0], 2, **options)
+    assert sorted(router(x).indices[0].tolist()) == [0, 1]  # 0.9 + 0.3 + 0.1 against 1.2
+
+
+def test_v3_masked_groups_stay_out_when_biased_scores_are_negative():
+    options = {"n_group": 2, "topk_group": 1}
+    router, x = biased_router([[0.6, 0.5, 0.4, 0.3]], [-2.0, -2.0, -3.0, -3.0], 2, **options)
+    assert sorted(router(x).indices[0].tolist()) == [0, 1]
+
+
+def test_v2_group_score_is_the_best_expert():
+    router = TopKRouter(1, 4, 2, "softmax", "group_limited_greedy", 2, 1, norm_topk_prob=False)
+    with torch.no_grad():
+        router.weight.copy_(torch.log(torch.tensor([[0.4], [0.04], [0.28], [0.28]])))
+    weights, indices, scores, _ = router(torch.ones(1, 1))
+    assert sorted(indices[0].tolist()) == [0, 1]
+    torch.testing.assert_close(weights, scores.gather(1, indices))  # no renormalisation
+
+
+@pytest.mark.parametrize("kind", ["v2_lite", "v2", "v3"])
+def test_routing_matches_a_plain_python_derivation(kind):
+    router, x = build_router(kind), torch.randn(40, 16)
+    weights, indices, _, _ = router(x)
+    logits = x.double().numpy() @ router.weight.detach().double().numpy().T
+    for token in range(40):
+        if kind == "v3":
+            score = 1 / (1 + np.exp(-logits[token]))
+            choice = score + router.e_score_correction_bias.double().numpy()
+        else:
+            score = np.exp(logits[token]) / np.exp(logits[token]).sum()
+            choice = score
+        allowed = set(range(8))
+        if kind != "v2_lite":
+            groups = [choice[g * 2 : g * 2 + 2] for g in range(4)]
+            value = [g.sum() if kind == "v3" else g.max() for g in groups]
+            best = sorted(range(4), key=lambda g: -value[g])[:2]
+            allowed = {g * 2 + i for g in best for i in range(2)}
+        chosen = sorted(allowed, key=lambda e: -choice[e])[:3]
+        total = sum(score[e] for e in chosen)
+        factor = {"v2_lite": 1.0, "v2": 16.0, "v3": 2.5 / total}[kind]
+        expected = {e: score[e] * factor for e in chosen}
+        got = dict(zip(indices[token].tolist(), weights[token].tolist(), strict=True))
+        assert got == pytest.approx(expected, rel=1e-4)
+
+
+def test_switch_drops_what_exceeds_the_capacity_in_order():
+    router = SwitchRouter(2, 2, capacity_factor=1.0)
+    with torch.no_grad():
+        router.weight.copy_(torch.tensor([[5.0, 0.0], [0.0, 5.0]]))
+    x = torch.tensor([[1.0, 0.0]] * 4 + [[0.0, 1.0]] * 2)
+    routing = router(x)
+    assert router.capacity(6) == 3
+    assert routing.indices.flatten().tolist() == [0, 0, 0, 0, 1, 1]
+    assert routing.kept.flatten().tolist() == [True, True, True, False, True, True]
+    torch.testing.assert_close(routing.weights, routing.scores.max(1, keepdim=True).values)
+
+
+def test_switch_dropped_tokens_get_nothing_from_the_routed_experts():
+    layer, x = MixtureOfExperts(16, 8, build_router("switch")), torch.randn(30, 16)
+    for dispatch in ("dense", "loop", "grouped"):
+        output = layer(x, dispatch=dispatch)
+        dropped = ~layer.last_routing.kept.squeeze(1)
+        assert dropped.any() and (output[dropped] == 0).all()
+        assert (output[~dropped].abs().sum(1) > 0).all()
+
+
+# Dispatch
+@EVERY_ROUTER
+@pytest.mark.parametrize("width", [16, 13])  # 13: rows the grouped kernel cannot take
+@pytest.mark.parametrize("tokens", ["random", "one expert", "one token"])
+def test_dispatches_agree_forward_and_backward(kind, width, tokens):
+    layer = MixtureOfExperts(16, width, build_router(kind), n_shared_experts=1)
+    x = {"random": torch.randn(2, 9, 16), "one token": torch.randn(1, 1, 16)}.get(tokens)
+    if tokens == "one expert":
+        x = torch.randn(1, 1, 16).expand(2, 9, 16).clone()  # the other experts are empty
+    x.requires_grad_()
+    results = {}
+    for dispatch in ("dense", "loop", "grouped"):
+        layer.zero_grad()
+        x.grad = None
+        output = layer(x, dispatch=dispatch)
+        output.square().sum().backward()
+        gradients = {name: p.grad.clone() for name, p in layer.named_parameters()}
+        results[dispatch] = {"output": output.detach(), "x": x.grad.clone(), **gradients}
+    for dispatch in ("loop", "grouped"):
+        torch.testing.assert_close(results[dispatch], results["dense"], rtol=1e-3, atol=1e-4)
+
+
+def test_odd_width_falls_back_and_even_width_calls_the_kernel(monkeypatch):
+    called = []
+    kernel = moe_coded.F.grouped_mm
+    monkeypatch.setattr(
+        moe_coded.F, "grouped_mm", lambda *a, **k: called.append(1) or kernel(*a, **k)
+    )
+    ends = torch.tensor([2, 2, 5], dtype=torch.int32)
+    for width, calls in ((8, 1), (7, 1)):
+        rows, weights = torch.randn(5, width), torch.randn(3, 4, width)
+        expected = torch.cat([rows[:2] @ weights[0].T, rows[2:] @ weights[2].T])
+        torch.testing.assert_close(grouped_linear(rows, weights, ends), expected)
+        assert len(called) == calls
+
+
+def test_shared_experts_see_every_token_and_no_residual_is_added():
+    layer, x = MixtureOfExperts(16, 8, build_router("v3"), n_shared_experts=2), torch.randn(5, 16)
+    with torch.no_grad():
+        layer.experts.down_proj.zero_()
+    torch.testing.assert_close(layer(x), layer.shared_experts(x))
+    assert layer.shared_experts.up_proj.out_features == 16
+
+
+def test_swiglu_by_hand():
+    network = SwiGLU(1, 1)
+    with torch.no_grad():
+        for weight, value in zip(network.parameters(), (2.0, 3.0, 5.0), strict=True):
+            weight.fill_(value)
+    # gate 2, up 3: 5 · SiLU(2) · 3
+    expected = 5 * (2 / (1 + np.exp(-2.0))) * 3
+    assert network(torch.ones(1, 1)).item() == pytest.approx(expected, rel=1e-6)
+
+
+# Balance losses
+def even_routing(tokens=16, experts=8, active=2):
+    scores = torch.full((tokens, experts), 1 / experts)
+    indices = (torch.arange(tokens * active) % experts).view(tokens, active)
+    return scores, indices
+
+
+def test_losses_are_alpha_at_perfect_balance():
+    scores, indices = even_routing()
+    assert expert_balance_loss(scores, indices, 0.003).item() == pytest.approx(0.003)
+    assert device_balance_loss(scores, indices, 0.05, 4).item() == pytest.approx(0.05)
+    assert switch_balance_loss(scores, indices[:, :1] + torch.tensor([0, 1] * 8)[:, None], 0.01) \
+        .item() == pytest.approx(0.01)  # fmt: skip
+    # neighbours share a device, so each of these tokens is sent to one device: M' = 1
+    communication = communication_balance_loss(scores, indices, 0.02, devices=4, max_devices=1)
+    assert communication.item() == pytest.approx(0.02)
+    base = torch.tensor([[4.0, 3.0, 2.0, 1.0]])
+    sequence = torch.stack([base.roll(shift, 1)[0] for shift in range(4)])[None] / 10
+    assert sequence_balance_loss(sequence, 2, 1e-4).item() == pytest.approx(1e-4)
+
+
+def test_losses_by_hand_when_unbalanced():
+    scores = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.5, 0.3, 0.1, 0.1]])
+    indices = torch.tensor([[0, 1], [0, 1]])
+    # f = 4/(2·2)·(2, 2, 0, 0) = (2, 2, 0, 0); P = (0.6, 0.2, 0.1, 0.1)
+    assert expert_balance_loss(scores, indices, 1.0).item() == pytest.approx(1.6)
+    # two devices: f' = (2, 0), P' = (0.8, 0.2)
+    assert device_balance_loss(scores, indices, 1.0, 2).item() == pytest.approx(1.6)
+    # f'' = 2/(1·2)·(2, 0) = (2, 0)
+    assert communication_balance_loss(scores, indices, 1.0, 2, 1).item() == pytest.approx(1.6)
+    # Switch, E Σ f P with f = (1, 0, 0, 0): 4 · 0.6
+    assert switch_balance_loss(scores, indices[:, :1], 1.0).item() == pytest.approx(2.4)
+    # sequences: rows are a sequence each; f = 4/2·(1, 1, 0, 0), P the scores: 1.6 and 1.6
+    assert sequence_balance_loss(scores[:, None], 2, 1.0).item() == pytest.approx(1.6)
+
+
+def test_sequence_loss_normalises_scores_and_ignores_the_bias():
+    router, x = build_router("v3"), torch.randn(2, 6, 16)
+    layer = MixtureOfExperts(16, 8, router, 0, functools.partial(balance_within_sequences, 1.0))
+    layer(x)
+    scores = layer.last_routing.scores.view(2, 6, 8)
+    expected = 0.0
+    for sequence in scores:
+        counts = torch.zeros(8)
+        for token in sequence:
+            counts[token.topk(3).indices] += 1
+        shares = (sequence / sequence.sum(1, keepdim=True)).mean(0)
+        expected += (counts * 8 / (3 * 6) * shares).sum() / 2
+    torch.testing.assert_close(layer.last_balance_loss, expected)
+    before = layer.last_balance_loss
+    router.e_score_correction_bias.uniform_(-2, 2)
+    layer(x)
+    torch.testing.assert_close(layer.last_balance_loss, before)
+
+
+@pytest.mark.parametrize("balance", [balance_within_sequences, balance_over_batch])
+def test_padding_enters_neither_loss_nor_load(balance):
+    kind = "v3" if balance is balance_within_sequences else "v2"
+    layer = MixtureOfExperts(16, 8, build_router(kind), 0, functools.partial(balance, 1.0))
+    x = torch.randn(2, 6, 16)
+    layer(x)
+    plain_loss, plain_load = layer.last_balance_loss, layer.gate.load.clone()
+    layer.gate.load.zero_()
+    padded = torch.cat([torch.randn(2, 3, 16), x], dim=1)
+    real = torch.tensor([False] * 3 + [True] * 6).expand(2, 9)
+    layer(padded, token_mask=real)
+    torch.testing.assert_close(layer.last_balance_loss, plain_loss)
+    assert torch.equal(layer.gate.load, plain_load)
+
+
+@pytest.mark.parametrize("balance", [balance_within_sequences, balance_over_batch])
+def test_balance_loss_reaches_the_router(balance):
+    kind = "v3" if balance is balance_within_sequences else "v2"
+    layer = MixtureOfExperts(16, 8, build_router(kind), 0, functools.partial(balance, 1.0))
+    layer(torch.randn(2, 6, 16))
+    layer.last_balance_loss.backward()
+    assert layer.gate.weight.grad.abs().sum() > 0
+
+
+# The bias update
+def test_overloaded_expert_loses_exactly_gamma():
+    router = TopKRouter(4, 4, 1)
+    router.load += torch.tensor([6, 2, 4, 4])  # mean 4
+    router.update_bias(0.25)
+    assert router.e_score_correction_bias.tolist() == [-0.25, 0.25, 0.0, 0.0]
+    assert (router.load == 0).all()
+    router.update_bias(0.25)  # no load since: nothing moves
+    assert router.e_score_correction_bias.tolist() == [-0.25, 0.25, 0.0, 0.0]
+
+
+def test_load_counts_training_passes_only_and_adds_up():
+    layer, x = MixtureOfExperts(16, 8, build_router("v3")), torch.randn(10, 16)
+    layer.eval()
+    layer(x)
+    assert layer.gate.load.sum() == 0
+    layer.train()
+    layer(x)
+    layer(x)
+    expected = expert_counts(layer.last_routing.indices, 8) * 2
+    assert torch.equal(layer.gate.load, expected) and expected.sum() == 2 * 10 * 3
+
+
+def test_bias_is_stored_with_the_model_and_gets_no_gradient():
+    router = build_router("v3")
+    assert "e_score_correction_bias" in router.state_dict() and "load" not in router.state_dict()
+    assert "e_score_correction_bias" not in dict(router.named_parameters())
+
+
+def test_bias_update_balances_and_no_update_does_not():
+    busiest = {}
+    for balancing in ("none", "bias", "loss"):
+        shares, _ = train_on_clusters(balancing, 80, gamma=0.02, seed=1)
+        busiest[balancing] = shares[-20:].mean(0).max().item() * 8
+    assert busiest["bias"] < 1.3 < busiest["none"]
+    assert busiest["loss"] < busiest["none"]
+
+
+@pytest.mark.performance
+def test_published_expert_parameters():
+    exist, used = expert_parameters(7168, 2048, routed=256, active=8, shared=1)
+    assert (exist, used) == (257 * 44_040_192, 9 * 44_040_192)
+
+
+@pytest.mark.performance
+def test_loop_runs_each_expert_on_its_own_tokens_only(monkeypatch):
+    layer, x, rows = MixtureOfExperts(16, 8, build_router("v3")), torch.randn(20, 16), []
+    one_expert = layer.experts._one_expert
+    monkeypatch.setattr(
+        layer.experts, "_one_expert", lambda e, x: rows.append(len(x)) or one_expert(e, x)
+    )
+    layer(x, dispatch="loop")
+    assert sum(rows) == 20 * 3
+    rows.clear()
+    layer(x, dispatch="dense")
+    assert sum(rows) == 20 * 8
+
+
+@EVERY_ROUTER
+def test_every_parameter_gets_a_gradient(kind):
+    layer = MixtureOfExperts(16, 8, build_router(kind), n_shared_experts=1)
+    layer(torch.randn(200, 16)).square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in layer.parameters())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: TopKRouter(4, 8, 9), "num_experts_per_tok=9 must be from 1 to the 8 experts"),
+        (lambda: TopKRouter(4, 8, 5, n_group=4, topk_group=2), "to the 4 experts that can be"),
+        (lambda: TopKRouter(4, 8, 2, n_group=3), "n_routed_experts=8 must be divisible by n_group=3"),
+        (lambda: TopKRouter(4, 8, 2, n_group=2, topk_group=3), "topk_group=3 must be from 1 to"),
+        (lambda: TopKRouter(4, 8, 2, n_group=8, topk_group=4), "n_group=8 leaves 1 expert a group"),
+        (lambda: TopKRouter(4, 8, 2, "relu"), "scoring_func='relu'"),
+        (lambda: TopKRouter(4, 8, 2, topk_method="best"), "topk_method='best'"),
+        (lambda: SwitchRouter(4, 2, 0), "capacity_factor=0 must be above 0"),
+        (lambda: SwiGLU(0, 2), "widths must be at least 1"),
+        (lambda: MixtureOfExperts(4, 2, SwitchRouter(4, 2))(torch.ones(1, 4), dispatch="magic"),
+         "dispatch='magic'"),
+        (lambda: device_balance_loss(*even_routing(), 1.0, 3), "8 experts must be divisible by 3"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_routing_names_its_parts():
+    assert Routing._fields == ("weights", "indices", "scores", "kept")
+
+
+@pytest.mark.integration
+def test_script_draws_its_picture(check_script, tmp_path):
+    check_script("moe_coded.py", ["--steps", 40], ["--steps", 3], "--steps=3")
+    assert (tmp_path / "pictures" / "moe_load.png").stat().st_size > 5000

@@ -1,0 +1,327 @@
+"""Phase 6: prediction modules, their loss, the small language model, greedy speculation."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mla_coded import MultiHeadLatentAttention
+from moe_coded import SwiGLU, TransformerBlock
+from mtp_coded import (
+    CausalLM,
+    IndependentHead,
+    MultiTokenPredictor,
+    choose_token,
+    cost_of,
+    mtp_loss,
+    next_token_loss,
+    small_language,
+    small_model,
+    speculative_generate,
+)
+
+
+def build(depth=2, std=0.3, max_positions=None, vocab=17, mtp_class=MultiTokenPredictor):
+    def block():
+        return TransformerBlock(MultiHeadLatentAttention(24, 2, 8, 6, 2, 6), SwiGLU(24, 32))
+
+    model = CausalLM(vocab, 24, [block(), block()], [block() for _ in range(depth)],
+                     max_positions=max_positions, mtp_class=mtp_class)  # fmt: skip
+    model.init_weights(std)
+    return model.eval()
+
+
+def ids_of(*shape, vocab=17):
+    return torch.randint(vocab, shape)
+
+
+# The modules
+def test_shapes_of_every_depth():
+    model, ids = build(depth=3), ids_of(2, 9)
+    logits = model.mtp_logits(model.hidden_states(ids), ids)
+    assert [tuple(entry.shape) for entry in logits] == [(2, 8, 17), (2, 7, 17), (2, 6, 17)]
+
+
+def test_module_matches_the_equation():
+    model, ids = build(depth=2), ids_of(1, 6)
+    hidden = model.hidden_states(ids)
+    expected = []
+    for k, module in enumerate(model.mtp, start=1):
+        hidden = hidden[:, :-1]
+        rows = torch.cat(
+            [module.enorm(F.embedding(ids[:, k:], model.embed_tokens.weight)), module.hnorm(hidden)],
+            dim=-1,
+        )
+        hidden = module.norm(module.block(rows @ module.eh_proj.weight.T))
+        expected.append(hidden @ model.lm_head.weight.T)
+    torch.testing.assert_close(model.mtp_logits(model.hidden_states(ids), ids), expected)
+
+
+def test_embedding_and_head_are_shared():
+    model = build(depth=2)
+    names = [name for name, _ in model.named_parameters()]
+    assert not any("mtp" in name and ("embedding" in name or "head" in name) for name in names)
+    for module in model.mtp:
+        assert module.embedding is model.embed_tokens and module.head is model.lm_head
+
+
+@pytest.mark.parametrize("edited", range(1, 9))
+def test_editing_a_token_moves_no_prediction_made_before_it(edited):
+    model, ids = build(depth=2), ids_of(1, 9)
+    changed = ids.clone()
+    changed[0, edited] = (ids[0, edited] + 1) % 17
+    all_logits = []
+    for text in (ids, changed):
+        hidden = model.hidden_states(text)
+        all_logits.append([model.lm_head(hidden), *model.mtp_logits(hidden, text)])
+    for k, (before, after) in enumerate(zip(*all_logits, strict=True)):
+        # row i of depth k has read tokens up to i + k
+        first = max(0, edited - k)
+        assert torch.equal(before[:, :first], after[:, :first])
+        if first < before.shape[1]:
+            assert not torch.equal(before[:, first], after[:, first])
+
+
+def test_independent_heads_do_not_see_the_token_in_between():
+    model, ids = build(depth=1, mtp_class=IndependentHead), ids_of(1, 6)
+    changed = ids.clone()
+    changed[0, 4] = (ids[0, 4] + 1) % 17
+    before, after = (model.mtp_logits(model.hidden_states(t), t)[0] for t in (ids, changed))
+    assert torch.equal(before[:, :4], after[:, :4])
+
+
+def test_every_parameter_gets_a_gradient_from_the_mtp_loss():
+    model, ids = build(depth=2), ids_of(2, 8)
+    mtp_loss(model.mtp_logits(model.hidden_states(ids), ids), ids).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+# The losses
+def certain_logits(targets, vocab=17):
+    return F.one_hot(targets, vocab).float() * 50
+
+
+def test_targets_are_the_tokens_each_depth_should_predict():
+    ids = ids_of(2, 8)
+    perfect = [certain_logits(F.pad(ids[:, k + 1 :], (0, 1))) for k in (1, 2)]
+    assert mtp_loss(perfect, ids, weight=1.0).item() < 1e-6
+    assert next_token_loss(certain_logits(F.pad(ids[:, 1:], (0, 1))), ids).item() < 1e-6
+    late = [certain_logits(F.pad(ids[:, k + 2 :], (0, 2))) for k in (1, 2)]
+    assert mtp_loss(late, ids, weight=1.0).item() > 1
+
+
+def test_loss_by_hand():
+    model, ids = build(depth=2), ids_of(1, 6)
+    logits = model.mtp_logits(model.hidden_states(ids), ids)
+    total = 0.0
+    for k in (1, 2):
+        log_probs = logits[k - 1].log_softmax(-1)
+        rows = [-log_probs[0, i, ids[0, i + k + 1]] for i in range(6 - k - 1)]
+        total += sum(rows) / len(rows)
+    torch.testing.assert_close(mtp_loss(logits, ids, weight=0.3), 0.3 / 2 * total)
+
+
+def test_targets_never_cross_a_document_boundary():
+    model, ids = build(depth=2), ids_of(1, 8)
+    documents = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1]])
+    logits = model.mtp_logits(model.hidden_states(ids), ids)
+    loss = mtp_loss(logits, ids, 1.0, documents)
+    kept = {1: (0, 1, 4, 5), 2: (0, 4)}  # rows whose target is in their own document
+    expected = sum(
+        -sum(logits[k - 1].log_softmax(-1)[0, i, ids[0, i + k + 1]] for i in rows) / len(rows)
+        for k, rows in kept.items()
+    )
+    torch.testing.assert_close(loss, expected / 2)
+
+
+def test_padding_is_never_a_target():
+    model, ids = build(depth=1), ids_of(2, 7)
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), ids], dim=1)
+    mask = torch.tensor([0] * 3 + [1] * 7).expand(2, 10)
+    hidden, padded_hidden = model.hidden_states(ids), model.hidden_states(padded, mask)
+    torch.testing.assert_close(padded_hidden[:, 3:], hidden, rtol=1e-4, atol=1e-5)
+    logits = model.mtp_logits(hidden, ids)
+    padded_logits = model.mtp_logits(padded_hidden, padded, mask)
+    torch.testing.assert_close(
+        mtp_loss(padded_logits, padded, token_mask=mask), mtp_loss(logits, ids), rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(
+        next_token_loss(model.lm_head(padded_hidden), padded, mask),
+        next_token_loss(model.lm_head(hidden), ids), rtol=1e-4, atol=1e-5,
+    )  # fmt: skip
+
+
+def test_no_targets_give_zero():
+    assert mtp_loss([], ids_of(1, 4)) == 0
+    assert mtp_loss([torch.randn(1, 1, 17)], ids_of(1, 2)) == 0
+    documents = torch.arange(4)[None]
+    assert mtp_loss([torch.randn(1, 3, 17)], ids_of(1, 4), document_ids=documents) == 0
+
+
+def test_untrained_loss_is_ln_of_the_vocabulary():
+    model, ids = build(depth=1, std=0.02), ids_of(4, 30)
+    hidden = model.hidden_states(ids)
+    assert next_token_loss(model.lm_head(hidden), ids).item() == pytest.approx(math.log(17), abs=0.1)
+    loss = mtp_loss(model.mtp_logits(hidden, ids), ids, 1.0)
+    assert loss.item() == pytest.approx(math.log(17), abs=0.1)
+
+
+# The language model
+@pytest.mark.parametrize("path", ["expanded", "absorbed"])
+def test_cached_pieces_match_one_pass(path):
+    model, ids = build(depth=0), ids_of(2, 10)
+    caches = model.new_caches()
+    with torch.no_grad():
+        pieces = [model(p, caches=caches, path=path) for p in ids.split([4, 1, 3, 2], dim=1)]
+        torch.testing.assert_close(torch.cat(pieces, 1), model(ids), rtol=1e-4, atol=1e-4)
+
+
+def test_generation_matches_recomputing_everything():
+    model, ids = build(depth=0), ids_of(2, 4)
+    expected = ids
+    for _ in range(12):
+        expected = torch.cat([expected, model(expected)[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(model.generate(ids, 12), expected)
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+def test_prompts_of_unequal_length_give_what_they_give_alone(speculative):
+    model, prompts = build(depth=1), [ids_of(1, n) for n in (3, 7, 5)]
+    alone = [model.generate(prompt, 9)[0, prompt.shape[1] :] for prompt in prompts]
+    batch = torch.cat([F.pad(prompt, (7 - prompt.shape[1], 0)) for prompt in prompts])
+    mask = torch.stack([(torch.arange(7) >= 7 - p.shape[1]).long() for p in prompts])
+    together = model.generate(batch, 9, attention_mask=mask, speculative=speculative)
+    assert torch.equal(together[:, 7:], torch.stack(alone))
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+def test_generation_stops_at_the_given_token_only(speculative):
+    model, ids = build(depth=1), ids_of(2, 3)
+    free = model.generate(ids, 10, speculative=speculative)
+    assert free.shape == (2, 13)
+    stop = free[0, 6].item()
+    stopped = model.generate(ids, 10, eos_token_id=stop, pad_token_id=16, speculative=speculative)
+    for row, free_row in zip(stopped, free, strict=True):
+        new = free_row[3:].tolist()
+        end = new.index(stop) + 1 if stop in new else 10
+        assert row[3:].tolist() == new[:end] + [16] * (10 - end)
+
+
+def test_sampling_follows_the_temperature():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.2]])).expand(20_000, 3)
+    for temperature in (1.0, 0.5):
+        drawn = choose_token(logits, temperature, torch.Generator().manual_seed(0)).flatten()
+        shares = torch.bincount(drawn, minlength=3) / 20_000
+        expected = (logits[0] / temperature).softmax(0)
+        assert (shares - expected).abs().max() < 0.015  # 4 standard errors
+    assert (choose_token(logits, 0.0) == 0).all()
+
+
+def test_sampling_is_repeatable_with_a_seed():
+    model, ids = build(depth=0, std=0.05), ids_of(1, 3)
+    runs = [
+        model.generate(ids, 12, temperature=1.0, generator=torch.Generator().manual_seed(seed))
+        for seed in (1, 1, 2)
+    ]
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+
+
+# Speculative decoding
+@pytest.mark.parametrize("depth", [1, 2, 4])
+@pytest.mark.parametrize("prompt_length", [1, 2, 7])
+def test_speculative_text_is_the_greedy_text(depth, prompt_length):
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model, prompt = build(depth), ids_of(1, prompt_length)
+        for new in (1, 2, 23):
+            drafted, figures = speculative_generate(model, prompt, new)
+            assert torch.equal(drafted, model.generate(prompt, new))
+            assert figures["forwards"] + figures["accepted"] == new
+
+
+class Oracle(torch.nn.Module):
+    """Stands in for an MTP module: a hidden state that makes the head say what it is told."""
+
+    def __init__(self, model, continuation):
+        super().__init__()
+        self.block, self.continuation, self.model = model.mtp[0].block, continuation, [model]
+
+    def forward(self, hidden, future_ids, cache=None, **options):
+        cache.append(hidden.new_zeros(1, future_ids.shape[1], 10))
+        head = self.model[0].lm_head.weight
+        # The text after the token just read, whose place is cache.length.
+        wanted = (self.continuation + [0])[cache.length + 1]
+        return (head[wanted] / head[wanted].norm() * 100).expand(1, future_ids.shape[1], -1)
+
+
+@pytest.mark.parametrize("wrong_every", [0, 1, 3])
+def test_good_drafts_save_passes_and_bad_ones_change_nothing(wrong_every):
+    model, prompt = build(depth=1), ids_of(1, 4)
+    with torch.no_grad():  # so that the direction of a row of the head wins
+        model.lm_head.weight.div_(model.lm_head.weight.norm(dim=1, keepdim=True))
+    plain = model.generate(prompt, 24)
+    draft = plain[0].tolist()
+    if wrong_every:
+        draft = [(t + 1) % 17 if i % wrong_every == 0 else t for i, t in enumerate(draft)]
+    model.mtp[0] = Oracle(model, draft)
+    drafted, figures = speculative_generate(model, prompt, 24)
+    assert torch.equal(drafted, plain)
+    if wrong_every == 0:
+        # the first pass yields 1 token, then 2 a pass: 1 + 11 · 2 + 1
+        assert figures == {"forwards": 13, "drafted": 11, "accepted": 11}
+    if wrong_every == 1:
+        assert figures["accepted"] == 0 and figures["forwards"] == 24
+
+
+def test_rejected_drafts_leave_no_trace_in_the_caches():
+    # Trained drafts are accepted sometimes; after each round the next choice must still be exact.
+    model, prompt = build(depth=2, std=0.15), ids_of(1, 5)
+    _, figures = speculative_generate(model, prompt, 60)
+    assert 0 <= figures["accepted"] < figures["drafted"]
+    assert torch.equal(speculative_generate(model, prompt, 60)[0], model.generate(prompt, 60))
+
+
+@pytest.mark.performance
+def test_cost_of_a_module_is_counted():
+    ids = small_language(32, seed=0)[None]
+    base, with_mtp = cost_of(small_model(), ids), cost_of(small_model(depth=1), ids)
+    block = sum(p.numel() for p in small_model().layers[0].parameters())
+    assert with_mtp[0] - base[0] == block + 3 * 48 + 2 * 48 * 48
+    assert with_mtp[1] > base[1]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m(torch.tensor([[3, 17]])), "token id 17 is not within the vocabulary of 17"),
+        (lambda m: m(torch.tensor([[-1, 2]])), "token id -1 is not within"),
+        (lambda m: m(torch.tensor([3, 1])), r"input_ids must be \(B, T\) with T ≥ 1, got \(2,\)"),
+        (lambda m: m(torch.zeros(1, 0, dtype=torch.long)), "with T ≥ 1"),
+        (lambda m: m(torch.ones(1, 2)), "input_ids must be integers, got torch.float32"),
+        (lambda m: m(ids_of(1, 13)), "13 tokens exceed the context of 12"),
+        (lambda m: m.generate(ids_of(1, 8), 5), "prompt of 8 and 5 new tokens exceed the context"),
+        (lambda m: m.generate(ids_of(1, 2), -1), "max_new_tokens=-1"),
+        (lambda m: m.generate(ids_of(1, 2), 2, temperature=-1.0), "temperature=-1.0"),
+        (lambda m: m.generate(ids_of(1, 2), 2, temperature=1.0, speculative=True), "is greedy"),
+        (lambda m: m(ids_of(1, 4), attention_mask=torch.ones(1, 3)), r"attention_mask must be \(1, 4\)"),
+        (lambda m: m.generate(ids_of(1, 3), 2, attention_mask=torch.tensor([[1, 1, 0]])),
+         "padded on the left"),
+        (lambda m: speculative_generate(m, ids_of(2, 3), 2), "one sequence at a time"),
+        (lambda m: speculative_generate(build(depth=0), ids_of(1, 3), 2), "needs MTP modules"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(build(depth=1, max_positions=12))
+
+
+def test_generation_fills_the_context_exactly():
+    model = build(depth=1, max_positions=12)
+    for speculative in (False, True):
+        assert model.generate(ids_of(1, 8), 4, speculative=speculative).shape == (1, 12)
+
+
+@pytest.mark.integration
+def test_script(check_script):
+    check_script("mtp_coded.py", ["--steps", 30], ["--depth", 0], "--depth=0")

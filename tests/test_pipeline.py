@@ -1,0 +1,306 @@
+"""Corpus, tokenizer, batches, windows, run loop, checkpoint files, pictures."""
+
+import json
+import math
+import os
+
+import pytest
+import torch
+
+from pipeline import checkpoint, corpus, report
+from pipeline.loop import Budget, State, learning_rate, read_metrics, run_steps
+
+SENTENCES = [f"def function_{i}(x):\n    return x * {i} + {i * i}\n\n" for i in range(2000)]
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "text.py"
+    path.write_text("".join(SENTENCES))
+    return path
+
+
+# Corpus
+def test_default_corpus_is_the_standard_library_without_its_tests():
+    documents = corpus.standard_library()
+    names = [document.name for document in documents]
+    assert "argparse.py" in names and "json/decoder.py" in names
+    folders = {folder for name in names for folder in name.split("/")[:-1]}
+    assert not folders & corpus.LEFT_OUT_FOLDERS
+    assert "html/entities.py" not in names
+    assert sum(document.size for document in documents) > 5_000_000
+
+
+def test_parts_are_disjoint_complete_and_repeatable():
+    one, two = corpus.load_corpus(), corpus.load_corpus()
+    assert one == two
+    names = [d.name for part in ("train", "validation", "test") for d in one.part(part)]
+    assert sorted(names) == sorted(d.name for d in corpus.standard_library())
+    total = sum(d.size for d in corpus.standard_library())
+    for part in ("validation", "test"):
+        assert 0.05 <= sum(d.size for d in one.part(part)) / total < 0.09
+    other = corpus.load_corpus(seed=1)
+    assert other.test != one.test and other.fingerprint == one.fingerprint
+
+
+def test_one_file_is_cut_at_lines_and_nothing_is_lost(text_file):
+    text = corpus.load_corpus([text_file])
+    pieces = [d for part in ("train", "validation", "test") for d in text.part(part)]
+    assert all(piece.text.endswith("\n") for piece in pieces)
+    pieces.sort(key=lambda d: int(d.name.rsplit("#")[-1]))
+    assert "".join(piece.text for piece in pieces) == text_file.read_text()
+    assert text.train and text.validation and text.test
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds no text"),
+        (b" \n\n", "holds no text"),
+        (b"short\n" * 10, "too short: 60 bytes"),
+        (b"\xff\xfe" * 20_000, r"not UTF-8 text \(byte 0\)"),
+        (b"x" * 50_000, "too short: 50000 bytes in 1 pieces"),
+        (b"x" * 50_000 + b"\n" + b"line\n" * 2000, "cannot be split"),
+    ],
+)
+def test_bad_data_files_are_named(tmp_path, content, message):
+    path = tmp_path / "bad.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        corpus.load_corpus([path])
+
+
+def test_missing_data_file_is_named(tmp_path):
+    with pytest.raises(OSError, match=r"nowhere\.txt"):
+        corpus.load_corpus([tmp_path / "nowhere.txt"])
+
+
+# Tokenizer
+def test_tokenizer_gives_every_text_back(tmp_path):
+    tokenizer = corpus.train_tokenizer([corpus.Document("a", "".join(SENTENCES))], 400)
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(str(path))
+    for text in ("x = 'né 日本 🙂'\r\n\t  y\x00", "def f(x):\n", "<|end_of_text|>"):
+        for each in (tokenizer, corpus.load_tokenizer(path)):
+            ids = corpus.encode(each, text)
+            assert each.decode(ids, skip_special_tokens=False) == text
+            assert each.token_to_id(corpus.SEPARATOR) not in ids
+
+
+def test_tokenizer_learns_from_the_documents_it_is_given_only():
+    held_out = "zyzzogeton " * 200
+    tokenizer = corpus.train_tokenizer([corpus.Document("a", "".join(SENTENCES))], 600)
+    assert len(corpus.encode(tokenizer, "zyzzogeton")) > 4
+    seen = corpus.train_tokenizer([corpus.Document("a", held_out)], 600)
+    assert len(corpus.encode(seen, "zyzzogeton")) == 1
+
+
+def test_no_tokenizer_is_named(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer"):
+        corpus.load_tokenizer(tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match="no tokenizer"):
+        corpus.load_tokenizer(tmp_path / "absent.json")
+
+
+# Batches
+def stream_of(tokens):
+    return torch.arange(tokens), torch.arange(tokens) // 50
+
+
+def test_batches_depend_on_seed_and_step_alone():
+    one, two = (corpus.Batches(stream_of(1000), 4, 16, seed=3) for _ in range(2))
+    later = one[37]
+    assert all(torch.equal(a, b) for a, b in zip(later, two[37], strict=True))
+    assert not torch.equal(later[0], corpus.Batches(stream_of(1000), 4, 16, seed=4)[37][0])
+
+
+def test_an_epoch_visits_every_chunk_once():
+    batches = corpus.Batches(stream_of(16 * 21), 4, 16, seed=0)
+    assert batches.per_epoch == 20
+    ids = torch.cat([batches[step][0] for step in range(5)])
+    starts = sorted(ids[:, 0].tolist())
+    assert len(set(starts)) == 20 and all(b - a == 16 for a, b in zip(starts, starts[1:], strict=False))
+    assert torch.equal(ids, ids[:, :1] + torch.arange(16))
+
+
+def test_documents_are_numbered_at_their_separators():
+    tokenizer = corpus.train_tokenizer([corpus.Document("a", "".join(SENTENCES))], 300)
+    documents = [corpus.Document("a", "def f"), corpus.Document("b", "return x")]
+    ids, document_ids = corpus.token_stream(tokenizer, documents)
+    separators = (ids == 0).nonzero().flatten().tolist()
+    assert separators[0] == 0 and separators[-1] == len(ids) - 1 and len(separators) == 3
+    assert document_ids.tolist() == (torch.cumsum(ids == 0, 0) - 1).tolist()
+    with pytest.raises(ValueError, match="want at least 200 for sequences of 100"):
+        corpus.Batches((ids, document_ids), 2, 100, 0)
+
+
+# Scoring windows
+@pytest.mark.parametrize("tokens", [1, 2, 5, 8, 9, 37, 64])
+@pytest.mark.parametrize("context", [2, 3, 8, 9])
+def test_windows_score_every_target_once_with_half_a_context_before(tokens, context):
+    scored = []
+    for start, first, end in corpus.scoring_windows(tokens, context):
+        assert end - start <= context and start < first < end
+        if start > 0:
+            assert first - start >= context - context // 2 - 1
+        scored.extend(range(first, end))
+    assert scored == list(range(1, tokens))
+
+
+def test_windows_by_hand():
+    assert corpus.scoring_windows(7, 4) == [(0, 1, 4), (2, 4, 6), (4, 6, 7)]
+
+
+def test_yardsticks():
+    documents = [corpus.Document("a", "".join(SENTENCES))]
+    rates = corpus.compressor_rates(documents)
+    assert 0 < rates["lzma -9"] < rates["zlib -9"] < 8
+    assert corpus.uniform_rate(100, 300, 4096) == pytest.approx(4.0)
+
+
+# Loop
+def run_for(tmp_path, budget, state=None, losses=None, fail_at=None, saves=None):
+    def step(number, used):
+        if number == fail_at:
+            raise KeyboardInterrupt
+        return {"loss": losses[number] if losses else 1.0 / (number + 1), "tokens": 10}
+
+    state = state or State()
+    save = (saves if saves is not None else []).append
+    run_steps(step, state, budget, tmp_path / "metrics.jsonl", lambda: save(state.step))
+    return state
+
+
+def test_loop_spends_its_budget_and_writes_every_step(tmp_path, capsys):
+    saves = []
+    state = run_for(tmp_path, Budget(steps=7), saves=saves)
+    assert (state.step, state.tokens, saves) == (7, 70, [7])
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 8))
+    assert lines[3]["loss"] == 0.25 and lines[3]["tokens"] == 40
+    progress = capsys.readouterr().err
+    assert "step 7" in progress and "tokens/s" in progress and "left" in progress
+
+
+def test_minutes_budget_stops(tmp_path):
+    state = run_for(tmp_path, Budget(minutes=1e-5))
+    assert state.step >= 1
+
+
+def test_interrupted_loop_saves_and_a_resumed_one_drops_lost_lines(tmp_path):
+    saves = []
+    with pytest.raises(KeyboardInterrupt):
+        run_for(tmp_path, Budget(steps=9), fail_at=5, saves=saves)
+    assert saves == [5]
+    run_for(tmp_path, Budget(steps=9), state=State(step=3, tokens=30, seconds=1.0))
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 10))
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
+    with pytest.raises(ValueError, match="the loss is nan at step 1"):
+        run_for(tmp_path, Budget(steps=3), losses=[1.0, math.nan, 1.0])
+
+
+def test_budget_and_schedule():
+    for wrong in ({}, {"steps": 1, "minutes": 1}, {"steps": 0}, {"minutes": -1}):
+        with pytest.raises(ValueError, match=r"want steps or minutes|must be above 0"):
+            Budget(**wrong)
+    rates = [learning_rate(i / 100, 1.0) for i in range(101)]
+    assert 0 < rates[0] < 0.2 and max(rates) == pytest.approx(1.0, abs=0.01)
+    assert rates[100] == pytest.approx(0.05)
+    peak = rates.index(max(rates))
+    assert rates[:peak] == sorted(rates[:peak]) and rates[peak:] == sorted(rates[peak:], reverse=True)
+
+
+# Checkpoint files
+def test_tensors_and_json_round_trip_and_leave_no_temporary_files(tmp_path):
+    shared = torch.arange(6.0).view(2, 3)
+    checkpoint.write_tensors(tmp_path / "model.safetensors", {"a": shared, "b": shared.T})
+    read = dict(checkpoint.read_tensors(checkpoint.tensor_files(tmp_path)))
+    assert torch.equal(read["a"], shared) and torch.equal(read["b"], shared.T)
+    checkpoint.write_json(tmp_path / "x.json", {"a": 1})
+    assert checkpoint.read_json(tmp_path / "x.json") == {"a": 1}
+    assert sorted(os.listdir(tmp_path)) == ["model.safetensors", "x.json"]
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path):
+    path = tmp_path / "x.json"
+    checkpoint.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        checkpoint.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1} and os.listdir(tmp_path) == ["x.json"]
+
+
+def test_sharded_checkpoints_are_read(tmp_path):
+    checkpoint.write_tensors(tmp_path / "one.safetensors", {"a": torch.ones(2)})
+    checkpoint.write_tensors(tmp_path / "two.safetensors", {"b": torch.zeros(3)})
+    weight_map = {"a": "one.safetensors", "b": "two.safetensors"}
+    checkpoint.write_json(tmp_path / checkpoint.INDEX, {"weight_map": weight_map})
+    read = dict(checkpoint.read_tensors(checkpoint.tensor_files(tmp_path)))
+    assert set(read) == {"a", "b"} and torch.equal(read["b"], torch.zeros(3))
+    checkpoint.write_json(tmp_path / checkpoint.INDEX, {"weight_map": {"c": "one.safetensors"}})
+    with pytest.raises(ValueError, match="does not hold c, which the index promises"):
+        list(checkpoint.read_tensors(checkpoint.tensor_files(tmp_path)))
+
+
+def test_unreadable_files_are_named(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"not tensors")
+    with pytest.raises(ValueError, match="is no safetensors file"):
+        checkpoint.tensor_files(tmp_path)
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(ValueError, match=r"x\.json is no JSON"):
+        checkpoint.read_json(tmp_path / "x.json")
+    (tmp_path / "x.json").write_text("[1]")
+    with pytest.raises(ValueError, match="must hold a JSON object, got list"):
+        checkpoint.read_json(tmp_path / "x.json")
+    with pytest.raises(ValueError, match="cannot be read"):
+        checkpoint.read_json(tmp_path / "y.json")
+
+
+def test_directory_is_replaced_as_a_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "checkpoint"
+    for content in ("first", "second"):
+        with checkpoint.replaced_directory(target) as fresh:
+            (fresh / "file").write_text(content)
+        assert (target / "file").read_text() == content
+    with pytest.raises(RuntimeError), checkpoint.replaced_directory(target) as fresh:
+        (fresh / "file").write_text("half")
+        raise RuntimeError
+    assert (target / "file").read_text() == "second"
+
+
+def test_a_replacement_killed_between_its_renames_is_finished(tmp_path):
+    target = tmp_path / "checkpoint"
+    for name, content in ((".old", "before"), (".new", "after")):
+        (tmp_path / f"checkpoint{name}").mkdir()
+        (tmp_path / f"checkpoint{name}" / "file").write_text(content)
+    checkpoint.recover_directory(target)
+    assert (target / "file").read_text() == "after"
+
+
+def test_nothing_in_the_project_unpickles():
+    root = os.path.dirname(os.path.dirname(__file__))
+    sources = [os.path.join(root, name) for name in os.listdir(root) if name.endswith(".py")]
+    folder = os.path.join(root, "pipeline")
+    sources += [os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".py")]
+    assert len(sources) > 10
+    for path in sources:
+        with open(path) as file:
+            text = file.read()
+        assert "torch.load" not in text and "import pickle" not in text, path
+
+
+def test_pictures_are_drawn(tmp_path):
+    metrics = [
+        {"tokens": 1000 * i, "loss": 5.0 / i, "mtp_loss": 6.0 / i, "max_load": {"layer 1": 1.5}}
+        for i in range(1, 40)
+    ]
+    report.draw_losses(metrics, tmp_path / "loss.png")
+    report.draw_expert_load(metrics, tmp_path / "load.png")
+    for line in metrics:
+        line["mtp_loss"], line["max_load"] = None, {}
+    report.draw_losses(metrics, tmp_path / "dense_loss.png")
+    report.draw_expert_load(metrics, tmp_path / "dense_load.png")
+    assert all((tmp_path / n).read_bytes()[:4] == b"\x89PNG" for n in ("loss.png", "dense_load.png"))

@@ -1,0 +1,201 @@
+"""Phase 7: rotations, scaling, and the attention DeepSeek uses."""
+
+import math
+
+import pytest
+import torch
+
+from mla_coded import LatentCache
+from rope_coded import (
+    RotaryEmbedding,
+    RotaryLatentAttention,
+    YarnScaling,
+    apply_rotary,
+    inverse_frequencies,
+    ntk_aware,
+    position_interpolation,
+    rotate_complex,
+    rotation_matrix,
+    similarity_bound,
+)
+
+POSITIONS = torch.tensor([0, 1, 7, 100, 4095])
+
+
+def build(scaling=None, **changes):
+    sizes = {
+        "hidden_size": 32, "num_attention_heads": 4, "kv_lora_rank": 12, "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8, "v_head_dim": 6, "q_lora_rank": 10,
+    }  # fmt: skip
+    return RotaryLatentAttention(**{**sizes, **changes}, rotary=RotaryEmbedding(8, scaling=scaling))
+
+
+def test_three_forms_are_one_rotation():
+    x, thetas = torch.randn(5, 16), inverse_frequencies(16)
+    matrices = torch.stack(
+        [rotation_matrix(m, thetas) @ row for m, row in zip(POSITIONS, x, strict=True)]
+    )
+    # angles up to 4095 rad in float32: their rounding is about 2e-4
+    torch.testing.assert_close(rotate_complex(x, POSITIONS, thetas), matrices, rtol=0, atol=1e-3)
+    real = apply_rotary(x, *RotaryEmbedding(16)(POSITIONS))
+    torch.testing.assert_close(real, matrices, rtol=0, atol=1e-3)
+
+
+def test_rotation_by_hand():
+    # one pair, θ = 1: a quarter turn takes (1, 0) to (0, 1)
+    quarter = torch.tensor([[math.pi / 2]])
+    turned = apply_rotary(torch.tensor([[1.0, 0.0]]), quarter.cos(), quarter.sin())
+    torch.testing.assert_close(turned, torch.tensor([[0.0, 1.0]]))
+
+
+def test_pairs_are_neighbours():
+    x = torch.zeros(1, 8)
+    x[0, 2] = 1.0
+    turned = apply_rotary(x, *RotaryEmbedding(8)(torch.tensor([3])))
+    assert turned[0].nonzero().flatten().tolist() == [2, 3]
+
+
+def test_rotations_are_orthogonal_and_add_up():
+    thetas = inverse_frequencies(8).double()
+    one, two = rotation_matrix(5, thetas), rotation_matrix(9, thetas)
+    torch.testing.assert_close(one.T @ one, torch.eye(8).double())
+    torch.testing.assert_close(one @ two, rotation_matrix(14, thetas))
+
+
+def test_score_depends_on_relative_position_only():
+    q, k, rotary = torch.randn(2, 1, 16).unbind(0) + (RotaryEmbedding(16),)
+    scores = [
+        (apply_rotary(q, *rotary(torch.tensor([m]))) * apply_rotary(k, *rotary(torch.tensor([n]))))
+        .sum().item() for m, n in ((7, 0), (12, 5), (1007, 1000))
+    ]  # fmt: skip
+    assert scores == pytest.approx([scores[0]] * 3, abs=1e-3)
+
+
+def test_long_range_decay():
+    thetas = inverse_frequencies(64)
+    near = sum(similarity_bound(d, thetas) for d in range(1, 20))
+    far = sum(similarity_bound(d, thetas) for d in range(1000, 1019))
+    assert far < 0.5 * near
+
+
+def test_scalings_change_the_frequencies_they_should():
+    thetas = inverse_frequencies(16)
+    torch.testing.assert_close(position_interpolation(thetas, 4), thetas / 4)
+    aware = ntk_aware(16, 10000.0, 4)
+    assert aware[0] == 1.0 and aware[-1].item() == pytest.approx(thetas[-1].item() / 4, rel=1e-5)
+
+
+def test_yarn_published_numbers():
+    v3 = YarnScaling(40, 4096, 32, 1, mscale=1.0, mscale_all_dim=1.0)
+    v2 = YarnScaling(40, 4096, 32, 1, mscale=0.707, mscale_all_dim=0.707)
+    assert v3.ramp_ends(64, 10000.0) == (10, 23)
+    assert v3.temperature(1.0) == pytest.approx(1.3688879454, abs=1e-10)
+    assert v2.temperature(0.707) == pytest.approx(1.2608037774, abs=1e-10)
+    assert 192**-0.5 * v3.softmax_factor == pytest.approx(0.1352337789, abs=1e-10)
+    assert 192**-0.5 * v2.softmax_factor == pytest.approx(0.1147213868, abs=1e-10)
+    assert v3.cos_sin_factor == v2.cos_sin_factor == 1.0
+
+
+def test_yarn_keeps_fast_pairs_and_slows_the_slow_ones():
+    yarn, thetas = YarnScaling(40, 4096), inverse_frequencies(64)
+    scaled = yarn.inverse_frequencies(64, 10000.0)
+    torch.testing.assert_close(scaled[:11], thetas[:11])
+    torch.testing.assert_close(scaled[23:], thetas[23:] / 40)
+    ratio = scaled / thetas
+    assert (ratio.diff() <= 1e-7).all() and 1 / 40 < ratio[16] < 1
+
+
+@pytest.mark.comparison
+@pytest.mark.parametrize("mscales", [(1.0, 1.0), (0.707, 0.707), (1.0, 0.5), (None, None)])
+def test_yarn_matches_transformers(mscales):
+    from transformers import DeepseekV3Config
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
+
+    settings = {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "beta_fast": 32,
+        "beta_slow": 1, "original_max_position_embeddings": 128,
+        "mscale": mscales[0], "mscale_all_dim": mscales[1],
+    }  # fmt: skip
+    settings = {key: value for key, value in settings.items() if value is not None}
+    config = DeepseekV3Config(
+        qk_rope_head_dim=32, max_position_embeddings=1024, rope_parameters=settings
+    )
+    cos, sin = DeepseekV3RotaryEmbedding(config)(torch.zeros(1), POSITIONS[None])
+    scaling = YarnScaling(8.0, 128, mscale=mscales[0], mscale_all_dim=mscales[1])
+    ours = RotaryEmbedding(32, scaling=scaling)(POSITIONS[None])
+    torch.testing.assert_close(ours[0], cos[..., :16], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours[1], sin[..., :16], rtol=1e-5, atol=1e-5)
+
+
+def test_yarn_sharpens_the_softmax_of_the_layer():
+    yarn = YarnScaling(40, 4096, mscale=1.0, mscale_all_dim=1.0)
+    plain, scaled = build(), build(yarn)
+    ratio = scaled.softmax_scale / plain.softmax_scale
+    assert ratio == pytest.approx((0.1 * math.log(40) + 1) ** 2)
+
+
+@pytest.mark.parametrize("path", ["expanded", "absorbed", "naive"])
+@pytest.mark.parametrize("chunks", [[9], [1] * 9, [4, 3, 1, 1]])
+def test_rotated_chunks_match_one_pass(path, chunks):
+    attention, x, cache = build(), torch.randn(2, 9, 32), LatentCache()
+    with torch.no_grad():
+        pieces = [attention(part, cache=cache, path=path) for part in x.split(chunks, dim=1)]
+        torch.testing.assert_close(torch.cat(pieces, 1), attention(x, path="naive"), rtol=1e-4,
+                                   atol=1e-5)  # fmt: skip
+
+
+def test_cache_holds_the_rotated_key():
+    attention, cache, x = build(), LatentCache(), torch.randn(1, 5, 32)
+    attention(x, cache=cache)
+    plain = x @ attention.kv_a_proj_with_mqa.weight[12:].T
+    expected = apply_rotary(plain, *attention.rotary(torch.arange(5)))
+    torch.testing.assert_close(cache.view()[..., 12:], expected)
+    assert cache.view().shape == (1, 5, 12 + 8)
+
+
+def test_only_distances_matter_and_order_does():
+    attention, x = build(), torch.randn(1, 6, 32)
+    shifted = attention(x, positions=torch.arange(6) + 300)
+    torch.testing.assert_close(shifted, attention(x), rtol=1e-3, atol=1e-4)
+    swapped = attention(x[:, [1, 0, 2, 3, 4, 5]])
+    assert (swapped[:, -1] - attention(x)[:, -1]).abs().max() > 1e-4
+
+
+def test_positions_may_differ_from_row_to_row():
+    attention, x = build(), torch.randn(2, 4, 32)
+    positions = torch.stack([torch.arange(4), torch.tensor([0, 5, 6, 20])])
+    both = attention(x, positions=positions)
+    for row in range(2):
+        alone = attention(x[row : row + 1], positions=positions[row])
+        torch.testing.assert_close(both[row : row + 1], alone)
+
+
+def test_angles_stay_float32_for_half_precision_inputs():
+    x = torch.randn(1, 8).bfloat16()
+    cos, sin = RotaryEmbedding(8).bfloat16()(torch.tensor([100_001]))
+    assert cos.dtype == sin.dtype == torch.float32
+    assert apply_rotary(x, cos, sin).dtype == torch.bfloat16
+
+
+def test_every_parameter_gets_a_gradient():
+    attention = build()
+    attention(torch.randn(2, 5, 32)).square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in attention.parameters())
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match="rotary dim=7 must be even"):
+        RotaryEmbedding(7)
+    with pytest.raises(ValueError, match="rotary dim=8 must equal qk_rope_head_dim=4"):
+        build(qk_rope_head_dim=4)
+    with pytest.raises(ValueError, match="YaRN factor=0.5 must be at least 1"):
+        YarnScaling(0.5, 4096)
+    with pytest.raises(ValueError, match="original_max_position_embeddings=0"):
+        YarnScaling(2, 0)
+    with pytest.raises(ValueError, match="2 or more pairs"):
+        ntk_aware(2, 1e4, 2)
+
+
+@pytest.mark.integration
+def test_script(check_script):
+    check_script("rope_coded.py", ["--dim", 32], ["--dim", 7], "rotary dim=7")
