@@ -178,7 +178,9 @@ class DeepSeekConfig:
             kind = rope.pop("rope_type", rope.pop("type", "default"))
             raw["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
         if raw.get("rope_interleave") is False:
-            raise ValueError("rope_interleave=False is not supported: released weights rotate pairs")
+            raise ValueError(
+                "rope_interleave=False is not supported: released weights rotate pairs"
+            )
         if raw.get("mlp_bias"):
             raise ValueError("mlp_bias=True is not supported: no released model has it")
         for name in ("n_group", "topk_group"):
@@ -267,7 +269,9 @@ class DeepSeekModel(CausalLM):
         config = DeepSeekConfig.from_file(directory / "config.json")
         if config.quantization_config is not None:
             method = config.quantization_config.get("quant_method")
-            raise ValueError(f"{directory} is quantised ({method}): such checkpoints do not load yet")
+            raise ValueError(
+                f"{directory} is quantised ({method}): such checkpoints do not load yet"
+            )
         files = {
             name: file for name, file in checkpoint.tensor_files(directory).items()
             if not name.endswith("rotary_emb.inv_freq")  # a table that old files carry along
@@ -396,6 +400,7 @@ def parameter_counts(model):
         `active_without_embedding_and_head` and `mtp` (0 without). Routing biases are buffers and
         count nowhere.
     """
+
     def size(module):
         return sum(parameter.numel() for parameter in module.parameters())
 
@@ -479,34 +484,17 @@ def training_step(model, optimizer, ids, document_ids, rate, mtp_weight, gamma):
 def score(model, tokenizer, documents, batch_size=16):
     """Bits per byte of the documents, each byte scored once, and what else can be read off.
 
-    Every document is read behind a separator and scored to its end and the separator after it, in
-    windows of the model's context that overlap by half.
+    Windows of the model's context overlap by half: `corpus.scoring_batches`.
 
     Returns: dict with `bits_per_byte`, `tokens`, `bytes`, `mtp_acceptance` (share of the
         MTP module's greedy drafts that are the main model's own greedy choice; None without MTP)
         and `max_load` ({layer: busiest expert's load over the mean}).
     """
     model.eval()
-    device, separator = model.lm_head.weight.device, tokenizer.token_to_id(corpus.SEPARATOR)
-    windows = []
-    for document in documents:
-        ids = [separator, *corpus.encode(tokenizer, document.text), separator]
-        for start, first, end in corpus.scoring_windows(len(ids), model.config.max_position_embeddings):
-            windows.append((ids[start:end], first - start))
-    windows.sort(key=lambda window: len(window[0]))  # little padding within a batch
+    device, context = model.lm_head.weight.device, model.config.max_position_embeddings
     nats, tokens, agreed, drafted, loads = 0.0, 0, 0, 0, {}
-    for i in range(0, len(windows), batch_size):
-        batch = windows[i : i + batch_size]
-        width = max(len(ids) for ids, _ in batch)
-        # Padding stands to the right, where causal attention never looks.
-        ids_BT = torch.tensor([ids + [separator] * (width - len(ids)) for ids, _ in batch])
-        place_T = torch.arange(width)
-        first_B1 = torch.tensor([[first] for _, first in batch])
-        end_B1 = torch.tensor([[len(ids)] for ids, _ in batch])
-        target_BT = ((place_T >= first_B1) & (place_T < end_B1)).to(device)
-        real_M = (place_T < end_B1).flatten().to(device)
-        ids_BT = ids_BT.to(device)
-
+    for batch in corpus.scoring_batches(tokenizer, documents, context, batch_size):
+        ids_BT, target_BT, real_BT = (part.to(device) for part in batch)
         hidden_BTD = model.hidden_states(ids_BT)
         logits_BTW = model.lm_head(hidden_BTD)
         losses_BT = nn.functional.cross_entropy(
@@ -517,9 +505,11 @@ def score(model, tokenizer, documents, batch_size=16):
         for name, moe in model.moe_layers().items():
             if name.startswith("MTP"):
                 continue
-            counts_E = expert_counts(moe.last_routing.indices, moe.gate.num_experts, real_M)
+            counts_E = expert_counts(
+                moe.last_routing.indices, moe.gate.num_experts, real_BT.flatten()
+            )
             loads[name] = loads.get(name, 0) + counts_E
-        if len(model.mtp) and width > 2:
+        if len(model.mtp) and ids_BT.shape[1] > 2:
             draft_BT = model.mtp_logits(hidden_BTD, ids_BT)[0].argmax(dim=-1)[:, :-1]
             choice_BT, counted_BT = logits_BTW[:, 1:-1].argmax(dim=-1), target_BT[:, 2:]
             agreed += int(((draft_BT == choice_BT) & counted_BT).sum())
@@ -547,7 +537,9 @@ def print_scores(scores, documents, tokenizer, part):
     for name, rate in sorted(rates.items(), key=lambda item: item[1]):
         print(f"  {name:<12} {rate:.4f}")
     if scores["mtp_acceptance"] is not None:
-        print(f"MTP acceptance: {scores['mtp_acceptance']:.1%} of the drafts are the model's choice")
+        print(
+            f"MTP acceptance: {scores['mtp_acceptance']:.1%} of the drafts are the model's choice"
+        )
     if scores["max_load"]:
         loads = ", ".join(f"{name} {value:.2f}" for name, value in scores["max_load"].items())
         print(f"busiest expert / mean load: {loads}")
@@ -604,9 +596,7 @@ class TrainingRun:
         self.optimizer = build_optimizer(self.model, options.learning_rate)
         if resume:
             files = checkpoint.tensor_files(self.checkpoint / "optimizer")
-            checkpoint.restore_optimizer(
-                self.model, self.optimizer, checkpoint.read_tensors(files)
-            )
+            checkpoint.restore_optimizer(self.model, self.optimizer, checkpoint.read_tensors(files))
         stream = corpus.token_stream(self.tokenizer, self.corpus.train)
         self.batches = corpus.Batches(
             stream, options.batch_size, options.sequence_length, options.seed
@@ -636,9 +626,7 @@ class TrainingRun:
         mtp_weight = self.options.mtp_weight / (1 if used < 2 / 3 else 3)
         gamma = self.options.gamma if used < 0.95 else 0.0
         rate = learning_rate(used, self.options.learning_rate)
-        return training_step(
-            self.model, self.optimizer, ids, document_ids, rate, mtp_weight, gamma
-        )
+        return training_step(self.model, self.optimizer, ids, document_ids, rate, mtp_weight, gamma)
 
     def save(self):
         """The whole checkpoint directory at once: an interrupted save leaves the last one whole."""
@@ -878,9 +866,9 @@ def add_training_flags(parser):
     budget.add_argument("--minutes", type=float,
                         help=f"train for so many minutes (default: {DEFAULT_MINUTES})")  # fmt: skip
     parser.add_argument("--data", nargs="+", metavar="FILE",
-                        help="your own UTF-8 text (default: Python's standard library)")  # fmt: skip
+                        help="your own UTF-8 text (default: standard library)")  # fmt: skip
     parser.add_argument("--out", metavar="RUN",
-                        help="directory of the run (default: runs/default, then -2, …)")  # fmt: skip
+                        help="directory of the run (default: runs/default, -2, …)")  # fmt: skip
     parser.add_argument("--config", help="config.json of the model (default: configs/small.json)")
     for name in ("seed", "batch_size", "sequence_length", "learning_rate", "mtp_weight", "gamma"):
         value = getattr(defaults, name)

@@ -7,9 +7,10 @@ answers with one expert a token, a capacity and a balance loss. DeepSeekMoE cuts
 adds shared experts that every token passes, and ends (V3) with a bias that steers the *choice* of
 experts and leaves their weights alone.
 
-    y = Σ_shared FFN(x) + Σ_{i chosen} g_i FFN_i(x)          FFN(x) = W_down (SiLU(W_gate x) ⊙ W_up x)
-    V2:  s = softmax(W x);   choose the top A of s in the best groups;       g_i = c · s_i
-    V3:  s = sigmoid(W x);   choose the top A of s + b in the best groups;   g_i = c · s_i / Σ_chosen s
+    y = Σ_shared FFN(x) + Σ_{i chosen} g_i FFN_i(x)
+    FFN(x) = W_down (SiLU(W_gate x) ⊙ W_up x)
+    V2:  s = softmax(W x),  top A of s in the best groups,      g_i = c · s_i
+    V3:  s = sigmoid(W x),  top A of s + b in the best groups,  g_i = c · s_i / Σ_chosen s
     after each step (V3):    b_i ← b_i − γ if expert i was overloaded, b_i + γ if underloaded
 
 Papers: Switch Transformer (2021), section 2; DeepSeek-V2 (2024), section 2.2, equations 20–31;
@@ -128,7 +129,8 @@ class TopKRouter(nn.Module):
             raise ValueError(f"scoring_func={scoring_func!r} must be 'softmax' or 'sigmoid'")
         if topk_method not in ("greedy", "group_limited_greedy", "noaux_tc"):
             raise ValueError(
-                f"topk_method={topk_method!r} must be 'greedy', 'group_limited_greedy' or 'noaux_tc'"
+                f"topk_method={topk_method!r} must be 'greedy', 'group_limited_greedy' "
+                "or 'noaux_tc'"
             )
         if topk_method == "greedy":
             n_group = topk_group = 1
@@ -145,7 +147,9 @@ class TopKRouter(nn.Module):
                 f"{topk_group * group_size} experts that can be chosen"
             )
         if topk_method == "noaux_tc" and n_group > 1 and group_size < 2:
-            raise ValueError(f"n_group={n_group} leaves {group_size} expert a group, want 2 or more")
+            raise ValueError(
+                f"n_group={n_group} leaves {group_size} expert a group, want 2 or more"
+            )
         self.num_experts, self.num_experts_per_tok = n_routed_experts, num_experts_per_tok
         self.scoring_func, self.topk_method = scoring_func, topk_method
         self.n_group, self.topk_group = n_group, topk_group

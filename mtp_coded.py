@@ -115,7 +115,9 @@ class CausalLM(nn.Module):
 
     def new_caches(self, blocks=None):
         """An empty cache for each of the blocks (default: the main model's)."""
-        return [block.self_attn.new_cache() for block in (self.layers if blocks is None else blocks)]
+        return [
+            block.self_attn.new_cache() for block in (self.layers if blocks is None else blocks)
+        ]
 
     def hidden_states(self, input_ids, attention_mask=None, caches=None, path="expanded"):
         """Token ids (B, T) → hidden states after the final norm (B, T, D).
@@ -200,7 +202,9 @@ class CausalLM(nn.Module):
         self._check_generation(input_ids, max_new_tokens, temperature, attention_mask)
         if speculative:
             if temperature > 0:
-                raise ValueError(f"speculative decoding is greedy: temperature={temperature}, not 0")
+                raise ValueError(
+                    f"speculative decoding is greedy: temperature={temperature}, not 0"
+                )
             return self._speculate_rows(
                 input_ids, max_new_tokens, attention_mask, eos_token_id, pad_token_id
             )
@@ -231,8 +235,8 @@ class CausalLM(nn.Module):
         length = input_ids.shape[1] + max_new_tokens
         if self.max_positions is not None and length > self.max_positions:
             raise ValueError(
-                f"prompt of {input_ids.shape[1]} and {max_new_tokens} new tokens exceed the context "
-                f"of {self.max_positions}"
+                f"prompt of {input_ids.shape[1]} and {max_new_tokens} new tokens exceed the "
+                f"context of {self.max_positions}"
             )
         if attention_mask is not None:
             self._padding(input_ids, attention_mask, past=0)  # checks the shape
@@ -433,7 +437,9 @@ def main(argv=None):
     parser.add_argument("--depth", type=int, default=2, help="MTP modules of the decoded model")
     arguments = parse_arguments(parser, argv)
     if arguments.steps < 1 or arguments.depth < 1:
-        raise ValueError(f"--steps={arguments.steps} and --depth={arguments.depth} must be 1 or more")
+        raise ValueError(
+            f"--steps={arguments.steps} and --depth={arguments.depth} must be 1 or more"
+        )
     demo, device = Demonstration("mtp_coded.py", arguments.device, arguments.seed), arguments.device
 
     ids_BT = small_language(64, seed=3).view(2, 32).to(device)
@@ -464,8 +470,11 @@ def main(argv=None):
         demo.note(f"    {name:<17} next token {main_loss:.3f}{second}, FLOPs × "
                   f"{flops / base[3]:.2f}, parameters × {parameters / base[2]:.2f}")  # fmt: skip
     guess, chained = models["independent head"][1], models["MTP module"][1]
-    demo.check("seeing the token in between helps", "token after next",
-               f"{guess:.3f} → {chained:.3f} nats", chained < guess or arguments.steps < 60)  # fmt: skip
+    demo.check(
+        "seeing the token in between helps", "token after next",
+        f"{guess:.3f} → {chained:.3f} nats",
+        chained < guess or arguments.steps < 60,
+    )  # fmt: skip
 
     torch.manual_seed(arguments.seed)
     model = small_model(depth=arguments.depth).to(device)
@@ -476,7 +485,9 @@ def main(argv=None):
     demo.check("speculative decoding = plain greedy", "(1, T + new)",
                f"{figures['accepted']} of {figures['drafted']} drafts taken, {figures['forwards']} "
                "passes for 64", torch.equal(plain, drafted))  # fmt: skip
-    demo.finish("--depth 4: do later drafts get accepted?", "--steps 400: does MTP help the next token?")
+    demo.finish(
+        "--depth 4: do later drafts get accepted?", "--steps 400: does MTP help the next token?"
+    )
 
 
 if __name__ == "__main__":

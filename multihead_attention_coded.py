@@ -76,10 +76,8 @@ class GrowingBuffer:
         if self.storage is not None:
             held, got = self.storage.shape, rows.shape
             if held[:-2] != got[:-2] or held[-1] != got[-1]:
-                raise ValueError(
-                    f"cache holds rows of (..., length, width) {(*held[:-2], self.length, held[-1])}"
-                    f", got {tuple(got)} to append"
-                )
+                kept = (*held[:-2], self.length, held[-1])
+                raise ValueError(f"cache holds rows {kept}, got {tuple(got)} to append")
         end = self.length + rows.shape[-2]
         if self.storage is None or end > self.storage.shape[-2]:
             self._grow(rows, end)
@@ -221,7 +219,9 @@ class MultiHeadAttention(nn.Module):
 def main(argv=None):
     parser = demonstration_parser(__doc__)
     parser.add_argument("--heads", type=int, default=8, help="query heads; must divide 64")
-    parser.add_argument("--kv-heads", type=int, default=2, help="key/value heads of the GQA example")
+    parser.add_argument(
+        "--kv-heads", type=int, default=2, help="key/value heads of the GQA example"
+    )
     arguments = parse_arguments(parser, argv)
     demo = Demonstration("multihead_attention_coded.py", arguments.device, arguments.seed)
     d_model, length = 64, 10

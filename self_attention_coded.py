@@ -143,7 +143,7 @@ class Demonstration:
         self.failures = []
 
     def check(self, what, shape, figure, ok):
-        """One line: what is shown, the shape with its letters, the measured figure, ok or FAILED."""
+        """One line: what is shown, the shape with its letters, the figure, ok or FAILED."""
         print(f"  {what:<46} {shape:<26} {figure:<40} {'ok' if ok else 'FAILED'}", flush=True)
         if not ok:
             self.failures.append(what)

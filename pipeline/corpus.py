@@ -163,7 +163,7 @@ def encode(tokenizer, text):
 
 
 def token_stream(tokenizer, documents):
-    """(ids, document_ids), int64 each: every document behind one separator, a last one at the end."""
+    """(ids, document_ids), int64: every document behind one separator, a last one at the end."""
     separator = tokenizer.token_to_id(SEPARATOR)
     ids, document_ids = [], []
     for i, document in enumerate(documents):
@@ -208,10 +208,10 @@ class Batches:
 
 # Scoring
 def scoring_windows(token_count, context):
-    """[(start, first target, end)]: windows of at most `context` tokens that score each target once.
+    """[(start, first target, end)]: windows that score each target once.
 
-    The tokens are numbered from 0; token 0 is given, tokens 1 … token_count − 1 are targets. A
-    window reads tokens start … end − 1 and scores first target … end − 1. Windows overlap by half,
+    A window has at most `context` tokens. They are numbered from 0; token 0 is given, tokens
+    1 … token_count − 1 are targets. A window reads tokens start … end − 1 and scores first target … end − 1. Windows overlap by half,
     so that all but the first targets have at least context / 2 tokens before them. 7 tokens,
     context 4: [(0, 1, 4), (2, 4, 6), (4, 6, 7)].
     """
@@ -222,6 +222,27 @@ def scoring_windows(token_count, context):
         windows.append((start, scored, end))
         scored, start = end, start + stride
     return windows
+
+
+def scoring_batches(tokenizer, documents, context, batch_size):
+    """Yields (ids, target, real), (B, T) each, that score every token of every document once.
+
+    A document is read behind a separator and scored to its end and the separator after it. `target`
+    marks the tokens to score, `real` all but the padding, which stands to the right, where causal
+    attention never looks.
+    """
+    separator, windows = tokenizer.token_to_id(SEPARATOR), []
+    for document in documents:
+        ids = [separator, *encode(tokenizer, document.text), separator]
+        windows += [(ids[s:end], first - s) for s, first, end in scoring_windows(len(ids), context)]
+    windows.sort(key=lambda window: len(window[0]))  # little padding within a batch
+    for i in range(0, len(windows), batch_size):
+        batch = windows[i : i + batch_size]
+        width = max(len(ids) for ids, _ in batch)
+        padded = torch.tensor([ids + [separator] * (width - len(ids)) for ids, _ in batch])
+        place = torch.arange(width)
+        real = place < torch.tensor([[len(ids)] for ids, _ in batch])
+        yield padded, real & (place >= torch.tensor([[first] for _, first in batch])), real
 
 
 def compressor_rates(documents):

@@ -20,7 +20,9 @@ class Budget:
 
     def __post_init__(self):
         if (self.steps is None) == (self.minutes is None):
-            raise ValueError(f"want steps or minutes, got steps={self.steps}, minutes={self.minutes}")
+            raise ValueError(
+                f"want steps or minutes, got steps={self.steps}, minutes={self.minutes}"
+            )
         amount = self.steps if self.minutes is None else self.minutes
         if not amount > 0:
             raise ValueError(f"the training budget must be above 0, got {amount}")
@@ -92,7 +94,9 @@ def run_steps(step_function, state, budget, metrics_path, save, save_every=60.0)
             start = time.perf_counter()
             figures = step_function(state.step, budget.used(state))
             if not math.isfinite(figures["loss"]):
-                raise ValueError(f"the loss is {figures['loss']} at step {state.step}: training failed")
+                raise ValueError(
+                    f"the loss is {figures['loss']} at step {state.step}: training failed"
+                )
             state.step += 1
             state.tokens += figures.pop("tokens")
             state.seconds += time.perf_counter() - start

@@ -349,7 +349,7 @@ def test_every_parameter_gets_a_gradient(kind):
     [
         (lambda: TopKRouter(4, 8, 9), "num_experts_per_tok=9 must be from 1 to the 8 experts"),
         (lambda: TopKRouter(4, 8, 5, n_group=4, topk_group=2), "to the 4 experts that can be"),
-        (lambda: TopKRouter(4, 8, 2, n_group=3), "n_routed_experts=8 must be divisible by n_group=3"),
+        (lambda: TopKRouter(4, 8, 2, n_group=3), "=8 must be divisible by n_group=3"),
         (lambda: TopKRouter(4, 8, 2, n_group=2, topk_group=3), "topk_group=3 must be from 1 to"),
         (lambda: TopKRouter(4, 8, 2, n_group=8, topk_group=4), "n_group=8 leaves 1 expert a group"),
         (lambda: TopKRouter(4, 8, 2, "relu"), "scoring_func='relu'"),

@@ -50,7 +50,10 @@ def test_module_matches_the_equation():
     for k, module in enumerate(model.mtp, start=1):
         hidden = hidden[:, :-1]
         rows = torch.cat(
-            [module.enorm(F.embedding(ids[:, k:], model.embed_tokens.weight)), module.hnorm(hidden)],
+            [
+                module.enorm(F.embedding(ids[:, k:], model.embed_tokens.weight)),
+                module.hnorm(hidden),
+            ],
             dim=-1,
         )
         hidden = module.norm(module.block(rows @ module.eh_proj.weight.T))
@@ -144,7 +147,10 @@ def test_padding_is_never_a_target():
     logits = model.mtp_logits(hidden, ids)
     padded_logits = model.mtp_logits(padded_hidden, padded, mask)
     torch.testing.assert_close(
-        mtp_loss(padded_logits, padded, token_mask=mask), mtp_loss(logits, ids), rtol=1e-4, atol=1e-5
+        mtp_loss(padded_logits, padded, token_mask=mask),
+        mtp_loss(logits, ids),
+        rtol=1e-4,
+        atol=1e-5,
     )
     torch.testing.assert_close(
         next_token_loss(model.lm_head(padded_hidden), padded, mask),
@@ -162,7 +168,9 @@ def test_no_targets_give_zero():
 def test_untrained_loss_is_ln_of_the_vocabulary():
     model, ids = build(depth=1, std=0.02), ids_of(4, 30)
     hidden = model.hidden_states(ids)
-    assert next_token_loss(model.lm_head(hidden), ids).item() == pytest.approx(math.log(17), abs=0.1)
+    assert next_token_loss(model.lm_head(hidden), ids).item() == pytest.approx(
+        math.log(17), abs=0.1
+    )
     loss = mtp_loss(model.mtp_logits(hidden, ids), ids, 1.0)
     assert loss.item() == pytest.approx(math.log(17), abs=0.1)
 
@@ -304,7 +312,7 @@ def test_cost_of_a_module_is_counted():
         (lambda m: m.generate(ids_of(1, 2), -1), "max_new_tokens=-1"),
         (lambda m: m.generate(ids_of(1, 2), 2, temperature=-1.0), "temperature=-1.0"),
         (lambda m: m.generate(ids_of(1, 2), 2, temperature=1.0, speculative=True), "is greedy"),
-        (lambda m: m(ids_of(1, 4), attention_mask=torch.ones(1, 3)), r"attention_mask must be \(1, 4\)"),
+        (lambda m: m(ids_of(1, 4), attention_mask=torch.ones(1, 3)), r"mask must be \(1, 4\)"),
         (lambda m: m.generate(ids_of(1, 3), 2, attention_mask=torch.tensor([[1, 1, 0]])),
          "padded on the left"),
         (lambda m: speculative_generate(m, ids_of(2, 3), 2), "one sequence at a time"),

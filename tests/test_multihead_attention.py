@@ -27,7 +27,10 @@ def test_three_paths_agree_forward_and_backward(kv_heads, causal):
 
 @pytest.mark.comparison
 def test_matches_torch_multihead_attention():
-    ours, theirs = MultiHeadAttention(24, 4, bias=True), nn.MultiheadAttention(24, 4, batch_first=True)
+    ours, theirs = (
+        MultiHeadAttention(24, 4, bias=True),
+        nn.MultiheadAttention(24, 4, batch_first=True),
+    )
     with torch.no_grad():
         theirs.in_proj_weight.copy_(
             torch.cat([ours.q_proj.weight, ours.k_proj.weight, ours.v_proj.weight])

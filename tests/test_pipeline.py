@@ -120,7 +120,9 @@ def test_an_epoch_visits_every_chunk_once():
     assert batches.per_epoch == 20
     ids = torch.cat([batches[step][0] for step in range(5)])
     starts = sorted(ids[:, 0].tolist())
-    assert len(set(starts)) == 20 and all(b - a == 16 for a, b in zip(starts, starts[1:], strict=False))
+    assert len(set(starts)) == 20 and all(
+        b - a == 16 for a, b in zip(starts, starts[1:], strict=False)
+    )
     assert torch.equal(ids, ids[:, :1] + torch.arange(16))
 
 
@@ -211,7 +213,9 @@ def test_budget_and_schedule():
     assert 0 < rates[0] < 0.2 and max(rates) == pytest.approx(1.0, abs=0.01)
     assert rates[100] == pytest.approx(0.05)
     peak = rates.index(max(rates))
-    assert rates[:peak] == sorted(rates[:peak]) and rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert rates[:peak] == sorted(rates[:peak]) and rates[peak:] == sorted(
+        rates[peak:], reverse=True
+    )
 
 
 # Checkpoint files
@@ -303,4 +307,6 @@ def test_pictures_are_drawn(tmp_path):
         line["mtp_loss"], line["max_load"] = None, {}
     report.draw_losses(metrics, tmp_path / "dense_loss.png")
     report.draw_expert_load(metrics, tmp_path / "dense_load.png")
-    assert all((tmp_path / n).read_bytes()[:4] == b"\x89PNG" for n in ("loss.png", "dense_load.png"))
+    assert all(
+        (tmp_path / n).read_bytes()[:4] == b"\x89PNG" for n in ("loss.png", "dense_load.png")
+    )

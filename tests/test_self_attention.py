@@ -112,7 +112,7 @@ def test_scale_by_root_of_width_keeps_the_softmax_soft():
          "got 2 keys for 5 values"),
         (lambda: scaled_dot_product_attention(*[torch.ones(2, 2)] * 3, mask=torch.ones(2, 2)),
          "mask must be boolean"),
-        (lambda: SelfAttention(4, 2)(torch.ones(2, 5)), r"input must be \(..., T, 4\), got \(2, 5\)"),
+        (lambda: SelfAttention(4, 2)(torch.ones(2, 5)), r"be \(..., T, 4\), got \(2, 5\)"),
         (lambda: SelfAttention(0, 2), "must be at least 1, got 0"),
         (lambda: pick_device("abacus"), "device 'abacus' is not available"),
     ],
