@@ -211,9 +211,9 @@ def scoring_windows(token_count, context):
     """[(start, first target, end)]: windows that score each target once.
 
     A window has at most `context` tokens. They are numbered from 0; token 0 is given, tokens
-    1 … token_count − 1 are targets. A window reads tokens start … end − 1 and scores first target … end − 1. Windows overlap by half,
-    so that all but the first targets have at least context / 2 tokens before them. 7 tokens,
-    context 4: [(0, 1, 4), (2, 4, 6), (4, 6, 7)].
+    1 … token_count − 1 are targets. A window reads tokens start … end − 1 and scores those from
+    first target on. Windows overlap by half, so that all but the first targets have at least
+    context / 2 tokens before them. 7 tokens, context 4: [(0, 1, 4), (2, 4, 6), (4, 6, 7)].
     """
     windows, scored, start = [], 1, 0
     stride = max(1, context // 2)

@@ -317,6 +317,22 @@ def test_editing_a_token_moves_nothing_before_it(edited):
     torch.testing.assert_close(before, after)
 
 
+def test_padding_reaches_no_router_load_and_no_balance_loss():
+    model, ids = build("v3", num_nextn_predict_layers=1, std=0.1).train(), ids_of(2, 8)
+    padded = torch.cat([ids_of(2, 5), ids], dim=1)
+    mask = torch.tensor([0] * 5 + [1] * 8).expand(2, 13)
+    figures = []
+    for text, attention_mask in ((ids, None), (padded, mask)):
+        hidden = model.hidden_states(text, attention_mask)
+        model.mtp_logits(hidden, text, attention_mask)
+        figures.append(
+            [(moe.gate.load.clone(), moe.last_balance_loss) for moe in model.moe_layers().values()]
+        )
+        for moe in model.moe_layers().values():
+            moe.gate.load.zero_()
+    torch.testing.assert_close(figures[1], figures[0], rtol=1e-4, atol=1e-6)
+
+
 def test_first_loss_is_ln_of_the_vocabulary():
     model, ids = DeepSeekModel(DeepSeekConfig(**KINDS["v3"])), ids_of(4, 50)
     loss = F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())

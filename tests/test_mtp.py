@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import mtp_coded
 from mla_coded import MultiHeadLatentAttention
 from moe_coded import SwiGLU, TransformerBlock
 from mtp_coded import (
@@ -288,6 +289,31 @@ def test_rejected_drafts_leave_no_trace_in_the_caches():
     _, figures = speculative_generate(model, prompt, 60)
     assert 0 <= figures["accepted"] < figures["drafted"]
     assert torch.equal(speculative_generate(model, prompt, 60)[0], model.generate(prompt, 60))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_cached_drafts_are_those_of_a_fresh_start(depth, monkeypatch):
+    model, prompt, rounds = build(depth, std=0.15), ids_of(1, 5), []
+    cached_draft = mtp_coded._draft
+
+    def compared(model, tokens, hidden, caches, depth):
+        fresh = model.new_caches([predictor.block for predictor in model.mtp])
+        everything = model.hidden_states(tokens[:, :-1])
+        expected, _ = cached_draft(model, tokens, everything, fresh, depth)
+        got = cached_draft(model, tokens, hidden, caches, depth)
+        rounds.append(torch.equal(got[0], expected))
+        return got
+
+    monkeypatch.setattr(mtp_coded, "_draft", compared)
+    speculative_generate(model, prompt, 40)
+    assert len(rounds) > 10 and all(rounds)
+
+
+def test_padding_takes_no_position():
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    options = build(depth=0)._padding(ids_of(2, 2), mask, past=3)
+    assert options["positions"].tolist() == [[1, 2], [3, 4]]
+    assert options["token_mask"].tolist() == [[True, True], [True, True]]
 
 
 @pytest.mark.performance
