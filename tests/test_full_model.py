@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import deepseek_full_model as full
 from deepseek_full_model import (
@@ -381,6 +382,26 @@ def test_training_step_moves_the_bias_of_overloaded_experts_down_by_gamma():
     assert torch.equal(routers[0].e_score_correction_bias, before) and routers[0].load.sum() == 0
 
 
+def test_training_step_adds_the_balance_loss():
+    moved = []
+    for alpha in (0.0, 10.0):
+        torch.manual_seed(3)
+        model = build("v3", std=0.1, aux_loss_alpha=alpha)
+        step_once(model)
+        moved.append(model.layers[1].mlp.gate.weight.detach().clone())
+    assert not torch.equal(*moved)
+
+
+def test_training_step_clips_the_gradient_to_length_1():
+    model, ids = build("v3", num_nextn_predict_layers=1), ids_of(4, 20)
+    before = nn.utils.parameters_to_vector(model.parameters()).detach()
+    optimizer = torch.optim.SGD(model.parameters())
+    figures = training_step(model, optimizer, ids, torch.zeros_like(ids), 1.0, 0.3, 0.0)
+    after = nn.utils.parameters_to_vector(model.parameters()).detach()
+    assert figures["gradient_norm"] > 1.5
+    assert (after - before).norm().item() == pytest.approx(1.0, rel=1e-3)
+
+
 def test_training_lowers_the_loss():
     torch.manual_seed(1)
     model = build("v3", num_nextn_predict_layers=1, std=0.05)
@@ -399,21 +420,38 @@ def test_score_is_the_plain_sum_over_every_byte():
     tokenizer = corpus.train_tokenizer(documents, 280)
     model = build("v3", vocab_size=tokenizer.get_vocab_size(), num_nextn_predict_layers=1,
                   max_position_embeddings=16, std=0.1)  # fmt: skip
+    optimizer = build_optimizer(model, 1e-2)
+    ids = torch.tensor([[0, *corpus.encode(tokenizer, documents[0].text)][:16]])
+    for _ in range(4):  # so that drafts are right sometimes
+        training_step(model, optimizer, ids, torch.zeros_like(ids), 1e-2, 1.0, 0.0)
     scores = score(model, tokenizer, documents, batch_size=3)
-    nats, tokens = 0.0, 0
+    nats, tokens, agreed, drafted, right = 0.0, 0, 0, 0, 0
+    loads = {"layer 1": 0, "layer 2": 0}
     for document in documents:
         ids = [0, *corpus.encode(tokenizer, document.text), 0]
         for start, first, end in corpus.scoring_windows(len(ids), 16):
             window = torch.tensor([ids[start:end]])
             log_probs = model(window).log_softmax(-1)[0]
+            for name in loads:
+                chosen = model.moe_layers()[name].last_routing.indices
+                loads[name] = loads[name] + torch.bincount(chosen.flatten(), minlength=8)
             for target in range(first, end):
                 nats -= log_probs[target - start - 1, ids[target]].item()
                 tokens += 1
+            choices = log_probs.argmax(-1).tolist()
+            if end - start > 2:
+                drafts = model.mtp_logits(model.hidden_states(window), window)[0][0].argmax(-1)
+                for target in range(max(first, start + 2), end):
+                    agreed += drafts[target - start - 2] == choices[target - start - 1]
+                    right += drafts[target - start - 2] == ids[target]
+                    drafted += 1
     size = sum(document.size for document in documents)
     assert scores["bits_per_byte"] == pytest.approx(nats / np.log(2) / size, rel=1e-5)
     assert scores["tokens"] == tokens and scores["bytes"] == size
-    assert 0 <= scores["mtp_acceptance"] <= 1
-    assert set(scores["max_load"]) == {"layer 1", "layer 2"}
+    assert scores["mtp_acceptance"] == pytest.approx(agreed.item() / drafted)
+    assert 0 < agreed < drafted and agreed != right
+    busiest = {name: (load.max() / load.float().mean()).item() for name, load in loads.items()}
+    assert scores["max_load"] == pytest.approx(busiest)
 
 
 def test_uniform_model_scores_the_uniform_rate():
@@ -640,6 +678,33 @@ def test_a_stopped_run_resumes_with_the_same_figures(small_run, tmp_path):
     ours = dict(checkpoint.read_tensors(checkpoint.tensor_files(whole.checkpoint)))
     for name, tensor in checkpoint.read_tensors(checkpoint.tensor_files(stopped.checkpoint)):
         assert torch.equal(tensor, ours[name]), name
+
+
+@pytest.mark.integration
+def test_tokenizer_and_batches_come_from_the_training_part_alone(small_run, tmp_path, monkeypatch):
+    _, options = small_run
+    seen, train_tokenizer = [], corpus.train_tokenizer
+    monkeypatch.setattr(
+        corpus,
+        "train_tokenizer",
+        lambda docs, size: seen.extend(docs) or train_tokenizer(docs, size),
+    )
+    run = TrainingRun(tmp_path / "run", RunOptions(**options, steps=1), "cpu")
+    assert seen == run.corpus.train and not set(seen) & {*run.corpus.test, *run.corpus.validation}
+    pieces = run.tokenizer.decode(run.batches.ids.tolist(), skip_special_tokens=False)
+    assert pieces.split(corpus.SEPARATOR)[1:-1] == [document.text for document in run.corpus.train]
+
+
+def test_schedules_of_the_run(small_run, tmp_path, monkeypatch):
+    _, options = small_run
+    run, asked = TrainingRun(tmp_path / "run", RunOptions(**options, steps=1), "cpu"), []
+    monkeypatch.setattr(full, "training_step", lambda *arguments: asked.append(arguments[4:]))
+    for used in (0.0, 0.5, 0.7, 0.99):
+        run.step(0, used)
+    rates, weights, gammas = zip(*asked, strict=True)
+    assert weights == pytest.approx((0.3, 0.3, 0.1, 0.1))
+    assert gammas == (run.options.gamma,) * 3 + (0.0,)
+    assert rates[1] > rates[2] > rates[3] > 0
 
 
 @pytest.mark.integration
