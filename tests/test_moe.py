@@ -13,6 +13,7 @@ from moe_coded import (
     SwiGLU,
     SwitchRouter,
     TopKRouter,
+    TransformerBlock,
     balance_over_batch,
     balance_within_sequences,
     communication_balance_loss,
@@ -25,6 +26,7 @@ from moe_coded import (
     switch_balance_loss,
     train_on_clusters,
 )
+from multihead_attention_coded import MultiHeadAttention
 
 ROUTERS = {
     "v2_lite": lambda: TopKRouter(16, 8, 3, "softmax", "greedy", norm_topk_prob=False),
@@ -198,6 +200,33 @@ def test_swiglu_by_hand():
     # gate 2, up 3: 5 · SiLU(2) · 3
     expected = 5 * (2 / (1 + np.exp(-2.0))) * 3
     assert network(torch.ones(1, 1)).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_rmsnorm_by_hand():
+    norm = torch.nn.RMSNorm(2, eps=0.0)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([1.0, 2.0]))
+    # (3, 4): root mean square √12.5
+    expected = torch.tensor([3.0, 8.0]) / 12.5**0.5
+    torch.testing.assert_close(norm(torch.tensor([3.0, 4.0])), expected)
+
+
+def test_block_is_two_normed_residual_steps():
+    layer = MixtureOfExperts(16, 8, build_router("v3"), 1)
+    block, x = (
+        TransformerBlock(MultiHeadAttention(16, 4), layer, norm_eps=1e-3),
+        torch.randn(2, 5, 16),
+    )
+    with torch.no_grad():
+        for norm in (block.input_layernorm, block.post_attention_layernorm):
+            norm.weight.uniform_(0.5, 2)
+
+    def normed(rows, norm):
+        return rows / (rows.square().mean(-1, keepdim=True) + 1e-3).sqrt() * norm.weight
+
+    hidden = x + block.self_attn(normed(x, block.input_layernorm))
+    expected = hidden + layer(normed(hidden, block.post_attention_layernorm))
+    torch.testing.assert_close(block(x), expected)
 
 
 # Balance losses
