@@ -25,6 +25,7 @@ Run:  python deepseek_full_model.py                    train, score, draw, gener
 
 import argparse
 import functools
+import math
 import pathlib
 import sys
 import time
@@ -516,7 +517,7 @@ def score(model, tokenizer, documents, batch_size=16):
             drafted += int(counted_BT.sum())
     size = sum(document.size for document in documents)
     return {
-        "bits_per_byte": nats / torch.log(torch.tensor(2.0, dtype=torch.float64)).item() / size,
+        "bits_per_byte": nats / math.log(2) / size,
         "tokens": tokens,
         "bytes": size,
         "mtp_acceptance": agreed / drafted if drafted else None,
@@ -556,11 +557,21 @@ class RunOptions:
     steps: int | None = None
     minutes: float | None = None
     seed: int = 0
-    batch_size: int = 8
+    batch_size: int = 4
     sequence_length: int = 256
     learning_rate: float = 3e-3
     mtp_weight: float = 0.3
     gamma: float = 0.005
+
+    def __post_init__(self):
+        lowest = {"seed": 0, "batch_size": 1, "sequence_length": 3, "mtp_weight": 0, "gamma": 0}
+        for name, bound in lowest.items():
+            value = getattr(self, name)
+            if not bound <= value < math.inf:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag}={value} must be a number of at least {bound}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"--learning-rate={self.learning_rate} must be a number above 0")
 
 
 class TrainingRun:
@@ -679,12 +690,6 @@ def open_run(arguments):
     options = RunOptions(**{name: value for name, value in chosen.items() if value is not None})
     if options.steps is None and options.minutes is None:
         options.minutes = DEFAULT_MINUTES
-    if options.batch_size < 1 or options.sequence_length < 3 or options.learning_rate <= 0:
-        raise ValueError(
-            f"--batch-size={options.batch_size} must be at least 1, "
-            f"--sequence-length={options.sequence_length} at least 3 and "
-            f"--learning-rate={options.learning_rate} above 0"
-        )
     return TrainingRun(new_directory(arguments.out), options, arguments.device)
 
 
@@ -694,6 +699,8 @@ DEFAULT_MINUTES = 4.6
 def new_directory(asked):
     """A run directory that holds no run yet: the one asked for, or the next free default."""
     if asked is not None:
+        if pathlib.Path(asked).is_file():
+            raise ValueError(f"--out {asked} is a file, want a directory")
         if (pathlib.Path(asked) / "checkpoint").exists():
             raise ValueError(f"--out {asked} already holds a run: resume it or choose another")
         return pathlib.Path(asked)
