@@ -13,7 +13,8 @@ the same function, computed in another order.
     o_i = Σ_j softmax_j((q_C·k_C + q_R·k_R) / √(N + R)) v_C        (one scale for both scores)
     absorbed:  q_C·k_C = (W_UKᵀ q_C)·c_KV        o_i = W_UV Σ_j p_j c_KV
 
-Papers: DeepSeek-V2 (2024), section 2.1, equations 9–19 and 37–47, Table 1; cache sizes: "Insights
+Papers: DeepSeek-V2 (2024), section 2.1, equations 9–19 and 37–47, Table 1, the
+norms of the latents in 3.1.2; cache sizes: "Insights
 into DeepSeek-V3" (2025), Table 1. Attribute names are those of the released checkpoints.
 Simplified: nothing; rotary positions arrive in phase 7 by overriding `rotate`.
 
@@ -31,6 +32,7 @@ from multihead_attention_coded import GrowingBuffer, fused_attention
 from self_attention_coded import (
     Demonstration,
     demonstration_parser,
+    expanded_mask,
     one_line_errors,
     parse_arguments,
     scaled_dot_product_attention,
@@ -121,7 +123,8 @@ class MultiHeadLatentAttention(nn.Module):
         Args:
             positions: (T,) or (B, T); default: they follow on from what the cache holds.
             mask: boolean, broadcastable to (B, H, T, S), on top of the causal one.
-            cache: a `LatentCache`; the T tokens are appended and attend to all that it holds.
+            cache: a `LatentCache`; the T tokens are appended and attend to all that it holds. For
+                inference: no gradient flows through what is cached.
             path: "expanded" rebuilds keys and values (best for many queries: training, prompts),
                 "absorbed" attends to the latents themselves (best for few: decoding), "naive"
                 goes head by head through the equations. All three are the same function.
@@ -131,9 +134,16 @@ class MultiHeadLatentAttention(nn.Module):
         paths = dict(expanded=self._expanded, absorbed=self._absorbed, naive=self._naive)
         if path not in paths:
             raise ValueError(f"path={path!r} must be one of {', '.join(paths)}")
+        B, T, _ = hidden.shape
         past = 0 if cache is None else cache.length
         if positions is None:
-            positions = torch.arange(past, past + hidden.shape[1], device=hidden.device)
+            positions = torch.arange(past, past + T, device=hidden.device)
+        if positions.shape not in ((T,), (B, T)):
+            raise ValueError(
+                f"positions must be ({T},) or ({B}, {T}), got {tuple(positions.shape)}"
+            )
+        if mask is not None:
+            mask = expanded_mask(mask, (B, self.num_heads, T, past + T))
         q_nope_BHTN, q_rope_BHTR = self.queries(hidden)
         latent_BTC, k_rope_BTR = self.compress(hidden)
         q_rope_BHTR, k_rope_BTR = self.rotate(q_rope_BHTR, k_rope_BTR, positions)
@@ -233,10 +243,13 @@ def decode_flops(attention, context, path):
 def print_cache_tables(demo):
     """DeepSeek-V2's Table 1 with V2's own sizes, and the published KB per token."""
     v2 = dict(layers=60, heads=128, head_width=128, groups=8, latent=512, rotary=64)
-    demo.note("numbers cached per token, DeepSeek-V2's size (60 layers, 128 heads of 128):")
-    for kind in ("MHA", "GQA", "MQA", "MLA"):
+    published = {"MHA": 1_966_080, "GQA": 122_880, "MQA": 15_360, "MLA": 34_560}
+    for kind, numbers in published.items():
         elements = cache_elements_per_token(kind, **v2)
-        demo.note(f"    {kind}  {elements:>9,}  = {elements / (128 * 60):6.2f} · d_h · l")
+        demo.check(
+            f"V2's size (60 layers, 128 heads of 128): {kind}", "numbers cached per token",
+            f"{elements:>9,} = {elements / (128 * 60):6.2f} · d_h · l", elements == numbers,
+        )  # fmt: skip
     models = {
         "LLaMA-3.1-405B (GQA)": ("GQA", dict(layers=126, groups=8, head_width=128), 516.096),
         "Qwen-2.5-72B (GQA)": ("GQA", dict(layers=80, groups=8, head_width=128), 327.680),

@@ -68,21 +68,31 @@ class Routing(NamedTuple):
     scores: torch.Tensor
     kept: torch.Tensor | None = None
 
+    def dropped(self):
+        """How many choices found no room."""
+        return 0 if self.kept is None else int((~self.kept).sum())
+
 
 def expert_counts(indices, num_experts, token_mask=None):
     """(E,) how often each expert was chosen. indices (M, A); token_mask (M,), False = padding."""
     if token_mask is not None:
-        indices = indices[token_mask]
+        indices = indices[token_mask.bool()]
     return torch.bincount(indices.flatten(), minlength=num_experts)
+
+
+def fp32_logits(x_MD, weight_ED):
+    """W x in FP32 whatever the input is: a rounded affinity may choose another expert."""
+    with torch.autocast(x_MD.device.type, enabled=False):
+        return F.linear(x_MD.float(), weight_ED.float())
 
 
 # %% Switch: one expert a token, and a capacity
 class SwitchRouter(nn.Module):
     """Top-1 routing: g = softmax(W x) of the best expert; an expert takes so many tokens at most.
 
-    Capacity = capacity_factor · M / E, rounded down, at least 1 (section 2.2). Tokens come first
-    come, first served; a dropped token gets no expert: the residual connection around the layer
-    passes it through.
+    Capacity = capacity_factor · M / E (section 2.2), here rounded down and at least 1. First come,
+    first served; a dropped token gets no expert: the residual connection around the layer passes
+    it through. So an output depends on the other tokens of the batch, unlike the routers below.
     """
 
     num_experts_per_tok = 1
@@ -100,13 +110,20 @@ class SwitchRouter(nn.Module):
     def capacity(self, tokens):
         return max(1, int(self.capacity_factor * tokens / self.num_experts))
 
-    def forward(self, x_MD):
-        """(M, D) → `Routing` with A = 1; weights of dropped tokens are kept but unused."""
-        scores_ME = F.linear(x_MD.float(), self.weight.float()).softmax(dim=-1)
+    def forward(self, x_MD, token_mask=None):
+        """(M, D) → `Routing` with A = 1; weights of dropped tokens are there but unused.
+
+        token_mask (M,): False = padding, which takes no place in a queue.
+        """
+        scores_ME = fp32_logits(x_MD, self.weight).softmax(dim=-1)
         weights_M1, indices_M1 = scores_ME.max(dim=-1, keepdim=True)
-        arrivals_ME = F.one_hot(indices_M1.squeeze(1), self.num_experts)
+        real_M1 = torch.ones_like(indices_M1, dtype=torch.bool)
+        if token_mask is not None:
+            real_M1 = token_mask.bool().unsqueeze(1)
+        arrivals_ME = F.one_hot(indices_M1.squeeze(1), self.num_experts) * real_M1
         place_M1 = arrivals_ME.cumsum(dim=0).gather(1, indices_M1)  # 1 = first in the queue
-        return Routing(weights_M1, indices_M1, scores_ME, place_M1 <= self.capacity(len(x_MD)))
+        has_room_M1 = place_M1 <= self.capacity(int(real_M1.sum()))
+        return Routing(weights_M1, indices_M1, scores_ME, has_room_M1 & real_M1)
 
 
 # %% DeepSeekMoE: the top A of many fine-grained experts, chosen within the best groups
@@ -116,7 +133,8 @@ class TopKRouter(nn.Module):
     `scoring_func`: "softmax" (V2) or "sigmoid" (V3). `topk_method`: "greedy" (V2-Lite),
     "group_limited_greedy" (V2: a group counts as much as its best expert) or "noaux_tc" (V3: with
     the bias `e_score_correction_bias`; a group counts as much as its two best biased scores).
-    Only the experts of the best `topk_group` of `n_group` groups can be chosen.
+    Only the experts of the best `topk_group` of `n_group` groups can be chosen. `norm_topk_prob`:
+    the chosen weights are divided by their sum (V3). `routed_scaling_factor`: c above.
     """
 
     def __init__(
@@ -160,9 +178,17 @@ class TopKRouter(nn.Module):
             self.register_buffer("e_score_correction_bias", torch.zeros(n_routed_experts))
         self.register_buffer("load", torch.zeros(n_routed_experts, dtype=torch.long), False)
 
-    def forward(self, x_MD):
-        """(M, D) → `Routing`, computed in FP32 whatever the input is."""
-        logits_ME = F.linear(x_MD.float(), self.weight.float())
+    def _apply(self, fn, recurse=True):
+        """Moves like any module, but keeps the bias in FP32: BF16 would swallow steps of γ."""
+        bias = self._buffers.get("e_score_correction_bias")
+        super()._apply(fn, recurse)
+        if bias is not None and not bias.is_meta:
+            self.e_score_correction_bias = bias.to(self.weight.device)
+        return self
+
+    def forward(self, x_MD, token_mask=None):
+        """(M, D) → `Routing`, in FP32. `token_mask` is without effect: tokens do not compete."""
+        logits_ME = fp32_logits(x_MD, self.weight)
         softmax = self.scoring_func == "softmax"
         scores_ME = logits_ME.softmax(dim=-1) if softmax else logits_ME.sigmoid()
         choice_ME = scores_ME.detach()
@@ -207,7 +233,7 @@ def switch_balance_loss(scores_ME, indices_MA, alpha, token_mask=None):
 def _fractions_and_scores(scores_ME, indices_MA, token_mask):
     """f (E,): E/(A M) · tokens choosing each expert. P (E,): mean score. Padding left out."""
     if token_mask is not None:
-        scores_ME, indices_MA = scores_ME[token_mask], indices_MA[token_mask]
+        scores_ME, indices_MA = scores_ME[token_mask.bool()], indices_MA[token_mask.bool()]
     tokens, num_experts = scores_ME.shape
     counts_E = expert_counts(indices_MA, num_experts)
     fractions_E = counts_E * (num_experts / max(1, indices_MA.numel()))
@@ -235,7 +261,7 @@ def communication_balance_loss(
     D is `devices`; M' is `max_devices`, how many devices a token may be sent to.
     """
     if token_mask is not None:
-        scores_ME, indices_MA = scores_ME[token_mask], indices_MA[token_mask]
+        scores_ME, indices_MA = scores_ME[token_mask.bool()], indices_MA[token_mask.bool()]
     tokens, num_experts = scores_ME.shape
     chosen_ME = torch.zeros_like(scores_ME, dtype=torch.bool).scatter(1, indices_MA, True)
     sent = _experts_of_devices(chosen_ME, devices).any(dim=-1).sum(dim=0)
@@ -246,7 +272,7 @@ def communication_balance_loss(
 
 def _experts_of_devices(per_expert, devices):
     """(..., E) → (..., devices, E / devices): neighbours share a device."""
-    if per_expert.shape[-1] % devices:
+    if devices < 1 or per_expert.shape[-1] % devices:
         raise ValueError(f"{per_expert.shape[-1]} experts must be divisible by {devices} devices")
     return per_expert.unflatten(-1, (devices, -1))
 
@@ -262,12 +288,14 @@ def sequence_balance_loss(scores_BTE, experts_per_token, alpha, token_mask=None)
     chosen_BTE = torch.zeros_like(scores_BTE).scatter(2, top_BTA, 1.0)
     if token_mask is None:
         token_mask = torch.ones_like(scores_BTE[..., 0], dtype=torch.bool)
-    real_BT1 = token_mask.unsqueeze(-1)
+    real_BT1 = token_mask.bool().unsqueeze(-1)
     lengths_B1 = real_BT1.sum(dim=1).clamp(min=1)
     num_experts = scores_BTE.shape[-1]
     fractions_BE = (chosen_BTE * real_BT1).sum(dim=1) * num_experts / experts_per_token / lengths_B1
     mean_shares_BE = (shares_BTE * real_BT1).sum(dim=1) / lengths_B1
-    return alpha * (fractions_BE * mean_shares_BE).sum(dim=-1).mean()
+    has_tokens_B = real_BT1.any(dim=1).squeeze(-1)
+    per_sequence_B = (fractions_BE * mean_shares_BE).sum(dim=-1)
+    return alpha * per_sequence_B.sum() / has_tokens_B.sum().clamp(min=1)
 
 
 # %% The experts, and three ways to run them
@@ -328,11 +356,11 @@ class Experts(nn.Module):
 def grouped_linear(rows, weights, ends):
     """`F.linear` of each expert on its own run of rows: (P, in), (E, out, in), (E,) → (P, out).
 
-    `ends` (int32): where each expert's run ends. One kernel call where rows are a multiple of 16
-    bytes, as the kernel demands; a product per expert elsewhere.
+    `ends` (int32): where each expert's run ends. One kernel call where the kernel can: one dtype of
+    at most 32 bits, rows of a multiple of 16 bytes; a product per expert elsewhere.
     """
-    fits = all(width * rows.element_size() % 16 == 0 for width in weights.shape[1:])
-    if fits:
+    fits = rows.dtype == weights.dtype and rows.element_size() <= 4 and not rows.is_mps
+    if fits and all(width * rows.element_size() % 16 == 0 for width in weights.shape[1:]):
         return F.grouped_mm(rows, weights.transpose(-2, -1), offs=ends)
     starts = [0, *ends.tolist()[:-1]]
     runs = [
@@ -356,6 +384,15 @@ class MixtureOfExperts(nn.Module):
         self, hidden_size, moe_intermediate_size, router, n_shared_experts=0, balance_loss=None
     ):
         super().__init__()
+        if min(hidden_size, moe_intermediate_size) < 1 or n_shared_experts < 0:
+            raise ValueError(
+                f"hidden_size={hidden_size} and moe_intermediate_size={moe_intermediate_size} must "
+                f"be at least 1, n_shared_experts={n_shared_experts} at least 0"
+            )
+        if router.weight.shape[1] != hidden_size:
+            raise ValueError(
+                f"the router reads width {router.weight.shape[1]}, want hidden_size={hidden_size}"
+            )
         self.gate = router
         self.experts = Experts(router.num_experts, hidden_size, moe_intermediate_size)
         self.shared_experts = None
@@ -372,12 +409,19 @@ class MixtureOfExperts(nn.Module):
         """
         if dispatch not in ("grouped", "loop", "dense"):
             raise ValueError(f"dispatch={dispatch!r} must be 'grouped', 'loop' or 'dense'")
+        hidden_size = self.gate.weight.shape[1]
+        if x.dim() < 2 or x.shape[-1] != hidden_size:
+            raise ValueError(f"input must be (..., T, {hidden_size}), got {tuple(x.shape)}")
+        if token_mask is not None and token_mask.shape != x.shape[:-1]:
+            raise ValueError(
+                f"token_mask must be {tuple(x.shape[:-1])}, got {tuple(token_mask.shape)}"
+            )
         x_MD = x.flatten(0, -2)
-        routing = self.gate(x_MD)
+        routing = self.gate(x_MD, None if token_mask is None else token_mask.flatten())
         output_MD = getattr(self.experts, dispatch)(x_MD, routing)
         if self.shared_experts is not None:
             output_MD = output_MD + self.shared_experts(x_MD)
-        if self.training:
+        if self.training and torch.is_grad_enabled():
             self._record(routing, x.shape[:-1], token_mask)
         self.last_routing = Routing(*(None if t is None else t.detach() for t in routing))
         return output_MD.view_as(x)
@@ -392,6 +436,10 @@ class MixtureOfExperts(nn.Module):
 
 def balance_within_sequences(alpha, routing, batch_shape, token_mask):
     """`sequence_balance_loss` in the form that `MixtureOfExperts` calls (bind `alpha` first)."""
+    if len(batch_shape) != 2:
+        raise ValueError(
+            f"a loss within sequences needs input (B, T, D), got {(*batch_shape, 'D')}"
+        )
     scores_BTE = routing.scores.unflatten(0, batch_shape)
     return sequence_balance_loss(scores_BTE, routing.indices.shape[1], alpha, token_mask)
 
@@ -448,7 +496,7 @@ def train_on_clusters(balancing, steps, gamma, seed, device="cpu"):
     maps = torch.randn(8, D, D, generator=generator) / D**0.5
     popularity = 1.0 / torch.arange(1, 9)
     if balancing == "loss":
-        router = TopKRouter(D, E, 2, scoring_func="softmax", topk_method="greedy")
+        router = TopKRouter(D, E, 2, "softmax", "greedy", norm_topk_prob=False)
         loss_function = functools.partial(balance_over_batch, 0.1)
     else:
         router, loss_function = TopKRouter(D, E, 2), None
@@ -509,11 +557,39 @@ def check_dispatches(demo, device):
         demo.same(f"{name}: loop = dense", "(B, T, D)", results["loop"], results["dense"])
         demo.same(f"{name}: grouped = dense", "(B, T, D)", results["grouped"], results["dense"])
         if isinstance(router, SwitchRouter):
-            kept_M = layer.last_routing.kept.squeeze(1)
-            extra_MD = (layer(x_BTD) - layer.shared_experts(x_BTD)).flatten(0, 1)
-            demo.check("Switch: dropped tokens get no routed expert", "M 40",
-                       f"{(~kept_M).sum()} dropped",
-                       bool((~kept_M).any() and extra_MD[~kept_M].abs().max() < 1e-6))  # fmt: skip
+            check_dropped_tokens(demo, layer, x_BTD)
+
+
+def check_dropped_tokens(demo, layer, x_BTD):
+    """In a block, a token without an expert keeps what attention and shared experts gave it."""
+    block = TransformerBlock(MultiHeadAttention(32, 4), layer).to(x_BTD.device)
+    output_BTD = block(x_BTD)
+    hidden_BTD = x_BTD + block.self_attn(block.input_layernorm(x_BTD))
+    shared_BTD = layer.shared_experts(block.post_attention_layernorm(hidden_BTD))
+    routing = layer.last_routing
+    kept_BT = routing.kept.view(2, 20)
+    change_BT = (output_BTD - hidden_BTD - shared_BTD).abs().amax(dim=-1)
+    untouched = change_BT[~kept_BT].max() < 1e-5 < change_BT[kept_BT].min()
+    dropped = routing.dropped()
+    demo.check("Switch: dropped tokens are passed through", "M 40", f"{dropped} dropped",
+               bool(dropped > 0 and untouched))  # fmt: skip
+
+
+def check_balance_losses(demo):
+    """Every loss is its α when experts, devices and sequences are used alike."""
+    even_ME, turns_MA = torch.full((64, 8), 1 / 8), torch.arange(128).view(64, 2) % 8
+    # each token's best two experts are one further than the last token's
+    turning_BTE = torch.stack([torch.linspace(1, 2, 8).roll(t) for t in range(8)])[None]
+    losses = {
+        "Switch": (switch_balance_loss(even_ME, torch.arange(64)[:, None] % 8, 0.01), 0.01),
+        "expert": (expert_balance_loss(even_ME, turns_MA, 0.003), 0.003),
+        "device": (device_balance_loss(even_ME, turns_MA, 0.05, 4), 0.05),
+        "communication": (communication_balance_loss(even_ME, turns_MA, 0.02, 4, 1), 0.02),
+        "sequence": (sequence_balance_loss(turning_BTE, 2, 1e-4), 1e-4),
+    }
+    for name, (loss, alpha) in losses.items():
+        demo.check(f"{name} balance loss is α at balance", "", f"{loss:.4f}, α {alpha}",
+                   abs(loss - alpha) < 1e-6)  # fmt: skip
 
 
 @one_line_errors
@@ -528,11 +604,7 @@ def main(argv=None):
     demo = Demonstration("moe_coded.py", arguments.device, arguments.seed)
     check_dispatches(demo, arguments.device)
 
-    even_ME = torch.full((64, 8), 1 / 8)
-    turns_MA = torch.arange(128).view(64, 2) % 8
-    loss = expert_balance_loss(even_ME, turns_MA, alpha=0.003)
-    demo.check("balance loss is α at perfect balance", "", f"{loss:.4f}, α 0.003",
-               abs(loss - 0.003) < 1e-7)  # fmt: skip
+    check_balance_losses(demo)
     all_params, used_params = expert_parameters(7168, 2048, routed=256, active=8, shared=1)
     demo.check("V3, experts of one layer", "parameters",
                f"{all_params / 1e9:.2f}B exist, {used_params / 1e9:.2f}B used a token",

@@ -9,17 +9,22 @@ modules can be thrown away, or kept to draft tokens that the main model then che
 decoding, which changes the speed and not one token of the output.
 
     h_k,i = Block_k( W_k [ RMSNorm(Emb(t_{i+k})) ; RMSNorm(h_{k−1,i}) ] ),    h_0 = main model
-    P_k(t_{i+k+1}) = softmax(Head(RMSNorm(h_k,i)))        (released order; eq. 21 has h first)
+    P_k(t_{i+k+1}) = softmax(Head(RMSNorm(h_k,i)))
     L = L_main + λ/depths · Σ_k L_k
+
+The embedding comes first as in the released weights; equation 21 has the hidden state first.
 
 Papers: DeepSeek-V3 (2024), section 2.2, equations 21–25, and 5.4.3; Gloeckle et al. (2024) for
 the independent heads; Leviathan et al. (2023) for speculative decoding.
-Simplified: greedy speculation of one sequence at a time.
+Simplified: greedy speculation of one sequence at a time; each loss is a mean over the targets that
+count, where equation 24 divides by the sequence length.
 
 Dimensions: B batch · T query positions · D model width · W vocabulary.
 
 Run:  python mtp_coded.py [--steps 100] [--depth 2]
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -229,8 +234,8 @@ class CausalLM(nn.Module):
     def _check_generation(self, input_ids, max_new_tokens, temperature, attention_mask):
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 0")
-        if temperature < 0:
-            raise ValueError(f"temperature={temperature} must be at least 0")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature={temperature} must be a number of at least 0")
         self._check_tokens(input_ids, past=0)
         length = input_ids.shape[1] + max_new_tokens
         if self.max_positions is not None and length > self.max_positions:
@@ -309,6 +314,8 @@ def _shifted_loss(logits, input_ids, shift, document_ids, token_mask):
 def speculative_generate(model, input_ids, max_new_tokens, eos_token_id=None):
     """Greedy decoding of one sequence, (1, T) → (1, T + new), token for token as without drafts.
 
+    (Up to ties: a pass over several tokens rounds differently in the last bit than one over one.)
+
     A round: the main model reads the last confirmed token and the drafts after it. Its own choices
     confirm drafts from the left until the first that differs; there its own choice stands. Both
     caches are rolled back to what is confirmed. Then the MTP modules draft one token each.
@@ -319,7 +326,9 @@ def speculative_generate(model, input_ids, max_new_tokens, eos_token_id=None):
     if not model.mtp:
         raise ValueError("speculative decoding needs MTP modules, and this model has none")
     if input_ids.shape[0] != 1:
-        raise ValueError(f"one sequence at a time: input_ids must be (1, T), got {input_ids.shape}")
+        got = tuple(input_ids.shape)
+        raise ValueError(f"one sequence at a time: input_ids must be (1, T), got {got}")
+    model._check_generation(input_ids, max_new_tokens, 0.0, None)
     depth = len(model.mtp)
     caches = model.new_caches()
     draft_caches = model.new_caches([predictor.block for predictor in model.mtp])
@@ -363,8 +372,10 @@ def _draft(model, tokens, hidden, draft_caches, depth):
     start = draft_caches[0].length
     future_ids, drafts, state = tokens[:, start + 1 :], [], hidden
     for predictor, cache in zip(model.mtp, draft_caches, strict=True):
-        state = predictor(state, future_ids, cache=cache)
-        drafts.append(model.lm_head(state[:, -1:]).argmax(dim=-1))
+        output = predictor(state, future_ids, cache=cache)
+        drafts.append(model.lm_head(output[:, -1:]).argmax(dim=-1))
+        if not isinstance(predictor, IndependentHead):
+            state = output
         future_ids = torch.cat([future_ids[:, 1:], drafts[-1]], dim=1)
     certain = max(start, tokens.shape[1] - depth)
     for cache in draft_caches:
@@ -481,10 +492,15 @@ def main(argv=None):
     train_small(model, arguments.steps, 0.3, device, arguments.seed)
     prompt = small_language(8, seed=4)[None].to(device)
     plain = model.generate(prompt, 64)
-    drafted, figures = speculative_generate(model, prompt, 64)
-    demo.check("speculative decoding = plain greedy", "(1, T + new)",
-               f"{figures['accepted']} of {figures['drafted']} drafts taken, {figures['forwards']} "
-               "passes for 64", torch.equal(plain, drafted))  # fmt: skip
+    for name in ("trained", "spoilt"):
+        drafted, figures = speculative_generate(model, prompt, 64)
+        taken = f"{figures['accepted']} of {figures['drafted']} drafts taken"
+        demo.check(
+            f"speculation with {name} modules = plain greedy", "(1, T + new)",
+            f"{taken}, {figures['forwards']} passes for 64", torch.equal(plain, drafted),
+        )  # fmt: skip
+        for predictor in model.mtp:  # drafts that are wrong change the speed, not the text
+            torch.nn.init.normal_(predictor.eh_proj.weight, std=0.3)
     demo.finish(
         "--depth 4: do later drafts get accepted?", "--steps 400: does MTP help the next token?"
     )

@@ -8,14 +8,14 @@ letting several query heads share a key/value head; multi-query attention (MQA) 
 Phase 4 shows DeepSeek's better bargain.
 
     head_h = Attention(X W_Q^h, X W_K^g, X W_V^g)   with g = ⌊h · groups / H⌋
-    MultiHead(X) = [head_1; …; head_H] W_O
+    MultiHead(X) = [head_0; …; head_{H−1}] W_O
 
 Papers: Vaswani et al. (2017), section 3.2.2; Shazeer (2019), multi-query attention; Ainslie et
 al. (2023), grouped-query attention. Cache sizes: DeepSeek-V2, Table 1.
 Simplified: no positions (phase 7); query, key and value heads have equal widths.
 
 Dimensions: B batch · T query positions · S key positions · D model width · H heads · K head
-width.
+width · V value width.
 
 Run:  python multihead_attention_coded.py [--heads 8] [--kv-heads 2]
 """
@@ -28,6 +28,7 @@ from causal_attention_coded import causal_mask
 from self_attention_coded import (
     Demonstration,
     demonstration_parser,
+    expanded_mask,
     one_line_errors,
     parse_arguments,
     scaled_dot_product_attention,
@@ -38,11 +39,14 @@ from self_attention_coded import (
 def fused_attention(query, key, value, mask=None, scale=None, dropout_p=0.0, causal=False):
     """`scaled_dot_product_attention` by PyTorch's fused kernel; returns the output only.
 
-    Args: as phase 1, with heads: query (B, H, T, K), key (B, G, S, K), value (B, G, S, V), where H
-        is a multiple of G. `causal` adds the causal mask; the last query sees the last key.
+    Args: as phase 1, with heads: query (B, H, T, K), key (B, groups, S, K), value (B, groups, S,
+        V), where H is a multiple of groups. `causal` adds the causal mask; the last query sees the
+        last key.
     Returns: (B, H, T, V).
     """
     T, S, value_width = query.shape[-2], key.shape[-2], value.shape[-1]
+    if mask is not None:
+        mask = expanded_mask(mask, (*query.shape[:-1], S))
     # The kernel's own is_causal flag aligns the *first* query with the first key.
     use_flag = causal and mask is None and T == S
     if causal and not use_flag and T > 1:
@@ -94,6 +98,8 @@ class GrowingBuffer:
         self.storage = storage
 
     def view(self):
+        if self.storage is None:
+            raise ValueError("the cache is empty: nothing was appended yet")
         return self.storage[..., : self.length, :]
 
     def truncate(self, length):
@@ -107,7 +113,7 @@ class GrowingBuffer:
 
 
 class KVCache:
-    """Keys and values of one layer, (B, G, length, K) each: 2 · G · K numbers a token.
+    """Keys and values of one layer, (B, groups, length, K) each: 2 · groups · K numbers a token.
 
     `capacity`: room for so many tokens is set aside at the first append.
     """
@@ -167,7 +173,8 @@ class MultiHeadAttention(nn.Module):
 
         Args:
             mask: boolean, broadcastable to (B, H, T, S), on top of the causal one.
-            cache: a `KVCache`; the T tokens are appended and attend to all that it holds.
+            cache: a `KVCache`; the T tokens are appended and attend to all that it holds. For
+                inference: no gradient flows through what is cached.
             causal: False lets every token see every other.
             path: "fused" (PyTorch's kernel), "explicit" (phase 1's function, all heads at once)
                 or "loop" (head by head, the naive reference).
@@ -175,40 +182,44 @@ class MultiHeadAttention(nn.Module):
         d_model = self.q_proj.in_features
         if x.dim() != 3 or x.shape[-1] != d_model:
             raise ValueError(f"input must be (B, T, {d_model}), got {tuple(x.shape)}")
+        if path not in ("fused", "explicit", "loop"):
+            raise ValueError(f"path={path!r} must be 'fused', 'explicit' or 'loop'")
+        if mask is not None:  # before the cache changes
+            past = 0 if cache is None else cache.length
+            shape = (x.shape[0], self.num_heads, x.shape[1], past + x.shape[1])
+            mask = expanded_mask(mask, shape)
         q_BHTK = self._heads(self.q_proj(x))
-        k_BGSK, v_BGSK = self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
+        keys, values = self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
         if cache is not None:
-            k_BGSK, v_BGSK = cache.append(k_BGSK, v_BGSK)
+            keys, values = cache.append(keys, values)
         dropout = self.dropout if self.training else 0.0
         if path == "fused":
             heads = fused_attention(
-                q_BHTK, k_BGSK, v_BGSK, mask, dropout_p=dropout, causal=causal
+                q_BHTK, keys, values, mask, dropout_p=dropout, causal=causal
             )  # fmt: skip
-        elif path in ("explicit", "loop"):
+        else:
             if causal:
-                triangle_TS = causal_mask(x.shape[1], k_BGSK.shape[-2], device=x.device)
+                triangle_TS = causal_mask(x.shape[1], keys.shape[-2], device=x.device)
                 mask = triangle_TS if mask is None else mask & triangle_TS
             attend = self._explicit if path == "explicit" else self._loop
-            heads = attend(q_BHTK, k_BGSK, v_BGSK, mask, dropout)
-        else:
-            raise ValueError(f"path={path!r} must be 'fused', 'explicit' or 'loop'")
+            heads = attend(q_BHTK, keys, values, mask, dropout)
         return self.o_proj(heads.transpose(-3, -2).flatten(-2))
 
-    def _explicit(self, q_BHTK, k_BGSK, v_BGSK, mask, dropout):
+    def _explicit(self, q_BHTK, keys, values, mask, dropout):
         shared_by = self.num_heads // self.num_kv_heads
-        k_BHSK = k_BGSK.repeat_interleave(shared_by, dim=-3)
-        v_BHSK = v_BGSK.repeat_interleave(shared_by, dim=-3)
+        k_BHSK = keys.repeat_interleave(shared_by, dim=-3)
+        v_BHSK = values.repeat_interleave(shared_by, dim=-3)
         return scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, mask, dropout_p=dropout)[0]
 
-    def _loop(self, q_BHTK, k_BGSK, v_BGSK, mask, dropout):
-        shape = (*q_BHTK.shape[:-1], k_BGSK.shape[-2])
+    def _loop(self, q_BHTK, keys, values, mask, dropout):
+        shape = (*q_BHTK.shape[:-1], keys.shape[-2])
         mask_BHTS = None if mask is None else mask.expand(shape)
         heads = []
         for h in range(self.num_heads):
             group = h * self.num_kv_heads // self.num_heads
             one_mask = None if mask is None else mask_BHTS[:, h]
             head, _ = scaled_dot_product_attention(
-                q_BHTK[:, h], k_BGSK[:, group], v_BGSK[:, group], one_mask, dropout_p=dropout
+                q_BHTK[:, h], keys[:, group], values[:, group], one_mask, dropout_p=dropout
             )
             heads.append(head)
         return torch.stack(heads, dim=1)
@@ -244,7 +255,7 @@ def main(argv=None):
         cache_bytes[kind] = cache.used_bytes() // (2 * length)
     figures = ", ".join(f"{kind} {size}" for kind, size in cache_bytes.items())
     expected = {kind: 2 * heads * d_model // arguments.heads * 4 for kind, heads in kinds.items()}
-    demo.check("cache: 2 · G · K numbers of 4 bytes", "bytes per token", figures,
+    demo.check("cache: 2 · groups · K numbers of 4 bytes", "bytes per token", figures,
                cache_bytes == expected)  # fmt: skip
     demo.finish("--heads 16 --kv-heads 4", "--heads 4 --kv-heads 3: what does the error say?")
 

@@ -43,7 +43,10 @@ def inverse_frequencies(dim, base=10000.0):
     """θ_i = base^(−2i/dim) for the dim/2 pairs, in radians per position. (dim/2,)."""
     if dim < 2 or dim % 2:
         raise ValueError(f"rotary dim={dim} must be even and at least 2")
-    return 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    if not base > 1:
+        raise ValueError(f"rotary base={base} must be above 1")
+    # On the CPU whatever the default device: a table of a few numbers, exact in FP32.
+    return 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
 
 
 def rotation_matrix(position, thetas):
@@ -75,12 +78,15 @@ def apply_rotary(x, cos, sin):
 
 # %% Longer contexts: three ways to change the frequencies
 def position_interpolation(thetas, factor):
-    """All pairs slower by `factor`: positions are squeezed into the trained range."""
+    """All pairs slower by `factor`: positions squeezed into the old range (Chen et al., 2023)."""
     return thetas / factor
 
 
 def ntk_aware(dim, base, factor):
-    """A larger base: the fastest pair keeps its speed, the slowest is slowed by `factor`."""
+    """A larger base: the fastest pair keeps its speed, the slowest is slowed by `factor`.
+
+    YaRN (2023), section 3.1.
+    """
     if dim < 4:
         raise ValueError(f"NTK-aware scaling needs 2 or more pairs, got rotary dim={dim}")
     return inverse_frequencies(dim, base * factor ** (dim / (dim - 2)))
@@ -107,6 +113,10 @@ class YarnScaling:
     def __post_init__(self):
         if self.factor < 1:
             raise ValueError(f"YaRN factor={self.factor} must be at least 1")
+        if not self.beta_fast > self.beta_slow > 0:
+            raise ValueError(
+                f"beta_fast={self.beta_fast} must be above beta_slow={self.beta_slow}, that above 0"
+            )
         if self.original_max_position_embeddings < 1:
             raise ValueError(
                 f"original_max_position_embeddings={self.original_max_position_embeddings} "
@@ -129,7 +139,8 @@ class YarnScaling:
         thetas = inverse_frequencies(dim, base)
         low, high = self.ramp_ends(dim, base)
         width = high - low if high != low else 0.001
-        ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+        pairs = torch.arange(dim // 2, dtype=torch.float32, device="cpu")
+        ramp = ((pairs - low) / width).clamp(0, 1)
         return thetas / self.factor * ramp + thetas * (1 - ramp)
 
     def temperature(self, mscale):
@@ -159,10 +170,10 @@ class RotaryEmbedding(nn.Module):
         thetas = inverse_frequencies(dim, base)
         if scaling is not None:
             thetas = scaling.inverse_frequencies(dim, base)
-        self.register_buffer("inv_freq", thetas, persistent=False)
+        self.inv_freq = thetas  # no buffer: a cast of the model to BF16 would spoil far positions
 
     def forward(self, positions):
-        angles = positions.unsqueeze(-1).float() * self.inv_freq.float()
+        angles = positions.unsqueeze(-1).float() * self.inv_freq.to(positions.device)
         factor = 1.0 if self.scaling is None else self.scaling.cos_sin_factor
         return angles.cos() * factor, angles.sin() * factor
 
@@ -213,7 +224,7 @@ def check_three_forms(demo, dim, device):
     demo.same("real-valued form = rotation matrices", "(T, R)", real, matrices, 1e-5)
     demo.same("a rotation keeps the length", "(T,)", real.norm(dim=-1), x_TR.norm(dim=-1), 1e-4)
 
-    query_R, key_R = torch.randn(2, dim, dtype=torch.float64).to(device).float()
+    query_R, key_R = torch.randn(2, dim, device=device)
     shifts_T = torch.tensor([0, 3, 50, 2000], device=device)
     q_TR = apply_rotary(query_R.expand(4, dim), *rotary(shifts_T + 12))
     k_TR = apply_rotary(key_R.expand(4, dim), *rotary(shifts_T + 5))
@@ -258,6 +269,8 @@ def main(argv=None):
     parser.add_argument("--factor", type=float, default=40.0, help="how much longer the context")
     parser.add_argument("--original-length", type=int, default=4096, help="trained context")
     arguments = parse_arguments(parser, argv)
+    if arguments.dim < 4:
+        raise ValueError(f"--dim={arguments.dim} must be at least 4")
     demo = Demonstration("rope_coded.py", arguments.device, arguments.seed)
     check_three_forms(demo, arguments.dim, arguments.device)
     show_scaling(demo, arguments.dim, arguments.factor, arguments.original_length)

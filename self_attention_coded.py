@@ -64,16 +64,17 @@ def scaled_dot_product_attention(query, key, value, mask=None, scale=None, dropo
 
     Raises: ValueError on widths or lengths that do not fit, or a mask that is not boolean.
     """
+    if min(query.dim(), key.dim(), value.dim()) < 2:
+        raise ValueError("query, key and value must each be (..., length, width)")
     if query.shape[-1] != key.shape[-1]:
         raise ValueError(f"query width {query.shape[-1]} must equal key width {key.shape[-1]}")
     if key.shape[-2] != value.shape[-2]:
         raise ValueError(f"got {key.shape[-2]} keys for {value.shape[-2]} values, want as many")
-    if mask is not None and mask.dtype != torch.bool:
-        raise ValueError(f"mask must be boolean (True = may attend), got {mask.dtype}")
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1])
     scores = query @ key.transpose(-2, -1) * scale
     if mask is not None:
+        mask = expanded_mask(mask, scores.shape)
         scores = scores.masked_fill(~mask, float("-inf"))
         # A row of -inf only has no softmax. Zeros keep the forward and the backward pass finite.
         nothing_to_see = ~mask.any(dim=-1, keepdim=True)
@@ -83,6 +84,18 @@ def scaled_dot_product_attention(query, key, value, mask=None, scale=None, dropo
         weights = torch.softmax(scores, dim=-1)
     weights = nn.functional.dropout(weights, p=dropout_p)
     return weights @ value, weights
+
+
+def expanded_mask(mask, shape):
+    """A boolean mask as a view of shape (..., T, S); ValueError if it is no such mask."""
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask must be boolean (True = may attend), got {mask.dtype}")
+    try:
+        return mask.expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"mask must be broadcastable to {tuple(shape)}, got {tuple(mask.shape)}"
+        ) from None
 
 
 # %% The module
@@ -118,10 +131,11 @@ def softmax_health(d_k, scale, queries=256, keys=32, seed=0):
     """How saturated the softmax is for queries and keys of independent unit-variance entries.
 
     Q·K is then a sum of d_k products of variance 1: its standard deviation is √d_k. Unscaled, one
-    key soon takes all the weight, and the softmax passes no gradient back.
+    key soon takes all the weight, and the softmax passes ever less of a gradient back to its own
+    input as d_k grows; scaled, as much at any d_k.
 
     Returns: (mean of each row's largest weight, mean norm of the gradient that a unit-variance
-        gradient on the weights sends back to the scaled scores).
+        gradient on the weights sends back to the softmax's input).
     """
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(queries, d_k, generator=generator)
@@ -179,7 +193,7 @@ def parse_arguments(parser, argv):
     """`parser.parse_args(argv)`, with no arguments inside IPython, and the device picked."""
     inside_ipython = "IPython" in sys.modules and hasattr(sys.modules["builtins"], "get_ipython")
     arguments = parser.parse_args([] if argv is None and inside_ipython else argv)
-    arguments.device = pick_device(arguments.device)
+    arguments.device = pick_device(getattr(arguments, "device", None))
     return arguments
 
 
@@ -200,11 +214,17 @@ def one_line_errors(main):
 
     @functools.wraps(main)
     def wrapped(argv=None):
+        for stream in (sys.stdout, sys.stderr):  # a console without √ or λ must not end a run
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")
         try:
             return main(argv)
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            raise SystemExit(130) from None
 
     return wrapped
 
@@ -242,11 +262,11 @@ def main(argv=None):
         output_BTV[:, order],
     )  # fmt: skip
 
-    demo.note("why √d_k: largest weight of a row, and gradient that reaches the scores (32 keys)")
+    demo.note("why √d_k: largest weight of a row, and gradient through the softmax (32 keys)")
     widths = [width for width in (4, 16, 64, 256, 1024) if width < arguments.d_k] + [arguments.d_k]
     for d_k in widths:
-        plain_weight, plain_gradient = softmax_health(d_k, scale=1.0)
-        scaled_weight, scaled_gradient = softmax_health(d_k, scale=d_k**-0.5)
+        plain_weight, plain_gradient = softmax_health(d_k, scale=1.0, seed=arguments.seed)
+        scaled_weight, scaled_gradient = softmax_health(d_k, scale=d_k**-0.5, seed=arguments.seed)
         demo.note(
             f"  d_k {d_k:>4}:  unscaled {plain_weight:.3f}, gradient {plain_gradient:.4f}   "
             f"scaled {scaled_weight:.3f}, gradient {scaled_gradient:.4f}"
@@ -254,6 +274,11 @@ def main(argv=None):
     demo.check(
         "the scale keeps the softmax soft", f"d_k {d_k}",
         f"largest weight {plain_weight:.2f} → {scaled_weight:.2f}", scaled_weight < plain_weight,
+    )  # fmt: skip
+    demo.check(
+        "and keeps its gradient alive", f"d_k {d_k}",
+        f"{plain_gradient:.3f} → {scaled_gradient:.3f}",
+        scaled_gradient > plain_gradient or d_k < 64,
     )  # fmt: skip
     demo.finish("--d-k 4096: how saturated does the unscaled softmax get?", "--seed 1")
 

@@ -13,7 +13,10 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def write_json(path, content):
-    _write_then_rename(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2)))
+    _write_then_rename(
+        path,
+        lambda temporary: temporary.write_text(json.dumps(content, indent=2), encoding="utf-8"),
+    )
 
 
 def write_tensors(path, tensors):
@@ -30,6 +33,8 @@ def _write_then_rename(path, write):
     try:
         write(temporary)
         os.replace(temporary, path)
+    except SafetensorError as error:  # a full disk, say
+        raise OSError(f"{path} cannot be written: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -37,7 +42,7 @@ def _write_then_rename(path, write):
 def read_json(path):
     """ValueError naming the file if it is missing or no JSON object."""
     try:
-        content = json.loads(pathlib.Path(path).read_text())
+        content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
@@ -51,7 +56,10 @@ def tensor_files(directory):
     """{tensor name: file} of a checkpoint directory, in one file or in shards with an index."""
     directory = pathlib.Path(directory)
     if (directory / INDEX).exists():
-        weight_map = read_json(directory / INDEX).get("weight_map", {})
+        weight_map = read_json(directory / INDEX).get("weight_map")
+        files = weight_map.values() if isinstance(weight_map, dict) else [None]
+        if not all(isinstance(file, str) and pathlib.Path(file).name == file for file in files):
+            raise ValueError(f"{directory / INDEX}: weight_map must give a file name a tensor")
         return {name: directory / file for name, file in weight_map.items()}
     if not (directory / WEIGHTS).exists():
         raise ValueError(f"{directory} is no checkpoint: it has no {WEIGHTS}")
@@ -84,7 +92,11 @@ def replaced_directory(directory):
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     fresh.mkdir(parents=True)
-    yield fresh
+    try:
+        yield fresh
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
     if directory.exists():
         os.rename(directory, old)
     os.rename(fresh, directory)
@@ -96,8 +108,8 @@ def recover_directory(directory):
     directory = pathlib.Path(directory)
     fresh = directory.with_name(directory.name + ".new")
     old = directory.with_name(directory.name + ".old")
-    if not directory.exists() and old.exists() and fresh.exists():
-        os.rename(fresh, directory)
+    if not directory.exists() and old.exists():
+        os.rename(fresh if fresh.exists() else old, directory)
 
 
 # The state of a run that is not in the model
@@ -111,11 +123,18 @@ def optimizer_tensors(model, optimizer):
 
 
 def restore_optimizer(model, optimizer, tensors):
-    """Puts back what `optimizer_tensors` gave. `tensors`: pairs of name and tensor."""
-    parameters = dict(model.named_parameters())
+    """Puts back what `optimizer_tensors` gave, as pairs of name and tensor.
+
+    Every parameter that trains must have its state, all of the same kinds, moments in its shape;
+    ValueError otherwise.
+    """
+    parameters, kinds = dict(model.named_parameters()), {}
     for full_name, value in tensors:
-        name, key = full_name.rsplit("/", 1)
-        parameter = parameters[name]
-        # Step counts stay on the CPU, moments live with their parameter.
-        device = parameter.device if value.dim() else "cpu"
-        optimizer.state[parameter][key] = value.to(device)
+        name, _, key = full_name.rpartition("/")
+        parameter = parameters.get(name)
+        if parameter is None or value.shape not in ((), parameter.shape):
+            raise ValueError(f"optimizer state {full_name} {tuple(value.shape)} fits no parameter")
+        optimizer.state[parameter][key] = value.to(parameter.device)
+        kinds.setdefault(name, set()).add(key)
+    if kinds.keys() != parameters.keys() or len({frozenset(k) for k in kinds.values()}) > 1:
+        raise ValueError("the optimizer state is incomplete: the run cannot go on from it")

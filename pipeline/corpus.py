@@ -25,6 +25,7 @@ LEFT_OUT_FOLDERS = {
 }  # fmt: skip
 GENERATED = {"html/entities.py"}
 SMALLEST_CORPUS = 20_000  # bytes: below, a part would be a page or less
+SPLIT_SEED = 0  # one split for all runs, or one run would be tested on what another has seen
 PIECE = 16_384  # bytes: a user's few files are cut into documents of about this size
 
 
@@ -104,23 +105,23 @@ def cut_at_lines(document):
     return [Document(f"{document.name}#{i}", piece) for i, piece in enumerate(pieces)]
 
 
-def load_corpus(paths=None, seed=0, held_out=0.05):
+def load_corpus(paths=None, held_out=0.05):
     """Reads and splits the corpus: about `held_out` of the bytes for validation and for test each.
 
     Raises: ValueError naming what is wrong with a file; OSError if one cannot be read.
     """
-    documents = read_files(paths) if paths else standard_library()
+    # A text that occurs twice would stand in two parts.
+    unique = {d.text: d for d in (read_files(paths) if paths else standard_library())}
+    documents = list(unique.values())
     total = sum(document.size for document in documents)
     if total < SMALLEST_CORPUS or len(documents) < 3:
         raise ValueError(
             f"the text is too short: {total} bytes in {len(documents)} pieces, want at least "
             f"{SMALLEST_CORPUS} bytes and 3 pieces (lines must end somewhere)"
         )
-    digest = hashlib.sha256()
-    for document in documents:
-        digest.update(f"{document.name}\0{document.text}\0".encode())
-    order = sorted(documents, key=lambda document: document.name)
-    random.Random(seed).shuffle(order)
+    digest = hashlib.sha256("\0".join(document.text for document in documents).encode())
+    order = list(documents)
+    random.Random(SPLIT_SEED).shuffle(order)
     parts = {"test": [], "validation": []}
     for part in parts.values():
         while sum(document.size for document in part) < held_out * total and len(order) > 1:
@@ -149,7 +150,7 @@ def train_tokenizer(documents, vocab_size):
 def load_tokenizer(path):
     """Reads tokenizer.json. ValueError if it is not one."""
     try:
-        return Tokenizer.from_str(pathlib.Path(path).read_text())
+        return Tokenizer.from_str(pathlib.Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"no tokenizer: {error}") from None
     except Exception as error:  # the library raises plain Exception
@@ -158,6 +159,7 @@ def load_tokenizer(path):
 
 def encode(tokenizer, text):
     """Token ids of a text. The separator's name within a text is plain text."""
+    text.encode()  # ValueError for what is no Unicode text, such as a stray byte of the shell
     tokenizer.encode_special_tokens = True
     return tokenizer.encode(text, add_special_tokens=False).ids
 

@@ -24,7 +24,7 @@ def run_script(tmp_path):
         return subprocess.run(
             [sys.executable, str(ROOT / name), *map(str, arguments)],
             cwd=tmp_path, capture_output=True, text=True, timeout=timeout,
-            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
 
     return run

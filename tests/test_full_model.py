@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -382,14 +383,27 @@ def test_training_step_moves_the_bias_of_overloaded_experts_down_by_gamma():
     assert torch.equal(routers[0].e_score_correction_bias, before) and routers[0].load.sum() == 0
 
 
-def test_training_step_adds_the_balance_loss():
-    moved = []
-    for alpha in (0.0, 10.0):
-        torch.manual_seed(3)
-        model = build("v3", std=0.1, aux_loss_alpha=alpha)
-        step_once(model)
-        moved.append(model.layers[1].mlp.gate.weight.detach().clone())
-    assert not torch.equal(*moved)
+def test_training_step_lowers_the_balance_loss():
+    model, ids = build("v3", std=0.1, aux_loss_alpha=1000.0), ids_of(4, 20)
+    optimizer = torch.optim.SGD(model.parameters())
+    losses = [
+        training_step(model, optimizer, ids, torch.zeros_like(ids), 0.01, 0.0, 0.0)["balance_loss"]
+        for _ in range(8)
+    ]
+    assert losses[-1] < losses[0] - 1
+
+
+def test_norms_and_routers_do_not_decay():
+    model = build("v3", num_nextn_predict_layers=1)
+    decay = {
+        id(p): group["weight_decay"]
+        for group in build_optimizer(model, 1e-3).param_groups
+        for p in group["params"]
+    }
+    for name, parameter in model.named_parameters():
+        spared = "norm" in name or ".gate.weight" in name or name.endswith("bias")
+        assert (decay.pop(id(parameter)) == 0) == spared, name
+    assert not decay
 
 
 def test_training_step_clips_the_gradient_to_length_1():
@@ -499,6 +513,14 @@ def test_configuration_round_trips(tmp_path):
         ({"hidden_size": None}, "the configuration lacks hidden_size"),
         ({"model_type": None}, "model_type=None is not supported"),
         ({"model_type": "llama"}, "model_type='llama' is not supported, want deepseek_v2 or"),
+        ({"rope_theta": "x"}, "rope_theta='x' must be a number above 0"),
+        ({"rope_theta": 0}, "rope_theta=0 must be a number above 0"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps='x' must be a number"),
+        ({"attention_bias": "false"}, "attention_bias='false' must be true or false"),
+        ({"rope_scaling": "yarn"}, "rope_scaling='yarn' must be an object"),
+        ({"rope_scaling": {**YARN, "factor": "x"}}, "factor='x' must be a number"),
+        ({"rope_parameters": [1]}, "rope_parameters=.* must be an object"),
+        ({"quantization_config": "fp8"}, "quantization_config='fp8' must be an object"),
         ({"qk_rope_head_dim": 7}, "qk_rope_head_dim=7 must be even"),
         ({"scoring_func": "softmax"}, "scoring_func='softmax' is not supported for deepseek_v3"),
         ({"topk_method": "greedy"}, "topk_method='greedy' is not supported for deepseek_v3"),
@@ -653,22 +675,24 @@ def flags(options):
 
 
 @pytest.mark.integration
-def test_a_stopped_run_resumes_with_the_same_figures(small_run, tmp_path):
+def test_a_stopped_run_resumes_with_the_same_figures(small_run, tmp_path, monkeypatch):
     _, options = small_run
     whole = TrainingRun(tmp_path / "whole", RunOptions(**options, steps=8), "cpu")
     whole.train()
 
     stopped = TrainingRun(tmp_path / "stopped", RunOptions(**options, steps=8), "cpu")
-    step = stopped.step
+    update = stopped.optimizer.step
 
-    def interrupted(number, used):
-        if number == 5:
-            raise KeyboardInterrupt
-        return step(number, used)
+    def interrupted():
+        update()
+        if stopped.state.step == 4:
+            signal.raise_signal(signal.SIGINT)  # Ctrl-C between weights and routing bias
 
-    stopped.step = interrupted
-    with pytest.raises(SystemExit):
+    stopped.optimizer.step = interrupted
+    with pytest.raises(SystemExit) as exit_info:
         stopped.train()
+    assert exit_info.value.code == 130 and stopped.state.step == 5
+    monkeypatch.chdir(tmp_path / "stopped")  # from another directory
     full.main(["train", "--resume", str(tmp_path / "stopped"), "--device", "cpu"])
 
     one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "stopped"))
@@ -754,13 +778,20 @@ def test_evaluate_scores_all_of_a_users_file(small_run, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--data", "nowhere.txt"], "No such file"),
-        (["--data", "empty.txt"], "--data empty.txt: the file holds no text"),
+        (["--data", "empty.txt"], "empty.txt: the file holds no text"),
         (["--data", "short.txt"], "the text is too short"),
         (["--steps", "0"], "the training budget must be above 0, got 0"),
         (["--batch-size", "0", "--steps", "1"], "--batch-size=0 must be a number of at least 1"),
         (["--seed", "-1", "--steps", "1"], "--seed=-1 must be a number of at least 0"),
         (["--gamma", "nan", "--steps", "1"], "--gamma=nan must be a number of at least 0"),
         (["--learning-rate", "0", "--steps", "1"], "--learning-rate=0.0 must be a number above 0"),
+        (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+        (["--minutes", "inf"], "the training budget must be above 0, got inf"),
+        (["train", "--resume", "run", "--seed", "3"], "run holds no training run"),
+        (
+            ["--config", str(HERE / "configs" / "deepseek_v3.json"), "--steps", "1"],
+            "a quantised model cannot be trained",
+        ),
         (["--minutes", "nan"], "the training budget must be above 0, got nan"),
         (["--out", "short.txt", "--steps", "1"], "--out short.txt is a file"),
         (["--sequence-length", "9999", "--steps", "1"], "--sequence-length=9999 exceeds"),
@@ -812,6 +843,44 @@ def test_resuming_on_changed_text_is_refused(small_run, tmp_path):
     with pytest.raises(SystemExit) as exit_info:
         full.main(["train", "--resume", str(tmp_path / "run")])
     assert exit_info.value.code == 2
+
+
+@pytest.mark.integration
+def test_resuming_keeps_the_runs_options_and_says_when_it_is_done(small_run, tmp_path, capsys):
+    _, options = small_run
+    run = TrainingRun(tmp_path / "run", RunOptions(**options, steps=2), "cpu")
+    run.train()
+    resume = ["train", "--resume", str(tmp_path / "run")]
+    with pytest.raises(SystemExit):
+        full.main([*resume, "--seed", "3", "--out", "x"])
+    assert "leave out ['seed', 'out']" in capsys.readouterr().err
+    full.main(resume)
+    assert "already trained for the whole budget (2 steps)" in capsys.readouterr().out
+    full.main([*resume, "--steps", "4"])
+    assert "trained 4 steps" in capsys.readouterr().out
+
+
+@pytest.mark.integration
+def test_a_damaged_run_is_named_and_a_killed_save_is_recovered(small_run, tmp_path, capsys):
+    _, options = small_run
+    run = TrainingRun(tmp_path / "run", RunOptions(**options, steps=2), "cpu")
+    run.train()
+    run.checkpoint.rename(tmp_path / "run" / "checkpoint.old")  # killed between the two renames
+    with pytest.raises(SystemExit):
+        full.main(["--out", str(tmp_path / "run"), "--steps", "1"])
+    assert "already holds a run" in capsys.readouterr().err and run.checkpoint.is_dir()
+    for content in ({}, {"options": {"speed": 1}, "state": {}, "corpus": ""}, {"options": []}):
+        checkpoint.write_json(run.checkpoint / "run.json", content)
+        for command in (["train", "--resume"], ["evaluate", "--checkpoint"]):
+            with pytest.raises(SystemExit) as exit_info:
+                full.main([*command, str(tmp_path / "run")])
+            assert exit_info.value.code == 2
+            assert "run.json is damaged" in capsys.readouterr().err
+
+
+def test_flags_before_and_after_the_command_count():
+    arguments = full.build_parser().parse_args(["--steps", "20", "train", "--seed", "3"])
+    assert (arguments.steps, arguments.seed, arguments.resume) == (20, 3, None)
 
 
 @pytest.mark.integration

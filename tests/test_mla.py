@@ -130,6 +130,9 @@ def test_published_cache_sizes():
     assert cache_elements_per_token("MLA", 61, **mla) * 2 == 70_272  # V3, bytes in BF16
     assert cache_elements_per_token("GQA", 80, groups=8, head_width=128) * 2 == 327_680
     assert cache_elements_per_token("GQA", 126, groups=8, head_width=128) * 2 == 516_096
+    v2 = {"heads": 128, "head_width": 128, "groups": 8}
+    sizes = [cache_elements_per_token(kind, 60, **v2) for kind in ("MHA", "GQA", "MQA")]
+    assert sizes == [1_966_080, 122_880, 15_360]
     dense_67b = cache_elements_per_token("GQA", 95, groups=8, head_width=128) * 2
     # The published 93.3 % counts 6 bits a number; at equal precision it is 82.2 %.
     assert 1 - 34_560 * 6 / 8 / dense_67b == pytest.approx(0.93339, abs=1e-5)
@@ -168,6 +171,9 @@ def test_wrong_sizes_are_named(changes, message):
 def test_wrong_calls_are_named():
     with pytest.raises(ValueError, match=r"input must be \(B, T, 32\), got \(1, 2, 31\)"):
         build()(torch.ones(1, 2, 31))
+    for path in ("expanded", "absorbed", "naive"):
+        with pytest.raises(ValueError, match="mask must be boolean"):
+            build()(torch.ones(1, 2, 32), mask=torch.ones(2), path=path)
     with pytest.raises(ValueError, match="path='fast'"):
         build()(torch.ones(1, 2, 32), path="fast")
     with pytest.raises(ValueError, match="kind='XYZ'"):

@@ -86,6 +86,74 @@ def test_v3_group_score_is_the_sum_of_the_two_best_biased_scores():
     assert sorted(router(x).indices[0].tolist()) == [0, 1]  # 0.9 + 0.3 + 0.1 against 1.2
 
 
+def test_v3_group_score_takes_two_of_a_larger_group():
+    # sums of whole groups would favour the first: 2.0 against 1.9; the two best favour the second
+    scores = [[0.5, 0.5, 0.5, 0.5, 0.9, 0.8, 0.1, 0.1]]
+    router, x = biased_router(scores, [0.0] * 8, 2, n_group=2, topk_group=1)
+    assert sorted(router(x).indices[0].tolist()) == [4, 5]
+
+
+def test_routers_compute_in_float32_for_half_precision_inputs_and_autocast():
+    for kind in ROUTERS:
+        router, x = build_router(kind), torch.randn(300, 16).bfloat16()
+        expected = router(x.float())
+        with torch.autocast("cpu", torch.bfloat16):
+            under_autocast = router(x)
+        for got in (router(x), under_autocast):
+            assert got.scores.dtype == torch.float32
+            assert torch.equal(got.scores, expected.scores)
+
+
+def test_bias_keeps_float32_when_the_model_is_cast():
+    router = TopKRouter(4, 4, 1).bfloat16()
+    router.e_score_correction_bias.fill_(0.5)
+    router.load += torch.tensor([6, 2, 4, 4])
+    router.update_bias(0.001)
+    expected = torch.tensor([0.499, 0.501, 0.5, 0.5])
+    torch.testing.assert_close(router.e_score_correction_bias, expected)
+
+
+@EVERY_ROUTER
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dispatches_agree_in_other_precisions(kind, dtype):
+    layer, x = (
+        MixtureOfExperts(16, 8, build_router(kind), 1).to(dtype),
+        torch.randn(9, 16, dtype=dtype),
+    )
+    tolerance = 1e-6 if dtype == torch.float64 else 0.05
+    for dispatch in ("loop", "grouped"):
+        torch.testing.assert_close(
+            layer(x, dispatch=dispatch), layer(x, dispatch="dense"), rtol=tolerance, atol=tolerance
+        )
+
+
+def test_switch_gives_padding_no_place():
+    router, x = build_router("switch"), torch.randn(16, 16)
+    padded = torch.cat([torch.randn(24, 16), x])
+    real = torch.tensor([0] * 24 + [1] * 16)
+    with_padding, alone = router(padded, real), router(x)
+    assert torch.equal(with_padding.kept[24:], alone.kept) and not with_padding.kept[:24].any()
+    assert alone.dropped() == int((~alone.kept).sum()) > 0
+
+
+def test_switch_block_passes_dropped_tokens_through():
+    layer = MixtureOfExperts(16, 8, build_router("switch"))
+    block, x = TransformerBlock(MultiHeadAttention(16, 4), layer), torch.randn(1, 30, 16)
+    output = block(x)
+    hidden = x + block.self_attn(block.input_layernorm(x))
+    dropped = ~layer.last_routing.kept.view(1, 30)
+    assert dropped.any()
+    assert torch.equal(output[dropped], hidden[dropped])
+    assert not torch.isclose(output[~dropped], hidden[~dropped]).all(dim=-1).any()
+
+
+def test_block_hands_the_token_mask_to_its_experts():
+    layer = MixtureOfExperts(16, 8, build_router("v3"))
+    block = TransformerBlock(MultiHeadAttention(16, 4), layer)
+    block(torch.randn(1, 5, 16), token_mask=torch.tensor([[0, 0, 1, 1, 1]]))
+    assert layer.gate.load.sum() == 3 * 3
+
+
 def test_v3_masked_groups_stay_out_when_biased_scores_are_negative():
     options = {"n_group": 2, "topk_group": 1}
     router, x = biased_router([[0.6, 0.5, 0.4, 0.3]], [-2.0, -2.0, -3.0, -3.0], 2, **options)
@@ -293,10 +361,21 @@ def test_padding_enters_neither_loss_nor_load(balance):
     plain_loss, plain_load = layer.last_balance_loss, layer.gate.load.clone()
     layer.gate.load.zero_()
     padded = torch.cat([torch.randn(2, 3, 16), x], dim=1)
-    real = torch.tensor([False] * 3 + [True] * 6).expand(2, 9)
+    real = torch.tensor([0] * 3 + [1] * 6).expand(2, 9)  # integers, as attention masks are
     layer(padded, token_mask=real)
     torch.testing.assert_close(layer.last_balance_loss, plain_loss)
     assert torch.equal(layer.gate.load, plain_load)
+
+
+def test_device_losses_leave_padding_out_and_empty_rows_do_not_dilute():
+    scores, indices = torch.rand(6, 8).softmax(1), torch.rand(6, 8).topk(2).indices
+    mask = torch.tensor([0, 0, 1, 1, 1, 1])
+    for loss, extra in ((device_balance_loss, (4,)), (communication_balance_loss, (4, 2))):
+        padded = loss(scores, indices, 1.0, *extra, token_mask=mask)
+        torch.testing.assert_close(padded, loss(scores[2:], indices[2:], 1.0, *extra))
+    rows = scores.view(2, 3, 8)
+    half = sequence_balance_loss(rows, 2, 1.0, torch.tensor([[0, 0, 0], [1, 1, 1]]))
+    torch.testing.assert_close(half, sequence_balance_loss(rows[1:], 2, 1.0))
 
 
 @pytest.mark.parametrize("balance", [balance_within_sequences, balance_over_batch])
@@ -387,6 +466,12 @@ def test_every_parameter_gets_a_gradient(kind):
         (lambda: SwiGLU(0, 2), "widths must be at least 1"),
         (lambda: MixtureOfExperts(4, 2, SwitchRouter(4, 2))(torch.ones(1, 4), dispatch="magic"),
          "dispatch='magic'"),
+        (lambda: MixtureOfExperts(4, 0, SwitchRouter(4, 2)), "moe_intermediate_size=0 must be"),
+        (lambda: MixtureOfExperts(5, 2, SwitchRouter(4, 2)), "reads width 4, want hidden_size=5"),
+        (lambda: MixtureOfExperts(4, 2, SwitchRouter(4, 2))(torch.ones(3, 5)),
+         r"input must be \(..., T, 4\), got \(3, 5\)"),
+        (lambda: MixtureOfExperts(4, 2, SwitchRouter(4, 2))(torch.ones(3, 4), torch.ones(2)),
+         r"token_mask must be \(3,\), got \(2,\)"),
         (lambda: device_balance_loss(*even_routing(), 1.0, 3), "8 experts must be divisible by 3"),
     ],
 )  # fmt: skip

@@ -20,6 +20,7 @@ from mtp_coded import (
     small_language,
     small_model,
     speculative_generate,
+    train_small,
 )
 
 
@@ -99,6 +100,23 @@ def test_every_parameter_gets_a_gradient_from_the_mtp_loss():
     model, ids = build(depth=2), ids_of(2, 8)
     mtp_loss(model.mtp_logits(model.hidden_states(ids), ids), ids).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_independent_heads_all_start_from_the_main_hidden_state():
+    model, ids = build(depth=2, mtp_class=IndependentHead), ids_of(1, 6)
+    hidden = model.hidden_states(ids)
+    second = model.lm_head(model.mtp[1](hidden[:, :-2]))
+    torch.testing.assert_close(model.mtp_logits(hidden, ids)[1], second)
+    assert torch.equal(model.generate(ids, 9, speculative=True), model.generate(ids, 9))
+
+
+def test_a_chained_module_learns_what_an_independent_head_cannot():
+    losses = {}
+    for mtp_class in (IndependentHead, MultiTokenPredictor):
+        torch.manual_seed(0)
+        model = small_model(mtp_class, depth=1)
+        _, losses[mtp_class] = train_small(model, 80, 0.3, "cpu")
+    assert losses[MultiTokenPredictor] < losses[IndependentHead] - 0.2
 
 
 # The losses

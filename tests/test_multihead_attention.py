@@ -25,6 +25,18 @@ def test_three_paths_agree_forward_and_backward(kv_heads, causal):
         torch.testing.assert_close(results[path], results["loop"], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("path", ["loop", "explicit", "fused"])
+def test_padding_mask_and_dropout_act_on_every_path(path):
+    attention, x = MultiHeadAttention(16, 4, 2, dropout=0.5).eval(), torch.randn(2, 6, 16)
+    real = torch.tensor([False, False, True, True, True, True])
+    output = attention(x, mask=real, path=path)
+    torch.testing.assert_close(output[:, 2:], attention(x[:, 2:], path=path))
+    attention.train()
+    assert not torch.allclose(attention(x, path=path), attention(x, path=path))
+    attention.eval()
+    assert torch.equal(attention(x, path=path), attention(x, path=path))
+
+
 @pytest.mark.comparison
 def test_matches_torch_multihead_attention():
     ours, theirs = (
@@ -121,7 +133,14 @@ def test_mistakes_are_named():
         MultiHeadAttention(8, 2)(torch.ones(2, 8))
     with pytest.raises(ValueError, match="path='magic'"):
         MultiHeadAttention(8, 2)(torch.ones(1, 2, 8), path="magic")
+    with pytest.raises(ValueError, match="mask must be boolean"):
+        MultiHeadAttention(8, 2)(torch.ones(1, 2, 8), mask=torch.ones(2))
     cache = KVCache()
+    with pytest.raises(ValueError, match="the cache is empty"):
+        cache.keys.view()
+    with pytest.raises(ValueError, match="path='magic'"):
+        MultiHeadAttention(8, 2)(torch.ones(1, 2, 8), path="magic", cache=cache)
+    assert cache.length == 0
     MultiHeadAttention(8, 2)(torch.ones(1, 2, 8), cache=cache)
     with pytest.raises(ValueError, match="cannot truncate a cache of length 2 to 3"):
         cache.truncate(3)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 
 import pytest
 import torch
@@ -34,13 +35,18 @@ def test_default_corpus_is_the_standard_library_without_its_tests():
 def test_parts_are_disjoint_complete_and_repeatable():
     one, two = corpus.load_corpus(), corpus.load_corpus()
     assert one == two
-    names = [d.name for part in ("train", "validation", "test") for d in one.part(part)]
-    assert sorted(names) == sorted(d.name for d in corpus.standard_library())
+    texts = [d.text for part in ("train", "validation", "test") for d in one.part(part)]
+    assert len(texts) == len(set(texts))
+    assert set(texts) == {d.text for d in corpus.standard_library()}
     total = sum(d.size for d in corpus.standard_library())
     for part in ("validation", "test"):
         assert 0.05 <= sum(d.size for d in one.part(part)) / total < 0.09
-    other = corpus.load_corpus(seed=1)
-    assert other.test != one.test and other.fingerprint == one.fingerprint
+
+
+def test_a_text_given_twice_is_used_once(text_file):
+    once, twice = corpus.load_corpus([text_file]), corpus.load_corpus([text_file, text_file])
+    assert [d.text for d in once.test] == [d.text for d in twice.test]
+    assert once.fingerprint == twice.fingerprint
 
 
 def test_one_file_is_cut_at_lines_and_nothing_is_lost(text_file):
@@ -57,10 +63,10 @@ def test_one_file_is_cut_at_lines_and_nothing_is_lost(text_file):
     [
         (b"", "holds no text"),
         (b" \n\n", "holds no text"),
-        (b"short\n" * 10, "too short: 60 bytes"),
+        (b"short\n", "too short: 6 bytes in 1 pieces"),
         (b"\xff\xfe" * 20_000, r"not UTF-8 text \(byte 0\)"),
         (b"x" * 50_000, "too short: 50000 bytes in 1 pieces"),
-        (b"x" * 50_000 + b"\n" + b"line\n" * 2000, "cannot be split"),
+        (b"x" * 50_000 + b"\n" + b"".join(b"%d\n" % i for i in range(2000)), "cannot be split"),
     ],
 )
 def test_bad_data_files_are_named(tmp_path, content, message):
@@ -162,15 +168,17 @@ def test_yardsticks():
 
 
 # Loop
-def run_for(tmp_path, budget, state=None, losses=None, fail_at=None, saves=None):
+def run_for(tmp_path, budget, state=None, losses=None, stop_at=None, saves=None):
     def step(number, used):
-        if number == fail_at:
-            raise KeyboardInterrupt
+        if number == stop_at:
+            signal.raise_signal(signal.SIGINT)  # Ctrl-C in the middle of a step
         return {"loss": losses[number] if losses else 1.0 / (number + 1), "tokens": 10}
 
     state = state or State()
     save = (saves if saves is not None else []).append
-    run_steps(step, state, budget, tmp_path / "metrics.jsonl", lambda: save(state.step))
+    metrics = tmp_path / "metrics.jsonl"
+    finished = run_steps(step, state, budget, metrics, lambda: save(state.step))
+    assert finished == (stop_at is None)
     return state
 
 
@@ -192,9 +200,12 @@ def test_minutes_budget_stops(tmp_path):
 
 def test_interrupted_loop_saves_and_a_resumed_one_drops_lost_lines(tmp_path):
     saves = []
-    with pytest.raises(KeyboardInterrupt):
-        run_for(tmp_path, Budget(steps=9), fail_at=5, saves=saves)
-    assert saves == [5]
+    run_for(tmp_path, Budget(steps=9), stop_at=5, saves=saves)
+    assert saves == [6]  # the step under way is finished first
+    with pytest.raises(KeyboardInterrupt):  # afterwards Ctrl-C means what it always does
+        signal.raise_signal(signal.SIGINT)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo\n[1]\n{"a": 1}\n')  # cut off, or not ours
     run_for(tmp_path, Budget(steps=9), state=State(step=3, tokens=30, seconds=1.0))
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 10))
@@ -206,7 +217,8 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
 
 
 def test_budget_and_schedule():
-    for wrong in ({}, {"steps": 1, "minutes": 1}, {"steps": 0}, {"minutes": -1}):
+    wrong_budgets = ({}, {"steps": 1, "minutes": 1}, {"steps": 0}, {"minutes": -1})
+    for wrong in (*wrong_budgets, {"minutes": math.inf}, {"minutes": math.nan}):
         with pytest.raises(ValueError, match=r"want steps or minutes|must be above 0"):
             Budget(**wrong)
     rates = [learning_rate(i / 100, 1.0) for i in range(101)]
@@ -247,6 +259,33 @@ def test_sharded_checkpoints_are_read(tmp_path):
     checkpoint.write_json(tmp_path / checkpoint.INDEX, {"weight_map": {"c": "one.safetensors"}})
     with pytest.raises(ValueError, match="does not hold c, which the index promises"):
         list(checkpoint.read_tensors(checkpoint.tensor_files(tmp_path)))
+    for wrong in ([], {"a": 1}, {"a": "../one.safetensors"}, None):
+        checkpoint.write_json(tmp_path / checkpoint.INDEX, {"weight_map": wrong})
+        with pytest.raises(ValueError, match="must give a file name a tensor"):
+            checkpoint.tensor_files(tmp_path)
+
+
+def test_optimizer_state_must_be_whole_and_fit():
+    model = torch.nn.Linear(2, 3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    state = checkpoint.optimizer_tensors(model, optimizer)
+    fresh = torch.optim.AdamW(model.parameters())
+    checkpoint.restore_optimizer(model, fresh, state.items())
+    assert set(checkpoint.optimizer_tensors(model, fresh)) == set(state)
+    wrong_states = {
+        "incomplete": [{}, {k: v for k, v in state.items() if k != "bias/exp_avg"}],
+        "fits no parameter": [
+            {**state, "nope/exp_avg": torch.ones(1)}, {**state, "bias/exp_avg": torch.ones(7)}
+        ],
+    }  # fmt: skip
+    for message, states in wrong_states.items():
+        for wrong in states:
+            with pytest.raises(ValueError, match=message):
+                checkpoint.restore_optimizer(
+                    model, torch.optim.AdamW(model.parameters()), wrong.items()
+                )
 
 
 def test_unreadable_files_are_named(tmp_path):
@@ -272,7 +311,7 @@ def test_directory_is_replaced_as_a_whole_or_not_at_all(tmp_path):
     with pytest.raises(RuntimeError), checkpoint.replaced_directory(target) as fresh:
         (fresh / "file").write_text("half")
         raise RuntimeError
-    assert (target / "file").read_text() == "second"
+    assert (target / "file").read_text() == "second" and os.listdir(tmp_path) == ["checkpoint"]
 
 
 def test_a_replacement_killed_between_its_renames_is_finished(tmp_path):
@@ -282,6 +321,9 @@ def test_a_replacement_killed_between_its_renames_is_finished(tmp_path):
         (tmp_path / f"checkpoint{name}" / "file").write_text(content)
     checkpoint.recover_directory(target)
     assert (target / "file").read_text() == "after"
+    (tmp_path / "checkpoint").rename(tmp_path / "other.old")  # nothing new: the old one comes back
+    checkpoint.recover_directory(tmp_path / "other")
+    assert (tmp_path / "other" / "file").read_text() == "after"
 
 
 def test_nothing_in_the_project_unpickles():

@@ -171,9 +171,10 @@ def test_positions_may_differ_from_row_to_row():
 
 
 def test_angles_stay_float32_for_half_precision_inputs():
-    x = torch.randn(1, 8).bfloat16()
-    cos, sin = RotaryEmbedding(8).bfloat16()(torch.tensor([100_001]))
-    assert cos.dtype == sin.dtype == torch.float32
+    x, far = torch.randn(1, 8).bfloat16(), torch.tensor([100_001])
+    cos, sin = RotaryEmbedding(8).bfloat16()(far)
+    assert torch.equal(torch.stack([cos, sin]), torch.stack(RotaryEmbedding(8)(far)))
+    assert cos.dtype == torch.float32
     assert apply_rotary(x, cos, sin).dtype == torch.bfloat16
 
 
@@ -192,6 +193,12 @@ def test_mistakes_are_named():
         YarnScaling(0.5, 4096)
     with pytest.raises(ValueError, match="original_max_position_embeddings=0"):
         YarnScaling(2, 0)
+    with pytest.raises(ValueError, match="beta_fast=1 must be above beta_slow=32"):
+        YarnScaling(2, 4096, beta_fast=1, beta_slow=32)
+    with pytest.raises(ValueError, match="rotary base=1 must be above 1"):
+        RotaryEmbedding(8, base=1)
+    with pytest.raises(ValueError, match=r"positions must be \(5,\) or \(1, 5\), got \(1,\)"):
+        build()(torch.ones(1, 5, 32), positions=torch.tensor([3]))
     with pytest.raises(ValueError, match="2 or more pairs"):
         ntk_aware(2, 1e4, 2)
 

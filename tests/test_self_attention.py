@@ -27,6 +27,12 @@ def test_batched_module_matches_explicit_loops():
         torch.testing.assert_close(attention(x)[b], expected)
 
 
+def test_module_uses_its_mask():
+    attention, x = SelfAttention(6, 4), torch.randn(1, 5, 6)
+    mask = torch.tensor([True, True, True, False, False])
+    torch.testing.assert_close(attention(x, mask)[:, :3], attention(x[:, :3]))
+
+
 def test_attention_matches_numpy_in_float64():
     q, k, v = (t.double().numpy() for t in random_qkv())
     scores = q @ np.swapaxes(k, -2, -1) / np.sqrt(8)
@@ -112,6 +118,9 @@ def test_scale_by_root_of_width_keeps_the_softmax_soft():
          "got 2 keys for 5 values"),
         (lambda: scaled_dot_product_attention(*[torch.ones(2, 2)] * 3, mask=torch.ones(2, 2)),
          "mask must be boolean"),
+        (lambda: scaled_dot_product_attention(*[torch.ones(2, 2)] * 3, mask=torch.ones(3, 2) > 0),
+         r"mask must be broadcastable to \(2, 2\), got \(3, 2\)"),
+        (lambda: scaled_dot_product_attention(*[torch.ones(2)] * 3), "must each be"),
         (lambda: SelfAttention(4, 2)(torch.ones(2, 5)), r"be \(..., T, 4\), got \(2, 5\)"),
         (lambda: SelfAttention(0, 2), "must be at least 1, got 0"),
         (lambda: pick_device("abacus"), "device 'abacus' is not available"),
