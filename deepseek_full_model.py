@@ -787,26 +787,32 @@ def whole_pipeline(arguments):
 
 
 def show_continuation(model, tokenizer, documents, prompt_tokens=96, new_tokens=96):
-    """Prints how the model goes on with a held-out file, and what speculation saves there."""
+    """Prints how the model goes on with a held-out file, and what speculation saves on four."""
     model.eval()
-    document = next((d for d in documents if d.size > 4000), documents[0])
-    separator = tokenizer.token_to_id(corpus.SEPARATOR)
-    half_context = model.config.max_position_embeddings // 2
+    documents = [d for d in documents if d.size > 4000][:4] or documents[:1]
+    separator, half_context = tokenizer.token_to_id(corpus.SEPARATOR), model.max_positions // 2
     prompt_tokens, new_tokens = min(prompt_tokens, half_context), min(new_tokens, half_context)
-    ids = [separator, *corpus.encode(tokenizer, document.text)][:prompt_tokens]
-    prompt = torch.tensor([ids], device=model.lm_head.weight.device)
-    generator = torch.Generator(device=prompt.device).manual_seed(0)
+    prompts = [
+        [separator, *corpus.encode(tokenizer, document.text)][:prompt_tokens]
+        for document in documents
+    ]
+    device = model.lm_head.weight.device
+    generator = torch.Generator(device=device).manual_seed(0)
+    prompt = torch.tensor([prompts[0]], device=device)
     sampled = model.generate(prompt, new_tokens, temperature=0.6, generator=generator)[0]
-    print(f"continuation of {document.name}, temperature 0.6 (│ prompt, ▌ model):")
-    print_marked("│", tokenizer.decode(ids))
-    print_marked("▌", tokenizer.decode(sampled[len(ids) :].tolist()))
+    print(f"continuation of {documents[0].name}, temperature 0.6 (│ prompt, ▌ model):")
+    print_marked("│", tokenizer.decode(prompts[0]))
+    print_marked("▌", tokenizer.decode(sampled[len(prompts[0]) :].tolist()))
     if not len(model.mtp):
         return
-    plain = model.generate(prompt, new_tokens)
-    drafted, figures = speculative_generate(model, prompt, new_tokens)
-    same = torch.equal(plain, drafted)
-    print(f"speculative decoding: {new_tokens} tokens in {figures['forwards']} passes, "
-          f"{figures['accepted']} of {figures['drafted']} drafts taken, "
+    same, totals = True, {"forwards": 0, "drafted": 0, "accepted": 0}
+    for ids in prompts:
+        prompt = torch.tensor([ids], device=device)
+        text, figures = speculative_generate(model, prompt, new_tokens)
+        same &= torch.equal(text, model.generate(prompt, new_tokens))
+        totals = {name: totals[name] + count for name, count in figures.items()}
+    print(f"speculative decoding of {len(prompts)} files: {new_tokens * len(prompts)} tokens in "
+          f"{totals['forwards']} passes, {totals['accepted']} of {totals['drafted']} drafts taken, "
           f"{'the same text as' if same else 'NOT the text of'} plain greedy decoding")  # fmt: skip
 
 

@@ -486,7 +486,7 @@ def expert_parameters(hidden_size, moe_intermediate_size, routed, active, shared
 def train_on_clusters(balancing, steps, gamma, seed, device="cpu"):
     """Trains one MoE layer on tokens of 8 unequal clusters, each with a map of its own to learn.
 
-    `balancing`: "none", "bias" (V3's update) or "loss" (V2's, α = 0.1). Returns: (steps, E) share
+    `balancing`: "none", "bias" (V3's update) or "loss" (V2's, α = 1). Returns: (steps, E) share
     of the choices that went to each expert, and the last mean squared error.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -497,7 +497,7 @@ def train_on_clusters(balancing, steps, gamma, seed, device="cpu"):
     popularity = 1.0 / torch.arange(1, 9)
     if balancing == "loss":
         router = TopKRouter(D, E, 2, "softmax", "greedy", norm_topk_prob=False)
-        loss_function = functools.partial(balance_over_batch, 0.1)
+        loss_function = functools.partial(balance_over_batch, 1.0)
     else:
         router, loss_function = TopKRouter(D, E, 2), None
     layer = MixtureOfExperts(D, 16, router, balance_loss=loss_function).to(device)
