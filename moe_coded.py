@@ -256,9 +256,10 @@ def device_balance_loss(scores_ME, indices_MA, alpha, devices, token_mask=None):
 def communication_balance_loss(
     scores_ME, indices_MA, alpha, devices, max_devices, token_mask=None
 ):  # fmt: skip
-    """α Σ_d f''_d P''_d (V2, equations 29–31): f''_d = D/(M' T) · tokens sent to device d.
+    """α Σ_d f''_d P''_d (V2, equations 29–31), over devices d.
 
-    D is `devices`; M' is `max_devices`, how many devices a token may be sent to.
+    f''_d = devices / (max_devices · M) · tokens sent to d, where `max_devices` is how many devices
+    a token may be sent to; P''_d is the sum of P over the device's experts.
     """
     if token_mask is not None:
         scores_ME, indices_MA = scores_ME[token_mask.bool()], indices_MA[token_mask.bool()]
@@ -354,7 +355,7 @@ class Experts(nn.Module):
 
 
 def grouped_linear(rows, weights, ends):
-    """`F.linear` of each expert on its own run of rows: (P, in), (E, out, in), (E,) → (P, out).
+    """`F.linear` of each expert on its own run of rows: (rows, in), (E, out, in), (E,) → (rows, out).
 
     `ends` (int32): where each expert's run ends. One kernel call where the kernel can: one dtype of
     at most 32 bits, rows of a multiple of 16 bytes; a product per expert elsewhere.
@@ -527,9 +528,11 @@ def draw_load(shares_by_name, path):
     figure, axes = pyplot.subplots(
         1, len(shares_by_name), figsize=(13, 3.6), sharey=True, layout="constrained"
     )
-    for axis, (name, shares_SE) in zip(axes, shares_by_name.items(), strict=True):
-        axis.stackplot(range(len(shares_SE)), shares_SE.T.numpy(), edgecolor="white", linewidth=0.3)
-        worst = shares_SE[-20:].mean(dim=0).max() * shares_SE.shape[1]
+    for axis, (name, step_shares) in zip(axes, shares_by_name.items(), strict=True):
+        axis.stackplot(
+            range(len(step_shares)), step_shares.T.numpy(), edgecolor="white", linewidth=0.3
+        )
+        worst = step_shares[-20:].mean(dim=0).max() * step_shares.shape[1]
         axis.set(title=f"{name}: busiest expert {worst:.2f}× the mean", xlabel="training step")
         axis.margins(0)
     axes[0].set_ylabel("share of the choices, one band an expert")
