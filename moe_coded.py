@@ -355,7 +355,7 @@ class Experts(nn.Module):
 
 
 def grouped_linear(rows, weights, ends):
-    """`F.linear` of each expert on its own run of rows: (rows, in), (E, out, in), (E,) → (rows, out).
+    """`F.linear` of each expert on its own rows: (rows, in), (E, out, in), (E,) → (rows, out).
 
     `ends` (int32): where each expert's run ends. One kernel call where the kernel can: one dtype of
     at most 32 bits, rows of a multiple of 16 bytes; a product per expert elsewhere.

@@ -172,8 +172,10 @@ def test_wrong_calls_are_named():
     with pytest.raises(ValueError, match=r"input must be \(B, T, 32\), got \(1, 2, 31\)"):
         build()(torch.ones(1, 2, 31))
     for path in ("expanded", "absorbed", "naive"):
+        cache = LatentCache()
         with pytest.raises(ValueError, match="mask must be boolean"):
-            build()(torch.ones(1, 2, 32), mask=torch.ones(2), path=path)
+            build()(torch.ones(1, 2, 32), mask=torch.ones(2), path=path, cache=cache)
+        assert cache.length == 0
     with pytest.raises(ValueError, match="path='fast'"):
         build()(torch.ones(1, 2, 32), path="fast")
     with pytest.raises(ValueError, match="kind='XYZ'"):

@@ -140,6 +140,8 @@ def test_mistakes_are_named():
         cache.keys.view()
     with pytest.raises(ValueError, match="path='magic'"):
         MultiHeadAttention(8, 2)(torch.ones(1, 2, 8), path="magic", cache=cache)
+    with pytest.raises(ValueError, match="mask must be broadcastable"):
+        MultiHeadAttention(8, 2)(torch.ones(1, 2, 8), torch.ones(3, 3) > 0, cache=cache)
     assert cache.length == 0
     MultiHeadAttention(8, 2)(torch.ones(1, 2, 8), cache=cache)
     with pytest.raises(ValueError, match="cannot truncate a cache of length 2 to 3"):
