@@ -516,24 +516,26 @@ def score(model, tokenizer, documents, batch_size=16):
     for batch in corpus.scoring_batches(tokenizer, documents, context, batch_size):
         ids_BT, target_BT, real_BT = (part.to(device) for part in batch)
         hidden_BTD = model.hidden_states(ids_BT)
-        logits_BTW = model.lm_head(hidden_BTD)
-        losses_BT = nn.functional.cross_entropy(
-            logits_BTW[:, :-1].transpose(1, 2).float(), ids_BT[:, 1:], reduction="none"
-        )
-        nats += losses_BT[target_BT[:, 1:]].cpu().double().sum().item()
-        tokens += int(target_BT.sum())
+        # The head runs on the scored rows only: about half, and it is the widest matrix.
+        scored_BT, targets = target_BT[:, 1:], ids_BT[:, 1:][target_BT[:, 1:]]
+        logits = model.lm_head(hidden_BTD[:, :-1][scored_BT])
+        losses = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+        nats += losses.cpu().double().sum().item()
+        tokens += len(targets)
         for name, moe in model.moe_layers().items():
-            if name.startswith("MTP"):
-                continue
-            counts_E = expert_counts(
-                moe.last_routing.indices, moe.gate.num_experts, real_BT.flatten()
-            )
-            loads[name] = loads.get(name, 0) + counts_E
+            if not name.startswith("MTP"):
+                chosen, real_M = moe.last_routing.indices, real_BT.flatten()
+                loads[name] = loads.get(name, 0) + expert_counts(
+                    chosen, moe.gate.num_experts, real_M
+                )
         if len(model.mtp) and ids_BT.shape[1] > 2:
-            draft_BT = model.mtp_logits(hidden_BTD, ids_BT)[0].argmax(dim=-1)[:, :-1]
-            choice_BT, counted_BT = logits_BTW[:, 1:-1].argmax(dim=-1), target_BT[:, 2:]
-            agreed += int(((draft_BT == choice_BT) & counted_BT).sum())
-            drafted += int(counted_BT.sum())
+            choice_BT = torch.zeros_like(ids_BT[:, 1:])
+            choice_BT[scored_BT] = logits.argmax(dim=-1)
+            further_BTD = model.mtp[0](hidden_BTD[:, :-1], ids_BT[:, 1:])
+            drafted_BT = target_BT[:, 2:]
+            drafts = model.lm_head(further_BTD[:, :-1][drafted_BT]).argmax(dim=-1)
+            agreed += int((drafts == choice_BT[:, 1:][drafted_BT]).sum())
+            drafted += len(drafts)
     size = sum(document.size for document in documents)
     return {
         "bits_per_byte": nats / math.log(2) / size,

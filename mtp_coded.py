@@ -441,6 +441,35 @@ def cost_of(model, ids):
 
 
 # %% The demonstration
+def compare_heads(demo, ids_BT, arguments):
+    """Trains without MTP, with an independent head and with a module; prints costs and losses."""
+    models = {}
+    kinds = {
+        "no MTP": dict(depth=0),
+        "independent head": dict(depth=1, mtp_class=IndependentHead),
+        "MTP module": dict(depth=1),
+    }
+    demo.note("held-out loss in nats after equal tokens; FLOPs and parameters beside no MTP:")
+    for name, options in kinds.items():
+        torch.manual_seed(arguments.seed)
+        model = small_model(**options).to(arguments.device)
+        parameters, flops = cost_of(model, ids_BT)
+        main_loss, second_loss = train_small(
+            model, arguments.steps, 0.3, ids_BT.device, arguments.seed
+        )
+        models[name] = (main_loss, second_loss, parameters, flops)
+        base = models["no MTP"]
+        second = "" if second_loss is None else f", token after next {second_loss:.3f}"
+        demo.note(f"    {name:<17} next token {main_loss:.3f}{second}, FLOPs × "
+                  f"{flops / base[3]:.2f}, parameters × {parameters / base[2]:.2f}")  # fmt: skip
+    guess, chained = models["independent head"][1], models["MTP module"][1]
+    demo.check(
+        "seeing the token in between helps", "token after next",
+        f"{guess:.3f} → {chained:.3f} nats",
+        chained < guess or arguments.steps < 60,
+    )  # fmt: skip
+
+
 @one_line_errors
 def main(argv=None):
     parser = demonstration_parser(__doc__)
@@ -463,30 +492,7 @@ def main(argv=None):
     demo.check("untrained loss is about ln(W)", "nats", f"{first:.3f}, ln 32 = 3.466",
                abs(first - 3.466) < 0.3)  # fmt: skip
 
-    models = {}
-    kinds = {
-        "no MTP": dict(depth=0),
-        "independent head": dict(depth=1, mtp_class=IndependentHead),
-        "MTP module": dict(depth=1),
-    }
-    demo.note("held-out loss in nats after equal tokens; FLOPs and parameters beside no MTP:")
-    for name, options in kinds.items():
-        torch.manual_seed(arguments.seed)
-        model = small_model(**options).to(device)
-        parameters, flops = cost_of(model, ids_BT)
-        main_loss, second_loss = train_small(model, arguments.steps, 0.3, device, arguments.seed)
-        models[name] = (main_loss, second_loss, parameters, flops)
-        base = models["no MTP"]
-        second = "" if second_loss is None else f", token after next {second_loss:.3f}"
-        demo.note(f"    {name:<17} next token {main_loss:.3f}{second}, FLOPs × "
-                  f"{flops / base[3]:.2f}, parameters × {parameters / base[2]:.2f}")  # fmt: skip
-    guess, chained = models["independent head"][1], models["MTP module"][1]
-    demo.check(
-        "seeing the token in between helps", "token after next",
-        f"{guess:.3f} → {chained:.3f} nats",
-        chained < guess or arguments.steps < 60,
-    )  # fmt: skip
-
+    compare_heads(demo, ids_BT, arguments)
     torch.manual_seed(arguments.seed)
     model = small_model(depth=arguments.depth).to(device)
     train_small(model, arguments.steps, 0.3, device, arguments.seed)
