@@ -31,7 +31,7 @@ import sys
 import time
 import types
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 
 import torch
 from torch import nn
@@ -205,7 +205,7 @@ class DeepSeekConfig:
                 raw[name] = 1
         known = {field.name for field in fields(cls)}
         kept = {key: value for key, value in raw.items() if key in known}
-        required = [field.name for field in fields(cls) if field.default is _NO_DEFAULT]
+        required = [field.name for field in fields(cls) if field.default is MISSING]
         missing = [name for name in required if kept.get(name) is None]
         if "model_type" not in raw:
             missing.append("model_type")
@@ -237,9 +237,6 @@ class DeepSeekConfig:
 
     def is_moe_layer(self, index):
         return index >= self.first_k_dense_replace and index % self.moe_layer_freq == 0
-
-
-_NO_DEFAULT = next(field.default for field in fields(DeepSeekConfig))  # dataclasses.MISSING
 
 
 # %% The model
@@ -397,18 +394,22 @@ def fill_from_files(model, files, directory):
         if names:
             some = ", ".join(sorted(names)[:3])
             raise ValueError(f"{directory} {problem} {len(names)} tensors: {some}, …")
-    # Copies come last: they must equal what the model then holds.
-    ordered = sorted(files.items(), key=lambda item: item[0] in copies)
-    for name, tensor in checkpoint.read_tensors(dict(ordered)):
-        target = copies[name] if name in copies else wanted[name]
-        if tensor.shape != target.shape:
-            raise ValueError(
-                f"{directory}: {name} has shape {tuple(tensor.shape)}, want {tuple(target.shape)}"
-            )
-        if name not in copies:
-            target.copy_(tensor)
-    for name, tensor in checkpoint.read_tensors({n: f for n, f in files.items() if n in copies}):
-        if not torch.equal(tensor.to(copies[name].dtype), copies[name].cpu()):
+
+    def fitting(targets):
+        for name, tensor in checkpoint.read_tensors(
+            {n: f for n, f in files.items() if n in targets}
+        ):
+            shape, target = tuple(tensor.shape), targets[name]
+            if tensor.shape != target.shape:
+                raise ValueError(
+                    f"{directory}: {name} has shape {shape}, want {tuple(target.shape)}"
+                )
+            yield name, tensor, target
+
+    for _, tensor, target in fitting(wanted):
+        target.copy_(tensor)
+    for name, tensor, target in fitting(copies):
+        if not torch.equal(tensor.to(target.dtype), target.cpu()):
             raise ValueError(f"{directory}: {name} differs from the main model's, which it repeats")
 
 
