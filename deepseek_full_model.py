@@ -46,7 +46,7 @@ from moe_coded import (
     balance_within_sequences,
     expert_counts,
 )
-from mtp_coded import CausalLM, mtp_loss, next_token_loss, speculative_generate
+from mtp_coded import CausalLM, speculative_generate
 from pipeline import checkpoint, corpus
 from pipeline.loop import Budget, State, learning_rate, read_metrics, run_steps
 from rope_coded import RotaryEmbedding, RotaryLatentAttention, YarnScaling
@@ -466,7 +466,9 @@ def build_optimizer(model, peak_rate):
     return torch.optim.AdamW(groups, lr=peak_rate, betas=(0.9, 0.95), fused=True)
 
 
-def training_step(model, optimizer, ids, document_ids, rate, mtp_weight, gamma):
+def training_step(
+    model, optimizer, ids, document_ids, rate, mtp_weight, gamma, precision=torch.float32
+):
     """One step on a batch of tokens (B, T); returns its figures. Losses in nats per token.
 
     λ = `mtp_weight` weighs the MTP loss; γ = `gamma` is how far the routing bias moves.
@@ -474,9 +476,16 @@ def training_step(model, optimizer, ids, document_ids, rate, mtp_weight, gamma):
     model.train()
     for group in optimizer.param_groups:
         group["lr"] = rate
-    hidden_BTD = model.hidden_states(ids)
-    next_loss = next_token_loss(model.lm_head(hidden_BTD), ids)
-    further_loss = mtp_loss(model.mtp_logits(hidden_BTD, ids), ids, 1.0, document_ids)
+    # Autocast: matrix products in `precision`, weights, norms, router and losses in FP32.
+    with torch.autocast(ids.device.type, precision, enabled=precision != torch.float32):
+        path = "expanded" if precision == torch.float32 else "products"
+        hidden_BTD = model.hidden_states(ids, path=path)
+        next_loss = model.head_loss(hidden_BTD, ids, shift=1)
+        further_losses = [
+            model.head_loss(states, ids, k + 1, document_ids)
+            for k, states in enumerate(model.mtp_hidden_states(hidden_BTD, ids, path=path), start=1)
+        ]
+    further_loss = torch.stack(further_losses).mean() if further_losses else 0.0
     balance_loss = sum(moe.last_balance_loss for moe in model.moe_layers().values())
 
     optimizer.zero_grad()
@@ -864,18 +873,35 @@ def evaluate_command(arguments):
 def generate_command(arguments):
     model, tokenizer, _ = load_with_tokenizer(arguments.checkpoint, arguments.device)
     separator = tokenizer.token_to_id(corpus.SEPARATOR)
-    ids = [separator, *corpus.encode(tokenizer, arguments.prompt)]
-    prompt = torch.tensor([ids], device=arguments.device)
-    generator = torch.Generator(device=arguments.device).manual_seed(arguments.seed)
+    prompt = [separator, *corpus.encode(tokenizer, arguments.prompt)]
+    text = corpus.TextStream(tokenizer, functools.partial(print, end="", flush=True))
+    figures = {}
+    print(arguments.prompt, end="", flush=True)
     start = time.perf_counter()
-    output = model.generate(
-        prompt, arguments.max_new_tokens, arguments.temperature, arguments.speculative,
-        eos_token_id=separator, pad_token_id=separator, generator=generator,
-    )[0, len(ids) :].tolist()  # fmt: skip
+    model.generate(
+        torch.tensor([prompt], device=arguments.device), arguments.max_new_tokens,
+        arguments.temperature, arguments.speculative, eos_token_id=separator,
+        pad_token_id=separator, top_k=arguments.top_k, top_p=arguments.top_p,
+        depth=arguments.depth, prefill_chunk=arguments.prefill_chunk, figures=figures,
+        generator=torch.Generator(device=arguments.device).manual_seed(arguments.seed),
+        stream=lambda new: text.add([token for token in new[0] if token != separator]),
+    )  # fmt: skip
     seconds = time.perf_counter() - start
-    written = output[: output.index(separator)] if separator in output else output
-    print(arguments.prompt + tokenizer.decode(written))
-    print(f"{len(written)} tokens, {len(written) / seconds:.1f} tokens/s", file=sys.stderr)
+    text.finish()
+    print()
+    print_generation(figures, seconds)
+
+
+def print_generation(figures, seconds):
+    """What a generation cost, to stderr: the text alone goes to stdout."""
+    tokens = figures.get("tokens", 0)
+    line = f"{tokens} tokens, {tokens / seconds:.1f} tokens/s"
+    if figures.get("drafted"):
+        line += (
+            f"; {figures['accepted']} of {figures['drafted']} drafts accepted, "
+            f"{tokens / figures['forwards']:.2f} tokens a pass"
+        )
+    print(f"{line}; cache {figures.get('cache_bytes', 0):,} bytes", file=sys.stderr)
 
 
 # %% The command line
@@ -911,7 +937,12 @@ def build_parser():
     generate.add_argument("--prompt", default="", help="text to go on from; default: a new file")
     generate.add_argument("--max-new-tokens", type=int, default=128)
     generate.add_argument("--temperature", type=float, default=0.0, help="0: most likely token")
+    generate.add_argument("--top-k", type=int, help="draw from the K most likely tokens only")
+    generate.add_argument("--top-p", type=float,
+                          help="draw from the fewest tokens that hold this probability")  # fmt: skip
     generate.add_argument("--speculative", action="store_true", help="draft with the MTP module")
+    generate.add_argument("--depth", type=int, help="drafts a pass (default: one a module)")
+    generate.add_argument("--prefill-chunk", type=int, help="read the prompt N tokens at a time")
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--device", help="cuda, mps or cpu")
     generate.set_defaults(command=generate_command)

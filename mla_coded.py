@@ -28,14 +28,13 @@ import torch
 from torch import nn
 
 from causal_attention_coded import causal_mask
-from multihead_attention_coded import GrowingBuffer, fused_attention
+from multihead_attention_coded import GrowingBuffer, fused_attention, product_attention
 from self_attention_coded import (
     Demonstration,
     demonstration_parser,
     expanded_mask,
     one_line_errors,
     parse_arguments,
-    scaled_dot_product_attention,
 )
 
 
@@ -45,6 +44,11 @@ class LatentCache(GrowingBuffer):
 
 
 # %% The module
+def normed(norm, x):
+    """`norm(x)` in the precision of the norm's weight: under autocast x comes in a lower one."""
+    return norm(x.to(norm.weight.dtype))
+
+
 class MultiHeadLatentAttention(nn.Module):
     """MLA with the projections of the released checkpoints.
 
@@ -106,7 +110,7 @@ class MultiHeadLatentAttention(nn.Module):
         if self.q_lora_rank is None:
             rows = self.q_proj(hidden)
         else:
-            rows = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden)))
+            rows = self.q_b_proj(normed(self.q_a_layernorm, self.q_a_proj(hidden)))
         q_BHTK = rows.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         return q_BHTK.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
 
@@ -115,9 +119,9 @@ class MultiHeadLatentAttention(nn.Module):
         latent, k_rope = self.kv_a_proj_with_mqa(hidden).split(
             [self.kv_lora_rank, self.qk_rope_head_dim], dim=-1
         )
-        return self.kv_a_layernorm(latent), k_rope
+        return normed(self.kv_a_layernorm, latent), k_rope
 
-    def forward(self, hidden, positions=None, mask=None, cache=None, path="expanded"):
+    def forward(self, hidden, positions=None, mask=None, cache=None, path="expanded", start=None):
         """Causal attention, (B, T, D) → (B, T, D).
 
         Args:
@@ -126,16 +130,22 @@ class MultiHeadLatentAttention(nn.Module):
             cache: a `LatentCache`; the T tokens are appended and attend to all that it holds. For
                 inference: no gradient flows through what is cached.
             path: "expanded" rebuilds keys and values (best for many queries: training, prompts),
+                "products" does the same without the fused kernel (best for short texts in BF16),
                 "absorbed" attends to the latents themselves (best for few: decoding), "naive"
-                goes head by head through the equations. All three are the same function.
+                goes head by head through the equations. All four are the same function.
+            start: where in the cache the tokens go, see `GrowingBuffer.append`; default: behind the
+                last. With a tensor, `mask` must hide what lies behind each sequence's end.
         """
         if hidden.dim() != 3 or hidden.shape[-1] != self.hidden_size:
             raise ValueError(f"input must be (B, T, {self.hidden_size}), got {tuple(hidden.shape)}")
-        paths = dict(expanded=self._expanded, absorbed=self._absorbed, naive=self._naive)
+        paths = dict(expanded=self._expanded, products=self._products,
+                     absorbed=self._absorbed, naive=self._naive)  # fmt: skip
         if path not in paths:
             raise ValueError(f"path={path!r} must be one of {', '.join(paths)}")
         B, T, _ = hidden.shape
         past = 0 if cache is None else cache.length
+        if start is not None:
+            past = int(start.max()) if torch.is_tensor(start) else start
         if positions is None:
             positions = torch.arange(past, past + T, device=hidden.device)
         if positions.shape not in ((T,), (B, T)):
@@ -149,14 +159,17 @@ class MultiHeadLatentAttention(nn.Module):
         q_rope_BHTR, k_rope_BTR = self.rotate(q_rope_BHTR, k_rope_BTR, positions)
         memory = torch.cat([latent_BTC, k_rope_BTR], dim=-1)  # (B, S, C + R)
         if cache is not None:
-            memory = cache.append(memory)
+            memory = cache.append(memory, start)
         heads_BHTV = paths[path](q_nope_BHTN, q_rope_BHTR, memory, mask)
         return self.o_proj(heads_BHTV.transpose(1, 2).flatten(-2))
 
     def _split_memory(self, memory):
         return memory.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
 
-    def _expanded(self, q_nope_BHTN, q_rope_BHTR, memory, mask):
+    def _products(self, q_nope_BHTN, q_rope_BHTR, memory, mask):
+        return self._expanded(q_nope_BHTN, q_rope_BHTR, memory, mask, product_attention)
+
+    def _expanded(self, q_nope_BHTN, q_rope_BHTR, memory, mask, attend=fused_attention):
         """Rebuilds all heads' keys and values, then attends as in phase 3."""
         latent_BSC, k_rope_BSR = self._split_memory(memory)
         rebuilt = self.kv_b_proj(latent_BSC).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -164,7 +177,7 @@ class MultiHeadLatentAttention(nn.Module):
         k_rope_BHSR = k_rope_BSR.unsqueeze(1).expand(-1, self.num_heads, -1, -1)
         q_BHTK = torch.cat([q_nope_BHTN, q_rope_BHTR], dim=-1)
         k_BHSK = torch.cat([k_nope_BHSN, k_rope_BHSR], dim=-1)
-        return fused_attention(q_BHTK, k_BHSK, v_BHSV, mask, self.softmax_scale, causal=True)
+        return attend(q_BHTK, k_BHSK, v_BHSV, mask, scale=self.softmax_scale, causal=True)
 
     def up_projections(self):
         """The two halves of `kv_b_proj`: W_UK (H, N, C) and W_UV (H, V, C)."""
@@ -174,19 +187,19 @@ class MultiHeadLatentAttention(nn.Module):
     def _absorbed(self, q_nope_BHTN, q_rope_BHTR, memory, mask):
         """Moves W_UK to the queries and W_UV to the outputs: multi-query attention on latents."""
         w_uk_HNC, w_uv_HVC = self.up_projections()
-        B, H, T, _ = q_nope_BHTN.shape
-        q_latent_BHTC = torch.einsum("bhtn,hnc->bhtc", q_nope_BHTN, w_uk_HNC)
-        query = torch.cat([q_latent_BHTC, q_rope_BHTR], dim=-1)
+        H, T = q_nope_BHTN.shape[1:3]
+        query = torch.cat([q_nope_BHTN @ w_uk_HNC, q_rope_BHTR], dim=-1)  # (B, H, T, C + R)
         if T > 1:
             triangle_TS = causal_mask(T, memory.shape[1], device=memory.device)
             mask = triangle_TS if mask is None else mask & triangle_TS
         if mask is not None:
-            mask = mask.expand(B, H, T, memory.shape[1]).flatten(1, 2)
-        # All heads read the same keys, so heads and positions are just rows of one matrix.
-        mixed, _ = scaled_dot_product_attention(
-            query.flatten(1, 2), memory, memory[..., : self.kv_lora_rank], mask, self.softmax_scale
-        )
-        return torch.einsum("bhtc,hvc->bhtv", mixed.unflatten(1, (H, T)), w_uv_HVC)
+            mask = mask.expand(*query.shape[:3], -1).flatten(1, 2).unsqueeze(1)
+        # All heads read the same keys, so heads and positions are rows of one head's queries. The
+        # whole memory serves as values, too: it is read once, and the rotary part is cut off after.
+        rows, memory = query.flatten(1, 2).unsqueeze(1), memory.unsqueeze(1)
+        mixed = fused_attention(rows, memory, memory, mask, self.softmax_scale).squeeze(1)
+        mixed_BHTC = mixed[..., : self.kv_lora_rank].unflatten(1, (H, T))
+        return mixed_BHTC @ w_uv_HVC.transpose(1, 2)
 
     def _naive(self, q_nope_BHTN, q_rope_BHTR, memory, mask):
         """Equations 9–19 head by head; content and position scores are added, then scaled."""
@@ -236,7 +249,8 @@ def decode_flops(attention, context, path):
     if path == "expanded":
         return 2 * context * C * H * (N + V) + 2 * context * H * (N + R + V)
     if path == "absorbed":
-        return 2 * H * C * (N + V) + 2 * context * H * (C + R + C)
+        # The rotary part is mixed along with the latents and then cut off.
+        return 2 * H * C * (N + V) + 2 * context * H * (C + R + C + R)
     raise ValueError(f"path={path!r} must be 'expanded' or 'absorbed'")
 
 

@@ -334,6 +334,15 @@ class Experts(nn.Module):
             output_MD = output_MD.index_add(0, tokens, self._one_expert(e, x_MD[tokens]) * weights)
         return output_MD
 
+    def by_choice(self, x_MD, routing):
+        """Token by token, only the experts it chose: nothing to sort, for a few tokens."""
+        weights_MA = routing.weights if routing.kept is None else routing.weights * routing.kept
+        rows = [
+            weights.to(x.dtype) @ torch.stack([self._one_expert(e, x) for e in experts])
+            for x, experts, weights in zip(x_MD, routing.indices.tolist(), weights_MA, strict=True)
+        ]
+        return torch.stack(rows)
+
     def grouped(self, x_MD, routing):
         """Tokens sorted by expert, then two grouped matrix products for all experts at once."""
         active = routing.indices.shape[1]
@@ -345,7 +354,9 @@ class Experts(nn.Module):
         order = experts.argsort(stable=True)
         tokens, weights = tokens[order], weights[order].to(x_MD.dtype)
         ends_E = expert_counts(experts, len(self.down_proj)).cumsum(0).to(torch.int32)
-        gate, up = grouped_linear(x_MD[tokens], self.gate_up_proj, ends_E).chunk(2, dim=-1)
+        # index_select, not x_MD[tokens]: its backward is 5 times faster.
+        rows = x_MD.index_select(0, tokens)
+        gate, up = grouped_linear(rows, self.gate_up_proj, ends_E).chunk(2, dim=-1)
         outputs = grouped_linear(F.silu(gate) * up, self.down_proj, ends_E)
         return torch.zeros_like(x_MD).index_add(0, tokens, outputs * weights.unsqueeze(1))
 
@@ -360,6 +371,10 @@ def grouped_linear(rows, weights, ends):
     `ends` (int32): where each expert's run ends. One kernel call where the kernel can: one dtype of
     at most 32 bits, rows of a multiple of 16 bytes; a product per expert elsewhere.
     """
+    device = rows.device.type
+    if torch.is_autocast_enabled(device):  # the kernel is not on autocast's list
+        precision = torch.get_autocast_dtype(device)
+        rows, weights = rows.to(precision), weights.to(precision)
     fits = rows.dtype == weights.dtype and rows.element_size() <= 4 and not rows.is_mps
     if fits and all(width * rows.element_size() % 16 == 0 for width in weights.shape[1:]):
         return F.grouped_mm(rows, weights.transpose(-2, -1), offs=ends)
@@ -403,13 +418,17 @@ class MixtureOfExperts(nn.Module):
         self.last_balance_loss = None
         self.last_routing = None
 
-    def forward(self, x, token_mask=None, dispatch="grouped"):
-        """(..., D) → (..., D). `dispatch`: "grouped", "loop" or "dense", all the same function.
+    def forward(self, x, token_mask=None, dispatch="auto"):
+        """(..., D) → (..., D). `dispatch`: "grouped", "by_choice", "loop" or "dense", all the same.
 
+        "auto" is "by_choice" for up to 4 choices (tokens · A) on a CPU, where it takes 110 µs and
+        "grouped" 147 (one token, A = 2), and "grouped" otherwise.
         token_mask (...): False = padding, which enters neither balance loss nor load.
         """
-        if dispatch not in ("grouped", "loop", "dense"):
-            raise ValueError(f"dispatch={dispatch!r} must be 'grouped', 'loop' or 'dense'")
+        if dispatch not in ("auto", "grouped", "by_choice", "loop", "dense"):
+            raise ValueError(
+                f"dispatch={dispatch!r} must be 'auto', 'grouped', 'by_choice', 'loop' or 'dense'"
+            )
         hidden_size = self.gate.weight.shape[1]
         if x.dim() < 2 or x.shape[-1] != hidden_size:
             raise ValueError(f"input must be (..., T, {hidden_size}), got {tuple(x.shape)}")
@@ -419,6 +438,9 @@ class MixtureOfExperts(nn.Module):
             )
         x_MD = x.flatten(0, -2)
         routing = self.gate(x_MD, None if token_mask is None else token_mask.flatten())
+        if dispatch == "auto":
+            few = routing.indices.numel() <= 4 and x.device.type == "cpu"
+            dispatch = "by_choice" if few else "grouped"
         output_MD = getattr(self.experts, dispatch)(x_MD, routing)
         if self.shared_experts is not None:
             output_MD = output_MD + self.shared_experts(x_MD)
@@ -556,9 +578,10 @@ def check_dispatches(demo, device):
         if hasattr(router, "e_score_correction_bias"):
             router.e_score_correction_bias.uniform_(-0.5, 0.5)
         layer = MixtureOfExperts(32, 16, router, n_shared_experts=1).to(device)
-        results = {kind: layer(x_BTD, dispatch=kind) for kind in ("dense", "loop", "grouped")}
-        demo.same(f"{name}: loop = dense", "(B, T, D)", results["loop"], results["dense"])
-        demo.same(f"{name}: grouped = dense", "(B, T, D)", results["grouped"], results["dense"])
+        dense = layer(x_BTD, dispatch="dense")
+        for kind in ("loop", "by_choice", "grouped"):
+            output = layer(x_BTD, dispatch=kind)
+            demo.same(f"{name}: {kind} = dense", "(B, T, D)", output, dense)
         if isinstance(router, SwitchRouter):
             check_dropped_tokens(demo, layer, x_BTD)
 

@@ -164,6 +164,30 @@ def encode(tokenizer, text):
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
+class TextStream:
+    """Turns token ids into text as they come: `write` gets each piece once it is whole.
+
+    A character may be spread over several tokens; it is held back until the last of them is there.
+    """
+
+    def __init__(self, tokenizer, write):
+        self.tokenizer, self.write = tokenizer, write
+        self.ids, self.written = [], ""
+
+    def add(self, ids):
+        self.ids.extend(ids)
+        text = self.tokenizer.decode(self.ids)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            self._write_rest(text)
+
+    def finish(self):
+        self._write_rest(self.tokenizer.decode(self.ids))
+
+    def _write_rest(self, text):
+        self.write(text[len(self.written) :])
+        self.written = text
+
+
 def token_stream(tokenizer, documents):
     """(ids, document_ids), int64: every document behind one separator, a last one at the end."""
     separator = tokenizer.token_to_id(SEPARATOR)

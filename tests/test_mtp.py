@@ -11,10 +11,12 @@ from mla_coded import MultiHeadLatentAttention
 from moe_coded import SwiGLU, TransformerBlock
 from mtp_coded import (
     CausalLM,
+    Drafter,
     IndependentHead,
     MultiTokenPredictor,
-    choose_token,
+    Sampling,
     cost_of,
+    decoding_head,
     mtp_loss,
     next_token_loss,
     small_language,
@@ -243,11 +245,11 @@ def test_generation_stops_at_the_given_token_only(speculative):
 def test_sampling_follows_the_temperature():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.2]])).expand(20_000, 3)
     for temperature in (1.0, 0.5):
-        drawn = choose_token(logits, temperature, torch.Generator().manual_seed(0)).flatten()
+        drawn = Sampling(temperature, generator=torch.Generator().manual_seed(0)).choose(logits)
         shares = torch.bincount(drawn, minlength=3) / 20_000
         expected = (logits[0] / temperature).softmax(0)
         assert (shares - expected).abs().max() < 0.015  # 4 standard errors
-    assert (choose_token(logits, 0.0) == 0).all()
+    assert (Sampling().choose(logits) == 0).all()
 
 
 def test_sampling_is_repeatable_with_a_seed():
@@ -279,8 +281,8 @@ class Oracle(torch.nn.Module):
         super().__init__()
         self.block, self.continuation, self.model = model.mtp[0].block, continuation, [model]
 
-    def forward(self, hidden, future_ids, cache=None, **options):
-        cache.append(hidden.new_zeros(1, future_ids.shape[1], 10))
+    def forward(self, hidden, future_ids, cache=None, start=None, **options):
+        cache.append(hidden.new_zeros(1, future_ids.shape[1], 10), start)
         head = self.model[0].lm_head.weight
         # The text after the token just read, whose place is cache.length.
         wanted = (self.continuation + [0])[cache.length + 1]
@@ -301,7 +303,7 @@ def test_good_drafts_save_passes_and_bad_ones_change_nothing(wrong_every):
     assert torch.equal(drafted, plain)
     if wrong_every == 0:
         # the first pass yields 1 token, then 2 a pass: 1 + 11 · 2 + 1
-        assert figures == {"forwards": 13, "drafted": 11, "accepted": 11}
+        assert (figures["forwards"], figures["drafted"], figures["accepted"]) == (13, 11, 11)
     if wrong_every == 1:
         assert figures["accepted"] == 0 and figures["forwards"] == 24
 
@@ -314,22 +316,183 @@ def test_rejected_drafts_leave_no_trace_in_the_caches():
     assert torch.equal(speculative_generate(model, prompt, 60)[0], model.generate(prompt, 60))
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3])
-def test_cached_drafts_are_those_of_a_fresh_start(depth, monkeypatch):
-    model, prompt, rounds = build(depth, std=0.15), ids_of(1, 5), []
-    cached_draft = mtp_coded._draft
+@pytest.mark.parametrize(("modules", "depth"), [(1, 1), (1, 3), (2, 2), (3, 3), (2, 4), (3, 1)])
+def test_cached_drafts_are_those_of_a_fresh_start(modules, depth, monkeypatch):
+    model, prompt, rounds = build(modules, std=0.15), ids_of(2, 5), []
+    cached_draft = Drafter.draft
 
-    def compared(model, tokens, hidden, caches, depth):
-        fresh = model.new_caches([predictor.block for predictor in model.mtp])
-        everything = model.hidden_states(tokens[:, :-1])
-        expected, _ = cached_draft(model, tokens, everything, fresh, depth)
-        got = cached_draft(model, tokens, hidden, caches, depth)
-        rounds.append(torch.equal(got[0], expected))
-        return got
+    def compared(drafter, tokens, lengths, hidden, start, depth):
+        expected = []
+        unfinished = (lengths < 45).tolist()
+        for row, length in zip(tokens[unfinished], lengths[unfinished].tolist(), strict=True):
+            fresh, known = Drafter(model, 64, Sampling(), model.lm_head), row[None].clone()
+            everything = model.hidden_states(known[:, : length - 1])
+            zero = torch.zeros(1, dtype=torch.long)
+            cached_draft(fresh, known, torch.tensor([length]), everything, zero, depth)
+            expected.append(known[0, length : length + depth])
+        result = cached_draft(drafter, tokens, lengths, hidden, start, depth)
+        got = [row[n : n + depth] for row, n in zip(tokens, lengths.tolist(), strict=True)]
+        rounds.append(torch.equal(torch.stack(got)[unfinished], torch.stack(expected)))
+        return result
 
-    monkeypatch.setattr(mtp_coded, "_draft", compared)
-    speculative_generate(model, prompt, 40)
+    monkeypatch.setattr(Drafter, "draft", compared)
+    speculative_generate(model, prompt, 40, depth=depth)
     assert len(rounds) > 10 and all(rounds)
+
+
+# Sampling with drafts: the distribution stays
+def joint_chances(model, prompt, sampling, new):
+    """The exact probability of every continuation of `new` tokens, (vocabulary,) * new."""
+    vocab = model.lm_head.out_features
+    chances = torch.ones(1)
+    for n in range(new):
+        texts = torch.cartesian_prod(*[torch.arange(vocab)] * n).view(-1, n) if n else None
+        ids = prompt if n == 0 else torch.cat([prompt.expand(len(texts), -1), texts], dim=1)
+        following = sampling.probabilities(model(ids)[:, -1])
+        chances = (chances[:, None] * following).flatten()
+    return chances
+
+
+def surprise(counts, chances):
+    """(χ² − degrees of freedom) / its standard deviation; above 5: another distribution."""
+    expected = chances.double() * counts.sum()
+    large = expected >= 5
+    pooled = [torch.cat([x[large], x[~large].sum()[None]]) for x in (counts.double(), expected)]
+    counts, expected = (x[pooled[1] > 0] for x in pooled)
+    freedom = len(expected) - 1
+    return ((counts - expected) ** 2 / expected).sum().sub(freedom).item() / (2 * freedom) ** 0.5
+
+
+def accept_by_confidence(logits, drafts, draft_chances, sampling):
+    """The fault: a draft the model finds likely is taken, whatever it was drawn from."""
+    chances = sampling.probabilities(logits)
+    p = chances[:, :-1].gather(2, drafts[..., None]).squeeze(2)
+    accepted = (p > 0.2).long().cumprod(dim=1).sum(dim=1)
+    own = chances.gather(1, accepted[:, None, None].expand(-1, 1, chances.shape[2])).squeeze(1)
+    return accepted, sampling.draw(own)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.7}, {"temperature": 0.6}])
+@pytest.mark.parametrize(("modules", "depth"), [(1, 1), (1, 3), (2, 2)])
+def test_sampled_text_keeps_its_distribution(modules, depth, options, monkeypatch):
+    model, prompt = build(modules, std=0.4, vocab=5), ids_of(1, 3, vocab=5)
+    settings = {"temperature": 1.0, **options}
+    chances = joint_chances(model, prompt, Sampling(**settings), new=4)
+    base = torch.tensor([125, 25, 5, 1])
+
+    def counts():
+        ids, figures = speculative_generate(
+            model, prompt.expand(20_000, -1), 4, depth=depth,
+            generator=torch.Generator().manual_seed(1), **settings,
+        )  # fmt: skip
+        assert 0.1 < figures["accepted"] / figures["drafted"] < 0.95  # the draft disagrees
+        return torch.bincount((ids[:, 3:] * base).sum(dim=1), minlength=625)
+
+    assert abs(surprise(counts(), chances)) < 5
+    monkeypatch.setattr(mtp_coded, "verify", accept_by_confidence)
+    assert surprise(counts(), chances) > 20
+
+
+def test_plain_sampling_follows_the_model():
+    model, prompt = build(0, std=0.4, vocab=5), ids_of(1, 3, vocab=5)
+    ids = model.generate(
+        prompt.expand(20_000, -1), 3, 1.0, generator=torch.Generator().manual_seed(1)
+    )
+    counts = torch.bincount((ids[:, 3:] * torch.tensor([25, 5, 1])).sum(dim=1), minlength=125)
+    assert abs(surprise(counts, joint_chances(model, prompt, Sampling(1.0), new=3))) < 5
+
+
+def test_top_k_and_top_p_by_hand():
+    logits = torch.tensor([0.5, 0.1, 0.3, 0.1]).log()
+    cut = [
+        (dict(top_k=2), [0.625, 0, 0.375, 0]),
+        (dict(top_k=9), [0.5, 0.1, 0.3, 0.1]),
+        (dict(top_p=0.5), [1, 0, 0, 0]),  # the best token holds it alone
+        (dict(top_p=0.51), [0.625, 0, 0.375, 0]),
+        (dict(top_p=1.0), [0.5, 0.1, 0.3, 0.1]),
+        (dict(top_p=1e-9), [1, 0, 0, 0]),
+        (dict(top_k=2, top_p=0.6), [1, 0, 0, 0]),  # 0.625 after the first cut
+    ]
+    for options, expected in cut:
+        got = Sampling(1.0, **options).probabilities(logits)
+        torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float32))
+
+
+# Generation
+@pytest.mark.parametrize("chunk", [1, 3, 7, 50])
+@pytest.mark.parametrize("speculative", [False, True])
+def test_prompts_read_in_chunks_give_the_same_text(chunk, speculative):
+    model, ids = build(depth=1), ids_of(2, 20)
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    options = dict(attention_mask=mask, speculative=speculative)
+    assert torch.equal(
+        model.generate(ids, 9, prefill_chunk=chunk, **options), model.generate(ids, 9, **options)
+    )
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+def test_stream_gives_the_text_as_it_comes(speculative):
+    model, ids, passes = build(depth=1, std=0.15), ids_of(2, 4), []
+    stop = model.generate(ids, 12)[0, 9].item()
+    figures = {}
+    output = model.generate(
+        ids, 12, speculative=speculative, stream=passes.append, figures=figures,
+        eos_token_id=stop, pad_token_id=16,
+    )  # fmt: skip
+    assert len(passes) == figures["forwards"]
+    for row in range(2):
+        streamed = [token for new in passes for token in new[row]]
+        assert streamed + [16] * (12 - len(streamed)) == output[row, 4:].tolist()
+
+
+@pytest.mark.performance
+@pytest.mark.parametrize("speculative", [False, True])
+def test_caches_take_exactly_the_latent_and_the_rotary_key(speculative, monkeypatch):
+    model, ids, made = build(depth=1), ids_of(2, 5), []
+    new_caches = model.new_caches
+    monkeypatch.setattr(
+        model, "new_caches", lambda *a, **k: made.append(new_caches(*a, **k)) or made[-1]
+    )
+    figures = {}
+    model.generate(ids, 20, speculative=speculative, figures=figures)
+    width, layers = 8 + 2, 2 + speculative
+    # All tokens but the last, which nobody reads; a module reads one less than the main model.
+    main = 2 * 24 * width * 4
+    if not speculative:
+        assert figures["cache_bytes"] == main * layers
+        assert sum(c.allocated_bytes() for c in made[0]) == main * layers  # not one number more
+    assert len({c.storage.data_ptr() for c in made[0]}) == 2
+    for cache in (cache for caches in made for cache in caches):
+        assert cache.storage.shape[::2] == (2, width) and cache.storage.dtype == torch.float32
+
+
+@pytest.mark.performance
+def test_each_token_is_read_once():
+    model, ids = build(depth=0), ids_of(2, 5)
+    read = []
+    model.embed_tokens.register_forward_hook(
+        lambda module, args, output: read.append(args[0].shape)
+    )
+    model.generate(ids, 6)
+    assert read == [(2, 5)] + [(2, 1)] * 5
+
+
+def test_generated_ids_can_be_trained_on():
+    model, ids = build(depth=1), ids_of(1, 4)
+    for speculative in (False, True):
+        output = model.generate(ids, 5, speculative=speculative)
+        next_token_loss(model(output), output).backward()
+
+
+def test_packed_head_is_the_head():
+    head = torch.nn.Linear(64, 2**14, bias=False)
+    packed = decoding_head(head, tokens=500)
+    assert packed is not head and decoding_head(head, tokens=2) is head
+    for rows in (torch.randn(1, 64), torch.randn(3, 2, 64), torch.randn(6, 64)[::2]):
+        # another order of summation
+        torch.testing.assert_close(packed(rows), head(rows), rtol=1e-5, atol=1e-5)
+    assert decoding_head(head.double(), tokens=500) is head  # no such kernel
 
 
 def test_padding_takes_no_position():
@@ -360,11 +523,15 @@ def test_cost_of_a_module_is_counted():
         (lambda m: m.generate(ids_of(1, 8), 5), "prompt of 8 and 5 new tokens exceed the context"),
         (lambda m: m.generate(ids_of(1, 2), -1), "max_new_tokens=-1"),
         (lambda m: m.generate(ids_of(1, 2), 2, temperature=-1.0), "temperature=-1.0"),
-        (lambda m: m.generate(ids_of(1, 2), 2, temperature=1.0, speculative=True), "is greedy"),
+        (lambda m: m.generate(ids_of(1, 2), 2, 1.0, top_k=0), "top_k=0 must be at least 1"),
+        (lambda m: m.generate(ids_of(1, 2), 2, 1.0, top_p=1.5), "top_p=1.5 must be above 0"),
+        (lambda m: m.generate(ids_of(1, 2), 2, prefill_chunk=0), "prefill_chunk=0"),
+        (lambda m: speculative_generate(m, ids_of(1, 2), 2, depth=0), "depth=0 must be at least 1"),
+        (lambda m: speculative_generate(build(1, mtp_class=IndependentHead), ids_of(1, 2), 4,
+                                        depth=2), "1 independent heads guess no further"),
         (lambda m: m(ids_of(1, 4), attention_mask=torch.ones(1, 3)), r"mask must be \(1, 4\)"),
         (lambda m: m.generate(ids_of(1, 3), 2, attention_mask=torch.tensor([[1, 1, 0]])),
          "padded on the left"),
-        (lambda m: speculative_generate(m, ids_of(2, 3), 2), "one sequence at a time"),
         (lambda m: speculative_generate(build(depth=0), ids_of(1, 3), 2), "needs MTP modules"),
     ],
 )  # fmt: skip
