@@ -83,7 +83,8 @@ class MultiTokenPredictor(nn.Module):
         `options` go to the block.
         """
         joined = torch.cat([self.enorm(self.embedding(future_ids)), self.hnorm(hidden)], dim=-1)
-        return self.norm(self.block(self.eh_proj(joined), **options))
+        # Under autocast the product is BF16; the residual stream keeps its own precision.
+        return self.norm(self.block(self.eh_proj(joined).to(hidden.dtype), **options))
 
 
 # %% The smallest complete language model: what phases 9 and 10 build on

@@ -113,28 +113,34 @@ def recover_directory(directory):
 
 
 # The state of a run that is not in the model
-def optimizer_tensors(model, optimizer):
-    """The optimizer's state as {parameter name/state name: tensor}."""
+def optimizer_tensors(model, optimizers):
+    """The optimizers' states as {parameter name/state name: tensor}."""
     return {
         f"{name}/{key}": value
+        for optimizer in optimizers
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
-def restore_optimizer(model, optimizer, tensors):
+def restore_optimizers(model, optimizers, tensors):
     """Puts back what `optimizer_tensors` gave, as pairs of name and tensor.
 
-    Every parameter that trains must have its state, all of the same kinds, moments in its shape;
-    ValueError otherwise.
+    Every parameter that trains must have its state, all those of an optimizer of the same kinds,
+    moments in the parameter's shape; ValueError otherwise.
     """
     parameters, kinds = dict(model.named_parameters()), {}
+    owners = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
     for full_name, value in tensors:
         name, _, key = full_name.rpartition("/")
         parameter = parameters.get(name)
         if parameter is None or value.shape not in ((), parameter.shape):
             raise ValueError(f"optimizer state {full_name} {tuple(value.shape)} fits no parameter")
-        optimizer.state[parameter][key] = value.to(parameter.device)
+        owners[parameter].state[parameter][key] = value.to(parameter.device)
         kinds.setdefault(name, set()).add(key)
-    if kinds.keys() != parameters.keys() or len({frozenset(k) for k in kinds.values()}) > 1:
+    complete = kinds.keys() == parameters.keys()
+    for optimizer in optimizers:
+        own = {frozenset(kinds.get(n, ())) for n, p in parameters.items() if owners[p] is optimizer}
+        complete &= len(own) <= 1
+    if not complete:
         raise ValueError("the optimizer state is incomplete: the run cannot go on from it")

@@ -17,7 +17,7 @@ from deepseek_full_model import (
     DeepSeekModel,
     RunOptions,
     TrainingRun,
-    build_optimizer,
+    build_optimizers,
     cache_elements,
     parameter_counts,
     released_tensors,
@@ -26,7 +26,7 @@ from deepseek_full_model import (
     training_step,
 )
 from mla_coded import LatentCache
-from moe_coded import MixtureOfExperts
+from moe_coded import MixtureOfExperts, TopKRouter
 from pipeline import checkpoint, corpus
 from pipeline.loop import read_metrics
 
@@ -350,9 +350,9 @@ def test_dense_layers_come_first():
 
 # Training step
 def step_once(model, gamma=0.01, weight=0.3):
-    optimizer = build_optimizer(model, 1e-3)
+    optimizers = build_optimizers(model, 1e-3)
     ids = ids_of(4, 20)
-    return training_step(model, optimizer, ids, torch.zeros_like(ids), 1e-3, weight, gamma)
+    return training_step(model, optimizers, ids, torch.zeros_like(ids), 1e-3, weight, gamma)
 
 
 def test_training_step_moves_every_parameter_and_reports():
@@ -385,9 +385,9 @@ def test_training_step_moves_the_bias_of_overloaded_experts_down_by_gamma():
 
 def test_training_step_lowers_the_balance_loss():
     model, ids = build("v3", std=0.1, aux_loss_alpha=1000.0), ids_of(4, 20)
-    optimizer = torch.optim.SGD(model.parameters())
+    optimizers = [torch.optim.SGD(model.parameters())]
     losses = [
-        training_step(model, optimizer, ids, torch.zeros_like(ids), 0.01, 0.0, 0.0)["balance_loss"]
+        training_step(model, optimizers, ids, torch.zeros_like(ids), 0.01, 0.0, 0.0)["balance_loss"]
         for _ in range(8)
     ]
     assert losses[-1] < losses[0] - 1
@@ -397,7 +397,8 @@ def test_norms_and_routers_do_not_decay():
     model = build("v3", num_nextn_predict_layers=1)
     decay = {
         id(p): group["weight_decay"]
-        for group in build_optimizer(model, 1e-3).param_groups
+        for optimizer in build_optimizers(model, 1e-3)
+        for group in optimizer.param_groups
         for p in group["params"]
     }
     for name, parameter in model.named_parameters():
@@ -409,19 +410,52 @@ def test_norms_and_routers_do_not_decay():
 def test_training_step_clips_the_gradient_to_length_1():
     model, ids = build("v3", num_nextn_predict_layers=1), ids_of(4, 20)
     before = nn.utils.parameters_to_vector(model.parameters()).detach()
-    optimizer = torch.optim.SGD(model.parameters())
-    figures = training_step(model, optimizer, ids, torch.zeros_like(ids), 1.0, 0.3, 0.0)
+    optimizers = [torch.optim.SGD(model.parameters())]
+    figures = training_step(model, optimizers, ids, torch.zeros_like(ids), 1.0, 0.3, 0.0)
     after = nn.utils.parameters_to_vector(model.parameters()).detach()
     assert figures["gradient_norm"] > 1.5
     assert (after - before).norm().item() == pytest.approx(1.0, rel=1e-3)
 
 
+def test_bfloat16_is_for_matrix_products_only():
+    model, ids = build("v3", num_nextn_predict_layers=1), ids_of(2, 30)
+    seen = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.RMSNorm, TopKRouter)):
+            module.register_forward_hook(
+                lambda _, __, out, name=name: seen.update({name: getattr(out, "scores", out).dtype})
+            )
+    figures = [
+        training_step(model, [], ids, torch.zeros_like(ids), 1e-3, 0.3, 0.0, precision)
+        for precision in (torch.float32, torch.bfloat16)
+    ]
+    for name, dtype in seen.items():
+        exact = "norm" in name or name.endswith((".gate", "embed_tokens"))
+        assert dtype == (torch.float32 if exact else torch.bfloat16), name
+    for key in ("loss", "mtp_loss"):  # 8 bits of mantissa
+        assert figures[1][key] == pytest.approx(figures[0][key], rel=0.01)
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_muon_takes_the_matrices_between_hidden_states():
+    model = build("v3", num_nextn_predict_layers=1)
+    adamw, muon = build_optimizers(model, 1e-3)
+    names = {p: name for name, p in model.named_parameters()}
+    in_muon = {names[p] for group in muon.param_groups for p in group["params"]}
+    in_adamw = {names[p] for group in adamw.param_groups for p in group["params"]}
+    assert not in_muon & in_adamw and in_muon | in_adamw == set(names.values())
+    for name in in_muon:
+        assert name.endswith("_proj.weight") or "_proj_with_mqa" in name, name
+    for name in ("embed_tokens.weight", "lm_head.weight", "layers.1.mlp.gate.weight"):
+        assert name in in_adamw
+
+
 def test_training_lowers_the_loss():
     torch.manual_seed(1)
     model = build("v3", num_nextn_predict_layers=1, std=0.05)
-    optimizer, ids = build_optimizer(model, 3e-3), ids_of(2, 30)
+    optimizers, ids = build_optimizers(model, 3e-3), ids_of(2, 30)
     losses = [
-        training_step(model, optimizer, ids, torch.zeros_like(ids), 3e-3, 0.3, 0.001)
+        training_step(model, optimizers, ids, torch.zeros_like(ids), 3e-3, 0.3, 0.001)
         for _ in range(30)
     ]
     assert losses[-1]["loss"] < 0.5 * losses[0]["loss"]
@@ -434,10 +468,10 @@ def test_score_is_the_plain_sum_over_every_byte():
     tokenizer = corpus.train_tokenizer(documents, 280)
     model = build("v3", vocab_size=tokenizer.get_vocab_size(), num_nextn_predict_layers=1,
                   max_position_embeddings=16, std=0.1)  # fmt: skip
-    optimizer = build_optimizer(model, 1e-2)
+    optimizers = build_optimizers(model, 1e-2)
     ids = torch.tensor([[0, *corpus.encode(tokenizer, documents[0].text)][:16]])
     for _ in range(4):  # so that drafts are right sometimes
-        training_step(model, optimizer, ids, torch.zeros_like(ids), 1e-2, 1.0, 0.0)
+        training_step(model, optimizers, ids, torch.zeros_like(ids), 1e-2, 1.0, 0.0)
     scores = score(model, tokenizer, documents, batch_size=3)
     nats, tokens, agreed, drafted, right = 0.0, 0, 0, 0, 0
     loads = {"layer 1": 0, "layer 2": 0}
@@ -681,14 +715,14 @@ def test_a_stopped_run_resumes_with_the_same_figures(small_run, tmp_path, monkey
     whole.train()
 
     stopped = TrainingRun(tmp_path / "stopped", RunOptions(**options, steps=8), "cpu")
-    update = stopped.optimizer.step
+    update = stopped.optimizers[0].step
 
     def interrupted():
         update()
         if stopped.state.step == 4:
             signal.raise_signal(signal.SIGINT)  # Ctrl-C between weights and routing bias
 
-    stopped.optimizer.step = interrupted
+    stopped.optimizers[0].step = interrupted
     with pytest.raises(SystemExit) as exit_info:
         stopped.train()
     assert exit_info.value.code == 130 and stopped.state.step == 5
@@ -722,7 +756,7 @@ def test_tokenizer_and_batches_come_from_the_training_part_alone(small_run, tmp_
 def test_schedules_of_the_run(small_run, tmp_path, monkeypatch):
     _, options = small_run
     run, asked = TrainingRun(tmp_path / "run", RunOptions(**options, steps=1), "cpu"), []
-    monkeypatch.setattr(full, "training_step", lambda *arguments: asked.append(arguments[4:]))
+    monkeypatch.setattr(full, "training_step", lambda *arguments: asked.append(arguments[4:7]))
     for used in (0.0, 0.5, 0.7, 0.99):
         run.step(0, used)
     rates, weights, gammas = zip(*asked, strict=True)

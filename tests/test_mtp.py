@@ -179,6 +179,48 @@ def test_padding_is_never_a_target():
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_chunked_head_loss_is_the_loss_from_logits(masked, monkeypatch):
+    monkeypatch.setattr(mtp_coded.ChunkedHeadLoss, "ROWS", 7)
+    model, ids = build(depth=2), ids_of(3, 9)
+    documents = torch.arange(27).view(3, 9) // 5 if masked else None
+    mask = torch.arange(9) < torch.tensor([[9], [4], [0]]) if masked else None
+
+    def gradients(loss):
+        model.zero_grad()
+        loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    hidden = model.hidden_states(ids)
+    naive = next_token_loss(model.lm_head(hidden), ids, mask)
+    naive = naive + mtp_loss(model.mtp_logits(hidden, ids), ids, 2.0, documents, mask)
+    expected = gradients(naive)
+    hidden = model.hidden_states(ids)
+    chunked = model.head_loss(hidden, ids, 1, token_mask=mask)
+    for k, states in enumerate(model.mtp_hidden_states(hidden, ids), start=1):
+        chunked = chunked + model.head_loss(states, ids, k + 1, documents, mask)
+    # another order of summation
+    torch.testing.assert_close(chunked, naive, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradients(chunked), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.performance
+def test_chunked_head_loss_never_holds_all_logits_in_fp32(monkeypatch):
+    monkeypatch.setattr(mtp_coded.ChunkedHeadLoss, "ROWS", 8)
+    model, ids, largest = build(depth=0, vocab=501), ids_of(2, 32, vocab=501), []
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+            output = function(*arguments, **(kwargs or {}))
+            if torch.is_tensor(output) and output.shape[-1:] == (501,):
+                largest.append((output.dtype, output.numel()))
+            return output
+
+    with torch.autocast("cpu", torch.bfloat16), Sizes():
+        model.head_loss(model.hidden_states(ids), ids, 1)
+    assert max(n for dtype, n in largest if dtype == torch.float32) == 8 * 501
+
+
 def test_no_targets_give_zero():
     assert mtp_loss([], ids_of(1, 4)) == 0
     assert mtp_loss([torch.randn(1, 1, 17)], ids_of(1, 2)) == 0
@@ -451,9 +493,12 @@ def test_stream_gives_the_text_as_it_comes(speculative):
 def test_caches_take_exactly_the_latent_and_the_rotary_key(speculative, monkeypatch):
     model, ids, made = build(depth=1), ids_of(2, 5), []
     new_caches = model.new_caches
-    monkeypatch.setattr(
-        model, "new_caches", lambda *a, **k: made.append(new_caches(*a, **k)) or made[-1]
-    )
+
+    def recorded(*args, **kwargs):
+        made.append(new_caches(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(model, "new_caches", recorded)
     figures = {}
     model.generate(ids, 20, speculative=speculative, figures=figures)
     width, layers = 8 + 2, 2 + speculative

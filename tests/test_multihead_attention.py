@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from multihead_attention_coded import GrowingBuffer, KVCache, MultiHeadAttention, fused_attention
+from multihead_attention_coded import (
+    GrowingBuffer,
+    KVCache,
+    MultiHeadAttention,
+    fused_attention,
+    product_attention,
+)
 from self_attention_coded import scaled_dot_product_attention
 
 KINDS = pytest.mark.parametrize("kv_heads", [8, 2, 1])
@@ -153,3 +159,39 @@ def test_mistakes_are_named():
 @pytest.mark.integration
 def test_script(check_script):
     check_script("multihead_attention_coded.py", [], ["--kv-heads", 3], "num_kv_heads=3")
+
+
+# The same without the fused kernel
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("T", [1, 4, 7])
+def test_product_attention_is_fused_attention(causal, masked, T):
+    query, key, value = (torch.randn(2, 3, n, w) for n, w in ((T, 8), (7, 8), (7, 5)))
+    mask = None
+    if masked:
+        mask = torch.rand(2, 1, T, 7) < 0.6
+        mask[1, :, 0] = False  # a query with no key at all
+    results = []
+    for attend in (fused_attention, product_attention):
+        leaves = [t.clone().requires_grad_() for t in (query, key, value)]
+        output = attend(*leaves, mask, 0.3, causal=causal)
+        results.append((output, torch.autograd.grad(output.square().sum(), leaves)))
+    # another order of summation
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+# Places in a cache
+def test_a_buffer_overwrites_from_where_it_is_told():
+    buffer, rows = GrowingBuffer(), torch.arange(12.0).view(1, 6, 2)
+    buffer.append(rows)
+    assert buffer.append(-rows[:, :1], start=2).shape == (1, 3, 2)  # the rest is forgotten
+    assert torch.equal(buffer.view(), torch.cat([rows[:, :2], -rows[:, :1]], dim=1))
+
+
+def test_sequences_of_unequal_length_have_places_of_their_own():
+    buffer = GrowingBuffer(capacity=6)
+    buffer.append(torch.zeros(3, 4, 1))
+    view = buffer.append(torch.tensor([1.0, 2.0]).view(1, 2, 1).expand(3, -1, -1),
+                         start=torch.tensor([0, 4, 2]))  # fmt: skip
+    assert view[..., 0].tolist() == [[1, 2, 0, 0, 0, 0], [0, 0, 0, 0, 1, 2], [0, 0, 1, 2, 0, 0]]
+    assert buffer.storage.shape == (3, 6, 1)  # no reallocation

@@ -267,15 +267,22 @@ def test_sharded_checkpoints_are_read(tmp_path):
 
 def test_optimizer_state_must_be_whole_and_fit():
     model = torch.nn.Linear(2, 3)
-    optimizer = torch.optim.AdamW(model.parameters())
+
+    def fresh():
+        return [torch.optim.AdamW([model.bias]), torch.optim.Muon([model.weight])]
+
+    optimizers = fresh()
     model(torch.ones(1, 2)).sum().backward()
-    optimizer.step()
-    state = checkpoint.optimizer_tensors(model, optimizer)
-    fresh = torch.optim.AdamW(model.parameters())
-    checkpoint.restore_optimizer(model, fresh, state.items())
-    assert set(checkpoint.optimizer_tensors(model, fresh)) == set(state)
+    for optimizer in optimizers:
+        optimizer.step()
+    state = checkpoint.optimizer_tensors(model, optimizers)
+    assert len(state) == 4  # AdamW: step and two moments; Muon: one
+    restored = fresh()
+    checkpoint.restore_optimizers(model, restored, state.items())
+    again = checkpoint.optimizer_tensors(model, restored)
+    assert set(again) == set(state) and all(torch.equal(again[k], state[k]) for k in state)
     wrong_states = {
-        "incomplete": [{}, {k: v for k, v in state.items() if k != "bias/exp_avg"}],
+        "incomplete": [{}, {k: v for k, v in state.items() if not k.startswith("weight/")}],
         "fits no parameter": [
             {**state, "nope/exp_avg": torch.ones(1)}, {**state, "bias/exp_avg": torch.ones(7)}
         ],
@@ -283,9 +290,33 @@ def test_optimizer_state_must_be_whole_and_fit():
     for message, states in wrong_states.items():
         for wrong in states:
             with pytest.raises(ValueError, match=message):
-                checkpoint.restore_optimizer(
-                    model, torch.optim.AdamW(model.parameters()), wrong.items()
-                )
+                checkpoint.restore_optimizers(model, fresh(), wrong.items())
+
+
+def test_optimizer_state_of_one_kind_is_whole_for_all_its_parameters():
+    model = torch.nn.Linear(2, 3)
+    optimizers = [torch.optim.AdamW(model.parameters())]
+    model(torch.ones(1, 2)).sum().backward()
+    optimizers[0].step()
+    state = checkpoint.optimizer_tensors(model, optimizers)
+    del state["bias/exp_avg"]
+    with pytest.raises(ValueError, match="incomplete"):
+        checkpoint.restore_optimizers(model, [torch.optim.AdamW(model.parameters())], state.items())
+
+
+def test_streamed_text_is_the_text_and_never_cuts_a_character():
+    text = "naïve π ≤ 日本 🙂 end"
+    tokenizer = corpus.train_tokenizer([corpus.Document("a", "abc")], 260)  # a token a byte
+    pieces = []
+    stream = corpus.TextStream(tokenizer, pieces.append)
+    for token in corpus.encode(tokenizer, text):
+        stream.add([token])
+    stream.finish()
+    assert "".join(pieces) == text and "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
+    stream = corpus.TextStream(tokenizer, pieces.append)
+    stream.add(corpus.encode(tokenizer, "π")[:1])
+    stream.finish()  # cut off in the middle: shown, not lost
+    assert pieces[-1] == "\N{REPLACEMENT CHARACTER}"
 
 
 def test_unreadable_files_are_named(tmp_path):
