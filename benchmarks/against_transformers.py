@@ -1,0 +1,351 @@
+"""This model against transformers' DeepseekV3ForCausalLM: the same weights, threads and run.
+
+Every figure is a ratio of medians of interleaved repeats, transformers' time over ours: above 1,
+ours is faster. Both sides train with fused AdamW, each at its best precision, FP32 or BF16
+autocast; everything else is FP32 on both sides. Ratios travel between machines, seconds do not.
+
+Run:  python benchmarks/against_transformers.py --checkpoint runs/default
+      python benchmarks/against_transformers.py --quick          under a minute, few repeats
+
+Without --checkpoint (a trained run), speculative decoding is left out: an untrained module drafts
+at random.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import tempfile
+import warnings
+
+import measure
+import torch
+
+import deepseek_full_model as full
+from deepseek_full_model import DeepSeekConfig, DeepSeekModel
+from moe_coded import MixtureOfExperts, TopKRouter
+from pipeline import corpus
+from self_attention_coded import one_line_errors
+
+# The least that each row should reach, as a ratio.
+TARGETS = {
+    "training step": 1.25,
+    "training step / FP32 matrix rate": 1.2,
+    "prefill, 1024 tokens": 1.2,
+    "decode, batch 1, short context": 2.0,
+    "decode, batch 1, 4096 tokens before": 5.0,
+    "decode, batch 16, 1024 tokens before": 3.0,
+    "decode with speculation, trained model": 3.0,
+    "speculative / plain decoding, trained model": 1.25,
+    "MoE layer, 16 → 128 experts: time ×": 1.4,
+}
+
+
+def both_sides(config, directory):
+    """(ours, transformers') with the same random weights, through files."""
+    from transformers import DeepseekV3ForCausalLM
+
+    torch.manual_seed(0)
+    model = DeepSeekModel(config).eval()
+    model.save_pretrained(directory)
+    return model, DeepseekV3ForCausalLM.from_pretrained(directory).eval()
+
+
+def default_config(**changes):
+    """The default model without its MTP module, which transformers' class does not have."""
+    config = DeepSeekConfig.from_file(measure.ROOT / "configs" / "small.json")
+    return dataclasses.replace(config, num_nextn_predict_layers=0, **changes)
+
+
+# %% Training
+def training(repeats, directory):
+    """One step of 4 × 256 tokens on both sides, in both precisions, and the matrix rate."""
+    model, theirs = both_sides(default_config(), directory)
+    ids = torch.randint(model.config.vocab_size, (4, 256))
+    documents = torch.zeros_like(ids)
+    ours_adamw = [torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)]
+    their_adamw = torch.optim.AdamW(theirs.parameters(), lr=1e-4, fused=True)
+    theirs.train()
+
+    def our_step(precision):
+        full.training_step(model, ours_adamw, ids, documents, 1e-4, 0.0, 0.0, precision)
+
+    def their_step(precision):
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            loss = theirs(input_ids=ids, labels=ids, use_cache=False).loss
+        their_adamw.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        their_adamw.step()
+        loss.item()
+
+    products, operations = measure.matrix_rate()
+    seconds = measure.interleaved(
+        {
+            "ours FP32": lambda: our_step(torch.float32),
+            "ours BF16": lambda: our_step(torch.bfloat16),
+            "transformers FP32": lambda: their_step(torch.float32),
+            "transformers BF16": lambda: their_step(torch.bfloat16),
+            "FP32 matrix products": products,
+        },
+        repeats,
+    )
+    best = {
+        side: min(value for name, value in seconds.items() if name.startswith(side))
+        for side in ("ours", "transformers")
+    }
+    rate = operations / seconds["FP32 matrix products"]
+    work = full.training_flops_per_token(model, ids.shape[1]) * ids.numel()
+    return {
+        "training step": best["transformers"] / best["ours"],
+        "training step / FP32 matrix rate": work / best["ours"] / rate,
+    }, seconds
+
+
+# %% Reading and writing
+@torch.inference_mode()
+def our_decoder(model, ids):
+    """Reads the prompts; returns a function that writes `new` tokens and rolls the caches back."""
+    caches = model.new_caches(capacity=ids.shape[1] + 64)
+    model.hidden_states(ids, caches=caches)
+
+    @torch.inference_mode()
+    def write(new):
+        fresh, past = ids[:, -1:], caches[0].length
+        for _ in range(new):
+            hidden = model.hidden_states(fresh, caches=caches, path="absorbed")
+            fresh = model.lm_head(hidden[:, -1]).argmax(dim=-1, keepdim=True)
+        for cache in caches:
+            cache.truncate(past)
+
+    return write
+
+
+@torch.inference_mode()
+def their_decoder(model, ids):
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    @torch.inference_mode()
+    def write(new):
+        fresh = ids[:, -1:]
+        for _ in range(new):
+            output = model(fresh, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            fresh = output.logits[:, -1].argmax(dim=-1, keepdim=True)
+        cache.crop(-new)
+
+    return write
+
+
+def their_generate(model, ids, new):
+    return model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
+        do_sample=False, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+
+
+def reading_and_writing(repeats, directory, contexts, new):
+    """Prefill and decode. `contexts`: {row: (batch, tokens before)}."""
+    longest = max(tokens for _, tokens in contexts.values())
+    config = default_config(max_position_embeddings=longest + 64)
+    model, theirs = both_sides(config, directory)
+
+    def random_ids(batch, tokens):
+        return torch.randint(config.vocab_size, (batch, tokens))
+
+    ids = random_ids(1, 1024 if longest > 1024 else 64)
+
+    @torch.inference_mode()
+    def their_prefill():
+        theirs(ids, use_cache=True, logits_to_keep=1)
+
+    ratios, all_seconds = {}, {}
+    seconds = measure.interleaved(
+        {"prefill, ours": lambda: model.generate(ids, 1), "prefill, transformers": their_prefill},
+        repeats,
+    )
+    all_seconds |= seconds
+    ratios["prefill, 1024 tokens"] = seconds["prefill, transformers"] / seconds["prefill, ours"]
+    short = random_ids(1, 16)
+    seconds = measure.interleaved(
+        {
+            "generate, ours": lambda: model.generate(short, new),
+            "generate, transformers": lambda: their_generate(theirs, short, new),
+        },
+        repeats,
+    )
+    all_seconds |= seconds
+    ratios["decode, batch 1, short context"] = (
+        seconds["generate, transformers"] / seconds["generate, ours"]
+    )
+    for row, (batch, tokens) in contexts.items():
+        ids = random_ids(batch, tokens)
+        ours, other = our_decoder(model, ids), their_decoder(theirs, ids)
+        seconds = measure.interleaved(
+            {f"{row}, ours": lambda: ours(8), f"{row}, transformers": lambda: other(8)},  # noqa: B023
+            repeats,
+        )
+        all_seconds |= seconds
+        ratios[row] = seconds[f"{row}, transformers"] / seconds[f"{row}, ours"]
+    return ratios, all_seconds
+
+
+# %% Speculation
+def speculation(repeats, checkpoint, files, new, depth):
+    """Greedy continuations of held-out files: transformers, ours plain, ours with drafts."""
+    from transformers import DeepseekV3ForCausalLM
+
+    model, tokenizer, directory = full.load_with_tokenizer(checkpoint, "cpu")
+    theirs = DeepseekV3ForCausalLM.from_pretrained(directory).eval()
+    stored = full.read_run(directory)["options"]
+    documents = [d for d in corpus.load_corpus(stored["data"]).test if d.size > 2000][:files]
+    separator = tokenizer.token_to_id(corpus.SEPARATOR)
+    length = model.max_positions - new
+    prompts = [
+        torch.tensor([[separator, *corpus.encode(tokenizer, d.text)][:length]]) for d in documents
+    ]
+    drafts = {"forwards": 0, "drafted": 0, "accepted": 0}
+    for ids in prompts:
+        text, figures = full.speculative_generate(model, ids, new, depth=depth)
+        if not torch.equal(text, model.generate(ids, new)):
+            raise ValueError("speculative decoding changed the text")
+        drafts = {key: value + figures[key] for key, value in drafts.items()}
+
+    def each(write):
+        return lambda: [write(ids) for ids in prompts]
+
+    seconds = measure.interleaved(
+        {
+            "trained, ours plain": each(lambda ids: model.generate(ids, new)),
+            "trained, ours speculative": each(
+                lambda ids: model.generate(ids, new, speculative=True, depth=depth)
+            ),
+            "trained, transformers": each(lambda ids: their_generate(theirs, ids, new)),
+        },
+        repeats,
+    )
+    plain, drafted, other = seconds.values()
+    written = new * len(prompts)
+    print(
+        f"\nspeculation, {len(prompts)} held-out files, {written} tokens, depth {depth}: "
+        f"{drafts['accepted']} of {drafts['drafted']} drafts accepted, "
+        f"{written / drafts['forwards']:.2f} tokens a pass"
+    )
+    return {
+        "decode with speculation, trained model": other / drafted,
+        "speculative / plain decoding, trained model": plain / drafted,
+    }, seconds
+
+
+# %% Experts
+def experts(repeats, tokens):
+    """A layer with 16 and with 128 experts of width 256, 2 active, forward."""
+    x = torch.randn(tokens, 256)
+    layers = {
+        number: MixtureOfExperts(256, 256, TopKRouter(256, number, 2)).eval()
+        for number in (16, 128)
+    }
+
+    def run(number):
+        with torch.inference_mode():
+            layers[number](x)
+
+    seconds = measure.interleaved(
+        {"16 experts": lambda: run(16), "128 experts": lambda: run(128)}, repeats
+    )
+    ratio = seconds["128 experts"] / seconds["16 experts"]
+    return {"MoE layer, 16 → 128 experts: time ×": ratio}, seconds
+
+
+# %% The tables
+def draw(ratios, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
+    names = list(ratios)[::-1]
+    reached = [ratios[name] for name in names]
+    axis.barh(names, reached, color="tab:blue")
+    axis.scatter([TARGETS[name] for name in names], names, color="black", marker="|", s=300,
+                 label="aim")  # fmt: skip
+    for name, value in zip(names, reached, strict=True):
+        axis.text(value, name, f" {value:.2f}×", va="center")
+    axis.axvline(1, color="gray", linewidth=0.8)
+    axis.set(xlabel="ratio (transformers = 1, except where the row says otherwise)")
+    axis.legend()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+@one_line_errors
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="few repeats, short contexts")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--checkpoint", help="a trained run, for speculative decoding")
+    parser.add_argument("--depth", type=int, default=2, help="drafts a pass")
+    parser.add_argument("--out", default="benchmark_results", help="directory of JSON and PNG")
+    arguments = parser.parse_args(argv)
+    if arguments.repeats < 1:
+        raise ValueError(f"--repeats={arguments.repeats} must be at least 1")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # theirs in BF16
+    quick = arguments.quick
+    repeats = 2 if quick else arguments.repeats
+    facts = {**measure.machine(), "transformers": transformers.__version__, "repeats": repeats}
+    measure.print_header("against_transformers.py", facts)
+    contexts = {
+        "decode, batch 1, 4096 tokens before": (1, 512 if quick else 4096),
+        "decode, batch 16, 1024 tokens before": (16, 128 if quick else 1024),
+    }
+    ratios, seconds = {}, {}
+    with tempfile.TemporaryDirectory() as directory:
+        parts = [
+            lambda: training(repeats, directory),
+            lambda: reading_and_writing(repeats, directory, contexts, 16 if quick else 64),
+            lambda: experts(repeats, 512 if quick else 4096),
+        ]
+        if arguments.checkpoint:
+            files, new = (1, 32) if quick else (8, 128)
+            parts.append(
+                lambda: speculation(
+                    max(2, repeats // 3), arguments.checkpoint, files, new, arguments.depth
+                )
+            )
+        for part in parts:
+            more_ratios, more_seconds = part()
+            ratios |= more_ratios
+            seconds |= more_seconds
+    measure.print_table(
+        "medians", [{"work": name, "ms": f"{1e3 * value:.2f}"} for name, value in seconds.items()]
+    )
+    rows = []
+    for name, value in ratios.items():
+        fits = value <= TARGETS[name] if name.startswith("MoE") else value >= TARGETS[name]
+        sign = "at most" if name.startswith("MoE") else "at least"
+        verdict = "" if quick else ("reached" if fits else "falls short")
+        rows.append(
+            {"work": name, "ratio": f"{value:.2f}", "aim": f"{sign} {TARGETS[name]}", "": verdict}
+        )
+    title = "ratios (short work and few repeats: a smoke test, no figures)" if quick else "ratios"
+    measure.print_table(title, rows)
+    out = pathlib.Path(arguments.out)
+    measure.save(
+        out / "against_transformers.json",
+        {"machine": facts, "quick": quick, "ratios": ratios, "seconds": seconds,
+         "config": default_config().to_dict()},
+    )  # fmt: skip
+    draw(ratios, out / "against_transformers.png")
+    print(f"\nwritten: {out}/against_transformers.json and .png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""What both benchmarks share: interleaved medians, the machine, tables, files."""
+
+import json
+import os
+import pathlib
+import platform
+import statistics
+import sys
+import time
+
+import torch
+from tqdm import tqdm
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # the phases, for a script started from anywhere
+
+
+def interleaved(works, repeats):
+    """{name: function} → {name: median seconds}, one call of each in turn, `repeats` times.
+
+    In turn, so that a busy machine slows all alike; a first round warms up and does not count.
+    """
+    seconds = {name: [] for name in works}
+    for round_number in tqdm(range(repeats + 1), desc=" | ".join(works)[:50], leave=False):
+        for name, work in works.items():
+            start = time.perf_counter()
+            work()
+            if round_number:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def machine():
+    """What a figure depends on besides the code."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        name = lines[0].split(":")[1].strip() if lines else name
+    return {
+        "processor": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def matrix_rate(size=1024, products=10):
+    """A function that does `products` FP32 products of size³, and its floating-point operations."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+
+    def work():
+        for _ in range(products):
+            a @ b
+
+    return work, products * 2 * size**3
+
+
+def print_header(script, facts):
+    print(f"{script} · " + " · ".join(f"{key} {value}" for key, value in facts.items()))
+
+
+def print_table(title, rows):
+    """rows: dicts with the same keys, printed in columns."""
+    print(f"\n{title}")
+    columns = list(rows[0])
+    cells = [[str(row[column]) for column in columns] for row in rows]
+    widths = [max(len(line[i]) for line in [columns, *cells]) for i in range(len(columns))]
+    for line in [columns, *cells]:
+        print(
+            "  " + "  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)).rstrip()
+        )
+
+
+def save(path, content):
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2), encoding="utf-8")
