@@ -457,29 +457,31 @@ def training_flops_per_token(model, context):
 
 
 # %% The training step
-def build_optimizers(model, peak_rate):
-    """Muon for the matrices of attention and feed-forward, AdamW for everything else.
+def build_optimizers(model, peak_rate, muon=True):
+    """AdamW, and (`muon`) Muon for the matrices of attention, dense and shared feed-forward.
 
     Muon replaces a matrix' momentum by the nearest orthogonal matrix, so that every direction
     learns at the same pace; `match_rms_adamw` scales its steps to AdamW's, so one learning rate
-    serves both. Embedding and head are no maps between hidden states, and the router is a few
-    rows: AdamW. So are the experts: on two cores, orthogonalising their many small matrices takes
-    as long as the rest of the step. Norms and the router do not decay.
+    serves both. Embedding and head are no maps between hidden states and the router is a few rows:
+    they stay with AdamW, and so do the experts, whose many matrices would take half as long to
+    orthogonalise as the whole step. Norms and the router do not decay.
     """
-    named = dict(model.named_parameters())
-    muon = {
+    named, spared = dict(model.named_parameters()), (".gate.", "embed_tokens", "lm_head")
+    matrices = {
         name: p for name, p in named.items()
-        if p.dim() == 2 and not any(part in name for part in (".gate.", "embed_tokens", "lm_head"))
+        if muon and p.dim() == 2 and not any(part in name for part in spared)
     }  # fmt: skip
-    rest = {name: p for name, p in named.items() if name not in muon}
+    rest = {name: p for name, p in named.items() if name not in matrices}
     decayed = [p for name, p in rest.items() if p.dim() >= 2 and ".gate." not in name]
     others = [p for name, p in rest.items() if p.dim() < 2 or ".gate." in name]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    return [
-        torch.optim.AdamW(groups, lr=peak_rate, betas=(0.9, 0.95), fused=True),
-        torch.optim.Muon(muon.values(), lr=peak_rate, weight_decay=0.1,
-                         adjust_lr_fn="match_rms_adamw"),
-    ]  # fmt: skip
+    optimizers = [torch.optim.AdamW(groups, lr=peak_rate, betas=(0.9, 0.95), fused=True)]
+    if matrices:
+        optimizers.append(
+            torch.optim.Muon(matrices.values(), lr=peak_rate, weight_decay=0.1,
+                             adjust_lr_fn="match_rms_adamw")
+        )  # fmt: skip
+    return optimizers
 
 
 def training_step(
@@ -598,35 +600,7 @@ def print_scores(scores, documents, tokenizer, part):
 
 # %% A run: corpus, tokenizer, model, steps, checkpoints
 PRECISIONS = ("auto", "float32", "bfloat16")
-
-
-@dataclass
-class RunOptions:
-    """What a training run was asked for; stored with its checkpoint, so that it can resume."""
-
-    config: str = str(HERE / "configs" / "small.json")
-    data: list | None = None
-    steps: int | None = None
-    minutes: float | None = None
-    seed: int = 0
-    batch_size: int = 4
-    sequence_length: int = 256
-    learning_rate: float = 3e-3
-    precision: str = "auto"
-    mtp_weight: float = 0.3
-    gamma: float = 0.005
-
-    def __post_init__(self):
-        lowest = {"seed": 0, "batch_size": 1, "sequence_length": 3, "mtp_weight": 0, "gamma": 0}
-        for name, bound in lowest.items():
-            value = getattr(self, name)
-            if not bound <= value < math.inf:
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag}={value} must be a number of at least {bound}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"--precision={self.precision} must be one of {', '.join(PRECISIONS)}")
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"--learning-rate={self.learning_rate} must be a number above 0")
+OPTIMIZERS = ("auto", "muon", "adamw")
 
 
 def fastest_precision(device):
@@ -645,6 +619,47 @@ def fastest_precision(device):
     return "bfloat16" if seconds["bfloat16"] < seconds["float32"] / 1.5 else "float32"
 
 
+@dataclass
+class RunOptions:
+    """What a training run was asked for; stored with its checkpoint, so that it can resume."""
+
+    config: str = str(HERE / "configs" / "small.json")
+    data: list | None = None
+    steps: int | None = None
+    minutes: float | None = None
+    seed: int = 0
+    batch_size: int = 4
+    sequence_length: int = 256
+    learning_rate: float = 3e-3
+    precision: str = "auto"
+    optimizer: str = "auto"
+    mtp_weight: float = 0.3
+    gamma: float = 0.005
+
+    def __post_init__(self):
+        lowest = {"seed": 0, "batch_size": 1, "sequence_length": 3, "mtp_weight": 0, "gamma": 0}
+        for name, bound in lowest.items():
+            value = getattr(self, name)
+            if not bound <= value < math.inf:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag}={value} must be a number of at least {bound}")
+        for name, known in (("precision", PRECISIONS), ("optimizer", OPTIMIZERS)):
+            if getattr(self, name) not in known:
+                wanted = ", ".join(known)
+                raise ValueError(f"--{name}={getattr(self, name)} must be one of {wanted}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"--learning-rate={self.learning_rate} must be a number above 0")
+
+    def settle(self, device):
+        """Puts what is faster on this machine in the place of "auto"."""
+        if "auto" in (self.precision, self.optimizer):
+            faster = fastest_precision(device)
+            self.precision = faster if self.precision == "auto" else self.precision
+            if self.optimizer == "auto":
+                # Muon orthogonalises in BF16: without units for it, a step takes seconds.
+                self.optimizer = "muon" if faster == "bfloat16" else "adamw"
+
+
 class TrainingRun:
     """Everything between the options and a trained checkpoint in `directory`/checkpoint."""
 
@@ -652,8 +667,7 @@ class TrainingRun:
         self.directory, self.options, self.device = pathlib.Path(directory), options, device
         self.checkpoint = self.directory / "checkpoint"
         self.budget = Budget(options.steps, options.minutes)
-        if options.precision == "auto":
-            options.precision = fastest_precision(device)
+        options.settle(device)
         self.state = State()
         self.corpus = corpus.load_corpus(options.data)
         stored = read_run(self.checkpoint) if resume else None
@@ -679,7 +693,9 @@ class TrainingRun:
                 f"--sequence-length={options.sequence_length} exceeds max_position_embeddings="
                 f"{self.model.config.max_position_embeddings}"
             )
-        self.optimizers = build_optimizers(self.model, options.learning_rate)
+        self.optimizers = build_optimizers(
+            self.model, options.learning_rate, options.optimizer == "muon"
+        )
         if resume:
             files = checkpoint.tensor_files(self.checkpoint / "optimizer")
             stored = checkpoint.read_tensors(files)
@@ -693,8 +709,8 @@ class TrainingRun:
         config, counts = self.model.config, parameter_counts(self.model)
         print(
             f"deepseek_full_model.py · Python {sys.version.split()[0]} · torch {torch.__version__} "
-            f"· {self.device} · {self.options.precision} · {torch.get_num_threads()} threads "
-            f"· seed {self.options.seed}"
+            f"· {self.device} · {self.options.precision} · {self.options.optimizer} "
+            f"· {torch.get_num_threads()} threads · seed {self.options.seed}"
         )
         sizes = [sum(d.size for d in self.corpus.part(p)) for p in ("train", "validation", "test")]
         print(
@@ -768,7 +784,9 @@ def open_run(arguments):
         fixed = sorted(chosen.keys() - {"steps", "minutes"}) + ["out"] * hasattr(arguments, "out")
         if fixed:
             raise ValueError(f"--resume goes on with the run's own options: leave out {fixed}")
-        options = RunOptions(**read_run(directory / "checkpoint")["options"])
+        # A run begun before there was a choice had these.
+        stored = {"precision": "float32", "optimizer": "adamw"}
+        options = RunOptions(**{**stored, **read_run(directory / "checkpoint")["options"]})
         if chosen:
             options.steps, options.minutes = chosen.get("steps"), chosen.get("minutes")
         return TrainingRun(directory, options, arguments.device, resume=True)
@@ -1011,6 +1029,8 @@ def add_training_flags(parser):
                             help=f"default: {value}")  # fmt: skip
     parser.add_argument("--precision", choices=PRECISIONS,
                         help="of matrix products (default: auto, the faster)")  # fmt: skip
+    parser.add_argument("--optimizer", choices=OPTIMIZERS,
+                        help="default: auto, muon where BF16 is the faster precision")  # fmt: skip
     parser.add_argument("--device", help="cuda, mps or cpu (default: best there is)")
 
 
