@@ -939,20 +939,28 @@ def generate_command(arguments):
     separator = tokenizer.token_to_id(corpus.SEPARATOR)
     prompt = [separator, *corpus.encode(tokenizer, arguments.prompt)]
     text = corpus.TextStream(tokenizer, functools.partial(print, end="", flush=True))
-    figures = {}
-    print(arguments.prompt, end="", flush=True)
+    new_tokens = arguments.max_new_tokens
+    if new_tokens is None:  # what fits
+        new_tokens = max(1, min(128, model.max_positions - len(prompt)))
+    figures, written = {}, []
+
+    def show(new):
+        if not written:  # not before it is clear that there is something to show
+            print(arguments.prompt, end="")
+        written.extend(new[0])
+        text.add([token for token in new[0] if token != separator])
+
     start = time.perf_counter()
     model.generate(
-        torch.tensor([prompt], device=arguments.device), arguments.max_new_tokens,
+        torch.tensor([prompt], device=arguments.device), new_tokens,
         arguments.temperature, arguments.speculative, eos_token_id=separator,
         pad_token_id=separator, top_k=arguments.top_k, top_p=arguments.top_p,
-        depth=arguments.depth, prefill_chunk=arguments.prefill_chunk, figures=figures,
+        depth=arguments.depth, prefill_chunk=arguments.prefill_chunk, figures=figures, stream=show,
         generator=torch.Generator(device=arguments.device).manual_seed(arguments.seed),
-        stream=lambda new: text.add([token for token in new[0] if token != separator]),
     )  # fmt: skip
     seconds = time.perf_counter() - start
     text.finish()
-    print()
+    print("" if written else arguments.prompt)
     print_generation(figures, seconds)
 
 
@@ -999,7 +1007,7 @@ def build_parser():
     generate = commands.add_parser("generate", help="continue a prompt")
     generate.add_argument("--checkpoint", required=True, metavar="DIR")
     generate.add_argument("--prompt", default="", help="text to go on from; default: a new file")
-    generate.add_argument("--max-new-tokens", type=int, default=128)
+    generate.add_argument("--max-new-tokens", type=int, help="default: 128, or what fits")
     generate.add_argument("--temperature", type=float, default=0.0, help="0: most likely token")
     generate.add_argument("--top-k", type=int, help="draw from the K most likely tokens only")
     generate.add_argument("--top-p", type=float, help="draw from the fewest that hold this share")

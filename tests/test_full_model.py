@@ -437,6 +437,20 @@ def test_bfloat16_is_for_matrix_products_only():
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
 
 
+def test_settings_follow_what_is_fast_on_the_machine(monkeypatch):
+    for faster, optimizer in (("bfloat16", "muon"), ("float32", "adamw")):
+        monkeypatch.setattr(full, "fastest_precision", lambda device, faster=faster: faster)
+        options = RunOptions(steps=1)
+        options.settle("cpu")
+        assert (options.precision, options.optimizer) == (faster, optimizer)
+        asked = RunOptions(steps=1, precision="float32", optimizer="muon")
+        asked.settle("cpu")
+        assert (asked.precision, asked.optimizer) == ("float32", "muon")
+    assert full.fastest_precision("mps") == "float32"
+    only_adamw = build_optimizers(build("v3"), 1e-3, muon=False)
+    assert [type(optimizer) for optimizer in only_adamw] == [torch.optim.AdamW]
+
+
 def test_muon_takes_the_matrices_between_hidden_states():
     model = build("v3", num_nextn_predict_layers=1)
     adamw, muon = build_optimizers(model, 1e-3)
@@ -450,10 +464,11 @@ def test_muon_takes_the_matrices_between_hidden_states():
         assert name in in_adamw
 
 
-def test_training_lowers_the_loss():
+@pytest.mark.parametrize("muon", [True, False])
+def test_training_lowers_the_loss(muon):
     torch.manual_seed(1)
     model = build("v3", num_nextn_predict_layers=1, std=0.05)
-    optimizers, ids = build_optimizers(model, 3e-3), ids_of(2, 30)
+    optimizers, ids = build_optimizers(model, 3e-3, muon), ids_of(2, 30)
     losses = [
         training_step(model, optimizers, ids, torch.zeros_like(ids), 3e-3, 0.3, 0.001)
         for _ in range(30)
@@ -792,6 +807,16 @@ def test_whole_pipeline_from_the_command_line(small_run, run_script, tmp_path):
         for extra in ([], ["--speculative"])
     ]  # fmt: skip
     assert texts[0].startswith("def f") and texts[0] == texts[1]
+    sampled = [
+        run_script("deepseek_full_model.py", "generate", "--checkpoint", "run", "--prompt", "def f",
+                   "--max-new-tokens", 20, "--temperature", 0.9, "--top-k", 50, "--top-p", 0.9,
+                   "--prefill-chunk", 2, "--seed", seed, *extra)
+        for seed, extra in ((1, []), (1, []), (2, []), (1, ["--speculative", "--depth", 2]))
+    ]  # fmt: skip
+    assert sampled[0].stdout == sampled[1].stdout != sampled[2].stdout
+    figures = sampled[3].stderr
+    for promised in ("tokens/s", "drafts accepted", "tokens a pass", "cache ", " bytes"):
+        assert promised in figures
     again = run_script("deepseek_full_model.py", *flags(options), "--steps", 6, "--out", "run")
     assert again.returncode == 2 and "already holds a run" in again.stderr
 
@@ -818,6 +843,8 @@ def test_evaluate_scores_all_of_a_users_file(small_run, tmp_path, capsys):
         (["--batch-size", "0", "--steps", "1"], "--batch-size=0 must be a number of at least 1"),
         (["--seed", "-1", "--steps", "1"], "--seed=-1 must be a number of at least 0"),
         (["--gamma", "nan", "--steps", "1"], "--gamma=nan must be a number of at least 0"),
+        (["--precision", "fp8", "--steps", "1"], "invalid choice: 'fp8'"),
+        (["--optimizer", "sgd", "--steps", "1"], "invalid choice: 'sgd'"),
         (["--learning-rate", "0", "--steps", "1"], "--learning-rate=0.0 must be a number above 0"),
         (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
         (["--minutes", "inf"], "the training budget must be above 0, got inf"),
@@ -862,6 +889,16 @@ def test_prompt_past_the_context_is_one_line(small_run, tmp_path, capsys):
         error = capsys.readouterr().err
         assert exit_info.value.code == 2 and "exceed the context of 64" in error
         assert error.count("\n") == 1
+    for wrong, message in (
+        (["--top-p", "0"], "top_p=0.0 must be above 0"),
+        (["--top-k", "0"], "top_k=0 must be at least 1"),
+        (["--speculative", "--depth", "0"], "depth=0 must be at least 1"),
+        (["--temperature", "nan"], "temperature=nan must be a number"),
+    ):
+        with pytest.raises(SystemExit):
+            full.main(["generate", "--checkpoint", str(run.checkpoint), *wrong])
+        printed = capsys.readouterr()
+        assert message in printed.err and printed.err.count("\n") == 1 and not printed.out
 
 
 @pytest.mark.integration
