@@ -341,7 +341,7 @@ def build_block(config, rotary, moe):
 def released_tensors(model):
     """{released name: view of the model's own memory} of every parameter and stored buffer.
 
-    Experts are one tensor each in the files; here they are slices of the fused ones.
+    Experts are one tensor each in the files, gate and up two: here they are slices of fused ones.
     """
     tensors = {
         "model.embed_tokens.weight": model.embed_tokens.weight,
@@ -370,6 +370,9 @@ def _block_tensors(prefix, block):
         elif name == "mlp.experts.down_proj":
             for e, down in enumerate(tensor):
                 tensors[f"{prefix}.mlp.experts.{e}.down_proj.weight"] = down
+        elif name.endswith(".gate_up_proj.weight"):
+            for part, half in zip(("gate_proj", "up_proj"), tensor.chunk(2), strict=True):
+                tensors[f"{prefix}.{name.replace('gate_up_proj', part)}"] = half
         else:
             tensors[f"{prefix}.{name}"] = tensor
     return tensors

@@ -48,12 +48,13 @@ class SwiGLU(nn.Module):
         super().__init__()
         if hidden_size < 1 or intermediate_size < 1:
             raise ValueError(f"widths must be at least 1, got {hidden_size}, {intermediate_size}")
-        self.gate_proj = Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
+        # [W_gate; W_up] in one matrix, one product: released files store them apart.
+        self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size, bias=False)
         self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
 
 
 # %% Routing: what a router decides

@@ -112,6 +112,19 @@ def test_left_padding_changes_nothing_and_hidden_rows_are_zero(path):
     assert (output[:, :2] == 0).all()
 
 
+@pytest.mark.parametrize("path", ["expanded", "products", "absorbed", "naive"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_outputs_of_the_last_tokens_only(path, masked):
+    attention, x = build(), torch.randn(2, 9, 32)
+    mask = torch.rand(2, 1, 9, 9) < 0.7 if masked else None
+    caches = LatentCache(), LatentCache()
+    whole = attention(x, mask=mask, cache=caches[0], path=path)
+    last = attention(x, mask=mask, cache=caches[1], path=path, last=2)
+    # another order of summation
+    torch.testing.assert_close(last, whole[:, -2:], rtol=1e-4, atol=1e-5)
+    assert torch.equal(caches[0].view(), caches[1].view())
+
+
 def test_a_model_without_positions_parts_works():
     attention, x = build(qk_rope_head_dim=0), torch.randn(1, 4, 32)
     torch.testing.assert_close(attention(x, path="absorbed"), attention(x, path="naive"))

@@ -257,14 +257,14 @@ def test_shared_experts_see_every_token_and_no_residual_is_added():
     with torch.no_grad():
         layer.experts.down_proj.zero_()
     torch.testing.assert_close(layer(x), layer.shared_experts(x))
-    assert layer.shared_experts.up_proj.out_features == 16
+    assert layer.shared_experts.down_proj.in_features == 16
 
 
 def test_swiglu_by_hand():
     network = SwiGLU(1, 1)
     with torch.no_grad():
-        for weight, value in zip(network.parameters(), (2.0, 3.0, 5.0), strict=True):
-            weight.fill_(value)
+        network.gate_up_proj.weight.copy_(torch.tensor([[2.0], [3.0]]))
+        network.down_proj.weight.fill_(5.0)
     # gate 2, up 3: 5 · SiLU(2) · 3
     expected = 5 * (2 / (1 + np.exp(-2.0))) * 3
     assert network(torch.ones(1, 1)).item() == pytest.approx(expected, rel=1e-6)
