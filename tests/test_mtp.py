@@ -488,6 +488,17 @@ def test_stream_gives_the_text_as_it_comes(speculative):
         assert streamed + [16] * (12 - len(streamed)) == output[row, 4:].tolist()
 
 
+def test_nothing_is_written_past_the_end():
+    model, prompt = build(depth=1, std=0.02), ids_of(1, 4)  # all but constant: drafts hold
+    for new in (1, 2, 3, 7):
+        passes, figures = [], {}
+        ids = model.generate(prompt, new, speculative=True, depth=3, stream=passes.append,
+                             figures=figures)  # fmt: skip
+        streamed = [token for rows in passes for token in rows[0]]
+        assert streamed == ids[0, 4:].tolist() and figures["tokens"] == new
+        assert figures["forwards"] + figures["accepted"] == new
+
+
 @pytest.mark.performance
 @pytest.mark.parametrize("speculative", [False, True])
 def test_caches_take_exactly_the_latent_and_the_rotary_key(speculative, monkeypatch):
