@@ -11,6 +11,7 @@ from mla_coded import MultiHeadLatentAttention
 from moe_coded import SwiGLU, TransformerBlock
 from mtp_coded import (
     CausalLM,
+    Continuation,
     Drafter,
     IndependentHead,
     MultiTokenPredictor,
@@ -202,6 +203,18 @@ def test_chunked_head_loss_is_the_loss_from_logits(masked, monkeypatch):
     # another order of summation
     torch.testing.assert_close(chunked, naive, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradients(chunked), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_head_loss_of_bfloat16_products_is_summed_in_fp32():
+    model, ids = build(depth=0, vocab=501), ids_of(4, 64, vocab=501)
+    exact = model.head_loss(model.hidden_states(ids), ids, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model.head_loss(model.hidden_states(ids), ids, 1)
+    assert rounded.dtype == torch.float32
+    assert (
+        abs(rounded - exact) < 2e-3 * exact
+    )  # BF16 has 8 bits: a loss in BF16 is off by up to 4e-3
+    assert rounded.bfloat16() != rounded
 
 
 @pytest.mark.performance
@@ -488,15 +501,22 @@ def test_stream_gives_the_text_as_it_comes(speculative):
         assert streamed + [16] * (12 - len(streamed)) == output[row, 4:].tolist()
 
 
-def test_nothing_is_written_past_the_end():
-    model, prompts = build(depth=1, std=0.1), ids_of(6, 4)  # rows get ahead of one another
-    for new in (1, 2, 3, 7, 20):
-        passes, figures = [], {}
-        ids = model.generate(prompts, new, speculative=True, depth=3, stream=passes.append,
-                             figures=figures)  # fmt: skip
-        streamed = [[token for rows in passes for token in rows[row]] for row in range(6)]
-        assert streamed == ids[:, 4:].tolist() and figures["tokens"] == new
-        assert figures["accepted"] <= figures["drafted"]
+def test_what_is_confirmed_ends_at_the_end_and_at_a_stop():
+    text = Continuation(ids_of(3, 4), torch.tensor([4, 2, 3]), 5, 3, eos_token_id=9, pad_token_id=0)
+    drafts = torch.tensor([[1, 9, 3], [4, 5, 6], [1, 2, 3]])
+    for row, (draft, length) in enumerate(zip(drafts, text.lengths.tolist(), strict=True)):
+        text.tokens[row, length : length + 3] = draft
+    # Row 0 stops within its drafts, row 1 gets all and one more, row 2 one and the model's own.
+    appended = text.confirm(drafts, torch.tensor([3, 3, 1]), own=torch.tensor([7, 8, 9]))
+    assert appended == [[1, 9], [4, 5, 6, 8], [1, 9]]
+    assert text.lengths.tolist() == [6, 6, 5] and text.active.tolist() == [False, True, False]
+    # Row 1 has room for one more, the others are finished.
+    assert text.drafts_wanted(3).tolist() == [0, 0, 0]
+    more = torch.tensor([[1, 1], [2, 3], [1, 1]])
+    text.tokens[1, 6:8] = more[1]
+    assert text.confirm(more, torch.tensor([2, 2, 2]), own=torch.tensor([7, 7, 7])) == [[], [2], []]
+    assert not text.active.any()
+    assert text.new().tolist() == [[1, 9, 0, 0, 0], [4, 5, 6, 8, 2], [1, 9, 0, 0, 0]]
 
 
 @pytest.mark.performance

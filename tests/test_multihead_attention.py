@@ -7,9 +7,11 @@ from torch import nn
 from multihead_attention_coded import (
     GrowingBuffer,
     KVCache,
+    Linear,
     MultiHeadAttention,
     fused_attention,
     product_attention,
+    shared_linear,
 )
 from self_attention_coded import scaled_dot_product_attention
 
@@ -195,3 +197,20 @@ def test_sequences_of_unequal_length_have_places_of_their_own():
                          start=torch.tensor([0, 4, 2]))  # fmt: skip
     assert view[..., 0].tolist() == [[1, 2, 0, 0, 0, 0], [0, 0, 0, 0, 1, 2], [0, 0, 1, 2, 0, 0]]
     assert buffer.storage.shape == (3, 6, 1)  # no reallocation
+
+
+# A few rows on all cores
+@pytest.mark.parametrize("cores", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(64,), (1, 1, 64), (3, 64), (2, 3, 64)])
+def test_a_few_rows_shared_out_are_the_same_product(cores, shape, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    for out in (1536, 1537):  # which two and three cores can share out, and which not
+        layer, x = Linear(64, out, bias=False), torch.randn(shape)
+        expected = torch.nn.functional.linear(x, layer.weight)
+        with torch.no_grad():
+            # another order of summation
+            torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                shared_linear(x, layer.weight), expected, rtol=1e-5, atol=1e-5
+            )
+        assert layer(x).requires_grad  # with gradients, PyTorch's own
