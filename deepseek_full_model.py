@@ -467,7 +467,8 @@ def build_optimizers(model, peak_rate, muon=True):
     learns at the same pace; `match_rms_adamw` scales its steps to AdamW's, so one learning rate
     serves both. Embedding and head are no maps between hidden states and the router is a few rows:
     they stay with AdamW, and so do the experts, whose many matrices would take half as long to
-    orthogonalise as the whole step. Norms and the router do not decay.
+    orthogonalise as the whole step. Gate and up count as one matrix. Norms and the router do not
+    decay.
     """
     named, spared = dict(model.named_parameters()), (".gate.", "embed_tokens", "lm_head")
     matrices = {
@@ -501,7 +502,9 @@ def training_step(
             group["lr"] = rate
     # Autocast: matrix products in `precision`, weights, norms, router and losses in FP32.
     with torch.autocast(ids.device.type, precision, enabled=precision != torch.float32):
-        path = "expanded" if precision == torch.float32 else "products"
+        # Beyond, the scores that "products" stores outgrow the cache; a GPU's kernels are faster.
+        short = ids.device.type == "cpu" and ids.shape[1] <= 1024
+        path = "products" if short and precision == torch.bfloat16 else "expanded"
         hidden_BTD = model.hidden_states(ids, path=path)
         next_loss = model.head_loss(hidden_BTD, ids, shift=1)
         further_losses = [
@@ -521,6 +524,7 @@ def training_step(
         load_E = moe.gate.load.float()
         max_load[name] = round((load_E.max() / load_E.mean()).item(), 4)
         moe.gate.update_bias(gamma)
+        moe.last_balance_loss = None  # it holds on to the whole step
     return {
         "loss": next_loss.item(),
         "mtp_loss": further_loss.item() if len(model.mtp) else None,
@@ -787,9 +791,7 @@ def open_run(arguments):
         fixed = sorted(chosen.keys() - {"steps", "minutes"}) + ["out"] * hasattr(arguments, "out")
         if fixed:
             raise ValueError(f"--resume goes on with the run's own options: leave out {fixed}")
-        # A run begun before there was a choice had these.
-        stored = {"precision": "float32", "optimizer": "adamw"}
-        options = RunOptions(**{**stored, **read_run(directory / "checkpoint")["options"]})
+        options = RunOptions(**read_run(directory / "checkpoint")["options"])
         if chosen:
             options.steps, options.minutes = chosen.get("steps"), chosen.get("minutes")
         return TrainingRun(directory, options, arguments.device, resume=True)
@@ -942,6 +944,11 @@ def generate_command(arguments):
     separator = tokenizer.token_to_id(corpus.SEPARATOR)
     prompt = [separator, *corpus.encode(tokenizer, arguments.prompt)]
     text = corpus.TextStream(tokenizer, functools.partial(print, end="", flush=True))
+    if arguments.depth is not None and not arguments.speculative:
+        raise ValueError("--depth is for --speculative")
+    cut = arguments.top_k is not None or arguments.top_p is not None
+    if cut and arguments.temperature == 0:
+        raise ValueError("--top-k and --top-p are for a --temperature above 0")
     new_tokens = arguments.max_new_tokens
     if new_tokens is None:  # what fits
         new_tokens = max(1, min(128, model.max_positions - len(prompt)))
@@ -1015,7 +1022,7 @@ def build_parser():
     generate.add_argument("--top-k", type=int, help="draw from the K most likely tokens only")
     generate.add_argument("--top-p", type=float, help="draw from the fewest that hold this share")
     generate.add_argument("--speculative", action="store_true", help="draft with the MTP module")
-    generate.add_argument("--depth", type=int, help="drafts a pass (default: one a module)")
+    generate.add_argument("--depth", type=int, help="drafts a pass (default: one more than held)")
     generate.add_argument("--prefill-chunk", type=int, help="read the prompt N tokens at a time")
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--device", help="cuda, mps or cpu")

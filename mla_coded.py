@@ -151,6 +151,8 @@ class MultiHeadLatentAttention(nn.Module):
         if path not in paths:
             raise ValueError(f"path={path!r} must be one of {', '.join(paths)}")
         B, T, _ = hidden.shape
+        if last is not None and not 1 <= last <= T:
+            raise ValueError(f"last={last} must be from 1 to the {T} tokens of the input")
         last = T if last is None else last
         past = 0 if cache is None else cache.length
         if start is not None:

@@ -302,7 +302,7 @@ def sequence_balance_loss(scores_BTE, experts_per_token, alpha, token_mask=None)
     return alpha * per_sequence_B.sum() / has_tokens_B.sum().clamp(min=1)
 
 
-# %% The experts, and three ways to run them
+# %% The experts, and four ways to run them
 class Experts(nn.Module):
     """E SwiGLU networks in two tensors, `gate_up_proj` (E, 2F, D) and `down_proj` (E, D, F)."""
 
@@ -444,7 +444,7 @@ class MixtureOfExperts(nn.Module):
         x_MD = x.flatten(0, -2)
         routing = self.gate(x_MD, None if token_mask is None else token_mask.flatten())
         if dispatch == "auto":
-            few = routing.indices.numel() <= 6 and x.device.type == "cpu"
+            few = 0 < routing.indices.numel() <= 6 and x.device.type == "cpu"
             dispatch = "by_choice" if few else "grouped"
         output_MD = getattr(self.experts, dispatch)(x_MD, routing)
         if self.shared_experts is not None:

@@ -146,8 +146,8 @@ class CausalLM(nn.Module):
         return self._run(input_ids, caches, path=path, **options)
 
     def _run(self, input_ids, caches=None, last=None, **options):
-        """`last`: hidden states of the last so many tokens only. What the others need in the last
-        layer is their place in its cache: a prompt of 1,024 takes PREFILL_GAIN."""
+        """`last`: hidden states of the last so many tokens only. Of the others, the last layer's
+        cache is all that later tokens look at (a prompt of 1,024: LASTGAIN)."""
         hidden = self.embed_tokens(input_ids)
         for i, layer in enumerate(self.layers):
             if last is not None and i == len(self.layers) - 1:
@@ -264,24 +264,30 @@ class CausalLM(nn.Module):
 
         Args:
             temperature, top_k, top_p, generator: see `Sampling`. Temperature 0 is greedy.
-            speculative: draft with the MTP modules; greedy text stays the same, sampled text keeps
-                its distribution. `depth`: see `speculative_generate`.
+            speculative: draft with the MTP modules; greedy text stays the same (in FP32), sampled
+                text keeps its distribution. `depth`: see `speculative_generate`.
             attention_mask: (B, T), 0 = padding, for prompts of unequal length: pad on the left.
-                Greedily, each gives what it gives alone.
+                Greedily and in FP32, each gives what it gives alone.
             eos_token_id: a sequence stops after it and is filled with `pad_token_id`; None: never.
-            prefill_chunk: prompts are read so many tokens at a time, which bounds the memory that
-                a long prompt takes; None: at once.
+            prefill_chunk: the main model reads prompts so many tokens at a time, which bounds the
+                memory that a long prompt takes; None: at once.
             stream: called after each pass with the new tokens, one list a sequence.
-            figures: a dict to be filled: `forwards` passes of the main model, `tokens` of the
-                longest continuation, bytes of the caches `cache_bytes`; see `speculative_generate`.
+            figures: a dict to be filled: `forwards` passes of the main model (the prompts are one),
+                `tokens` of the longest continuation, `cache_bytes`; see `speculative_generate`.
 
         Raises: ValueError if prompt and new tokens exceed the context, before any work is done.
         """
         sampling = Sampling(temperature, top_k, top_p, generator)
         self._check_generation(input_ids, max_new_tokens, attention_mask, prefill_chunk)
+        if not 0 <= pad_token_id < self.embed_tokens.num_embeddings:
+            raise ValueError(f"pad_token_id={pad_token_id} is not within the vocabulary")
+        if depth is not None and not speculative:
+            raise ValueError(f"depth={depth} is for speculative=True")
         figures = {} if figures is None else figures
+        figures.update(forwards=0, tokens=0, cache_bytes=0)
+        input_ids = input_ids.long()
         if max_new_tokens == 0:
-            return input_ids
+            return input_ids.clone()
         prompts, lengths = left_aligned(input_ids, attention_mask)
         rest = (eos_token_id, pad_token_id, stream, prefill_chunk, figures)
         if speculative:
@@ -337,10 +343,12 @@ class Sampling:
 
     def probabilities(self, logits):
         """(..., W) → (..., W), in FP32: the distribution that a token is drawn from."""
-        probabilities = (logits.float() / self.temperature).softmax(dim=-1)
+        logits = logits.float()
+        logits = logits - logits.amax(dim=-1, keepdim=True)  # a tiny temperature cannot overflow
+        probabilities = (logits / self.temperature).softmax(dim=-1)
         if self.top_k is not None and self.top_k < logits.shape[-1]:
-            least = probabilities.topk(self.top_k, dim=-1).values[..., -1:]
-            probabilities = probabilities.masked_fill(probabilities < least, 0.0)
+            kept, places = probabilities.topk(self.top_k, dim=-1)
+            probabilities = torch.zeros_like(probabilities).scatter(-1, places, kept)
         if self.top_p is not None and self.top_p < 1:
             ranked, order = probabilities.sort(dim=-1, descending=True)
             before = ranked.cumsum(dim=-1) - ranked  # what the more likely tokens hold
@@ -414,13 +422,16 @@ def decoding_head(head, tokens):
     60 µs for 1 to 4 rows of 8,192 × 256, where `F.linear` takes 117 for one and 222 for two.
     Packing costs 0.4 ms, what it saves in seven passes: shorter texts do without.
     """
+    if type(head) not in (nn.Linear, Linear):  # a wrapped or quantised one has ways of its own
+        return head
     weight = head.weight
     fits = weight.device.type == "cpu" and weight.dtype == torch.float32 and head.bias is None
     pays = tokens >= 16 and weight.numel() >= 2**20
     if not (fits and pays and torch.backends.mkldnn.is_available()):
         return head
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 4)
-    return lambda rows: torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "")
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 4)  # for about 4 rows
+    no_bias, nothing_after = None, ("none", [], "")
+    return lambda rows: torch.ops.mkldnn._linear_pointwise(rows, packed, no_bias, *nothing_after)
 
 
 def cache_figures(caches):
@@ -483,35 +494,43 @@ def _shifted_loss(logits, targets):
 
 
 class ChunkedHeadLoss(torch.autograd.Function):
-    """Σ cross-entropy of `F.linear(hidden, weight)` without ever holding all logits in FP32.
+    """Σ cross-entropy of `F.linear(hidden, weight)`, the softmax taken in chunks of rows.
 
     hidden (M, D), weight (W, D), targets (M,) with −100 = none → a scalar, in FP32. A large
-    vocabulary makes logits the biggest tensors of a training step; taken in chunks of rows, with
-    each chunk's gradient worked out at once, they stay in the processor's cache. Two heads of
-    1,024 rows by 8,192 tokens: 350 → 228 ms for the whole training step.
+    vocabulary makes logits the biggest tensors of a training step. In chunks, with each chunk's
+    gradient, softmax − one-hot, worked out at once, their FP32 form stays in the processor's cache,
+    and only the gradient is kept whole, in the precision of `hidden`. Two heads of 1,024 rows by
+    8,192 tokens in BF16: 350 → 228 ms for the whole training step.
     """
 
     ROWS = 256
 
     @staticmethod
     def forward(ctx, hidden, weight, targets):
-        total = torch.zeros((), device=hidden.device)
-        gradients = hidden.new_empty(len(hidden), len(weight))
+        total, wanted = 0.0, any(ctx.needs_input_grad)
+        gradients = hidden.new_empty(len(hidden), len(weight)) if wanted else None
         for start in range(0, len(hidden), ChunkedHeadLoss.ROWS):
             rows = slice(start, start + ChunkedHeadLoss.ROWS)
-            logits = F.linear(hidden[rows], weight).float()
-            with torch.enable_grad():
-                logits.requires_grad_()
-                loss = F.cross_entropy(logits, targets[rows], reduction="sum")
-            (gradients[rows],) = torch.autograd.grad(loss, logits)
-            total += loss.detach()
-        ctx.save_for_backward(gradients @ weight, gradients.T @ hidden)
-        return total
+            logits = F.linear(hidden[rows], weight)
+            log_p = logits.log_softmax(dim=-1, dtype=max_precision(logits.dtype))
+            counted, target = (targets[rows] != -100)[:, None], targets[rows].clamp(min=0)[:, None]
+            total = total - (log_p.gather(1, target) * counted).sum()
+            if wanted:
+                minus_one = -torch.ones_like(target, dtype=log_p.dtype)
+                gradients[rows] = log_p.exp_().scatter_add_(1, target, minus_one).mul_(counted)
+        if wanted:
+            ctx.save_for_backward(gradients @ weight, gradients.T @ hidden)
+        return torch.as_tensor(total, device=hidden.device)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, scale):
         hidden_gradient, weight_gradient = ctx.saved_tensors
         return hidden_gradient * scale, weight_gradient * scale, None
+
+
+def max_precision(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 # %% Speculative decoding: the modules draft, the main model checks all drafts in one pass
@@ -520,8 +539,9 @@ def speculative_generate(
 ):  # fmt: skip
     """`CausalLM.generate` with drafts: (B, T) → (ids (B, T + new), figures).
 
-    Greedy text is the same, token for token (up to ties: a pass over several tokens rounds
-    differently in the last bit than one over one). Sampled text has the same distribution.
+    In FP32, greedy text is the same, token for token (up to ties in the last bit, where a pass over
+    several tokens may round differently than one over one; in BF16 such ties are common). Sampled
+    text has the same distribution.
 
     A round: the main model reads the last confirmed token and the drafts after it. `verify`
     confirms drafts from the left until the first that fails, and puts one token of its own after
@@ -583,25 +603,29 @@ class Drafter:
     def draft(self, tokens, lengths, hidden, start, depth):
         """Writes `depth` drafts into tokens (B, ·) behind each row's `lengths`.
 
+        hidden (B, n, D): the main model's states from position `start` (B,) on; the last that
+        counts is that of the last confirmed token but one. Returns: (B, depth, W) the distributions
+        drawn from; greedy: None.
 
-        hidden (B, n, D): the main model's states from position `start` on; the last that counts
-        is that of the last confirmed token but one. Module k at position i needs token i + k, for
-        the last positions a draft that may prove wrong: so they are gone through again next time.
-        Returns: (B, depth, W) the distributions they were drawn from; greedy: None.
+        Module k at position i needs token i + k: for the last positions a draft, which may prove
+        wrong, so they are gone through again next time. With 2 modules, tokens 0–6 confirmed and
+        states 5 read last: module 1 reads up to position 5 (with token 6) and drafts token 7;
+        module 2 reads up to position 5 (with that draft) and drafts token 8. Next time both begin
+        one position earlier than what is new. What a short prompt or a row that is behind leaves
+        undefined lies behind the row's last position, where nobody looks until it is overwritten.
         """
         modules, newest_at = len(self.model.mtp), lengths - 2
         self.hidden.append(hidden, one_or_each(start))
         first, count = (start - modules + 1).clamp(min=0), hidden.shape[1] + modules - 1
-        state, chances = take(self.hidden.storage, one_or_each(first), count), []
-        draft = None
-        for k in range(1, depth + 1):
+        state, chances, draft = take(self.hidden.storage, one_or_each(first), count), [], None
+        for k in range(1, max(depth, modules) + 1):
             predictor, cache = self.model.mtp[min(k, modules) - 1], self.caches[min(k, modules) - 1]
             if k <= modules:
-                future = take(tokens, one_or_each(first + k), count)
                 places = slots(one_or_each(first), count, tokens.device)
                 # Of the last module only one state is wanted; from the others, the cache entry.
                 if k == modules and len(tokens) == 1 and int(newest_at - first) == count - 1:
                     places["last"] = 1
+                future = take(tokens, one_or_each(first + k), count)
                 output = predictor(state, future, cache=cache, **places)
                 newest = output[:, -1:]
                 if "last" not in places:
@@ -611,6 +635,8 @@ class Drafter:
             else:  # the last module again, one position on, after its own state and draft
                 places = slots(one_or_each(newest_at + k - modules), 1, tokens.device)
                 newest = predictor(newest, draft[:, None], cache=cache, **places)
+            if k > depth:  # read along, so that its cache has no gaps
+                continue
             logits = self.head(newest[:, 0])
             if self.sampling.greedy:
                 draft = logits.argmax(dim=-1)
@@ -686,19 +712,14 @@ def _speculate(model, prompts, lengths, new_tokens, sampling, depth, eos_token_i
     caches, head = model.new_caches(capacity=capacity), decoding_head(model.lm_head, new_tokens)
     drafter = Drafter(model, capacity, sampling, head)
     figures.update(forwards=0, drafted=0, accepted=0)
+    # `hidden`: of what was read last, from `start` on. `judging`: those that judge the drafts.
     start, drafted, chances = torch.zeros_like(lengths), 0, None
+    hidden = read_prompts(model, prompts, caches, prefill_chunk)
+    judging = take(hidden, lengths - 1, 1)
     while True:
-        if figures["forwards"] == 0:
-            hidden = read_prompts(model, prompts, caches, prefill_chunk)
-            judged = take(hidden, lengths - 1, 1)
-        else:  # the last confirmed token and the drafts after it
-            start = text.lengths - 1
-            fed = take(text.tokens, one_or_each(start), drafted + 1)
-            places = slots(one_or_each(start), drafted + 1, fed.device)
-            hidden = judged = model._run(fed, caches, **places)
         drafts = take(text.tokens, one_or_each(text.lengths), drafted)
         wanted = text.drafts_wanted(drafted)
-        accepted, own = verify(head(judged), drafts, chances, sampling)
+        accepted, own = verify(head(judging), drafts, chances, sampling)
         appended = text.confirm(drafts, accepted, own)
         figures["forwards"] += 1
         figures["drafted"] += int(wanted.sum())
@@ -711,9 +732,14 @@ def _speculate(model, prompts, lengths, new_tokens, sampling, depth, eos_token_i
         held = max(map(len, appended)) - 1
         drafted = int(text.drafts_wanted(depth or min(held + 1, deepest)).max())
         if drafted:
-            if figures["forwards"] > 1:
+            if figures["forwards"] > 1:  # behind what was accepted there is nothing to go on from
                 hidden = hidden[:, : int(accepted.max()) + 1]
             chances = drafter.draft(text.tokens, text.lengths, hidden, start, drafted)
+        # The main model reads the last confirmed token and the drafts after it.
+        start = text.lengths - 1
+        fed = take(text.tokens, one_or_each(start), drafted + 1)
+        places = slots(one_or_each(start), drafted + 1, fed.device)
+        hidden = judging = model._run(fed, caches, **places)
     figures.update(tokens=int((text.lengths - lengths).max()), **cache_figures(caches))
     figures["cache_bytes"] += sum(cache.used_bytes() for cache in drafter.caches)
     return text.new()

@@ -75,9 +75,10 @@ def product_attention(query, key, value, mask=None, scale=None, causal=False):
     if mask is not None:
         mask = expanded_mask(mask, shape)
         allowed = mask if allowed is None else mask & allowed
-    bias = query.new_zeros(1)
+    bias = query.new_zeros(1)  # nothing hidden
     if allowed is not None:  # finite, so that a row without any key gives no NaN
-        bias = query.new_zeros(allowed.shape).masked_fill(~allowed, -1e30)
+        hidden = torch.finfo(query.dtype).min / 2
+        bias = query.new_zeros(allowed.shape).masked_fill(~allowed, hidden)
     scores = torch.baddbmm(
         bias.expand(shape).flatten(0, 1), query.flatten(0, 1), key.flatten(0, 1).mT, alpha=scale
     )
@@ -105,7 +106,8 @@ def shared_linear(x, weight):
     """`F.linear(x, weight)` as one product a core: (..., in), (out, in) → (..., out)."""
     cores, (out, width) = torch.get_num_threads(), weight.shape
     large = weight.numel() >= (2**16 if x.numel() == width else 2**14)
-    if cores == 1 or out % cores or not large or weight.dtype != x.dtype:
+    fits = out % cores == 0 and x.shape[-1] == width and x.dtype == weight.dtype
+    if cores == 1 or not large or not fits:
         return F.linear(x, weight)
     rows = x.reshape(1, -1, width).expand(cores, -1, -1)
     parts = torch.bmm(rows, weight.view(cores, out // cores, width).transpose(1, 2))
@@ -140,7 +142,10 @@ class GrowingBuffer:
                 raise ValueError(f"cache holds rows {kept}, got {tuple(got)} to append")
         start = self.length if start is None else start
         ragged = torch.is_tensor(start)
-        end = (int(start.max()) if ragged else start) + rows.shape[-2]
+        latest = int(start.max()) if ragged else start
+        if latest > self.length:
+            raise ValueError(f"start={latest} would leave a gap behind the {self.length} rows held")
+        end = latest + rows.shape[-2]
         if self.storage is None or end > self.storage.shape[-2]:
             self._grow(rows, end)
         if ragged:

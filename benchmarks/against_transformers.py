@@ -1,8 +1,9 @@
 """This model against transformers' DeepseekV3ForCausalLM: the same weights, threads and run.
 
-Every figure is a ratio of medians of interleaved repeats, transformers' time over ours: above 1,
-ours is faster. Both sides train with fused AdamW, each at its best precision, FP32 or BF16
-autocast; everything else is FP32 on both sides. Ratios travel between machines, seconds do not.
+Ratios of medians of interleaved repeats. Those with transformers are its time over ours: above 1,
+ours is faster. The others say in their name what is over what. Both sides train with fused AdamW,
+each at its better precision, FP32 or BF16 autocast; everything else is FP32 on both sides. Ratios
+travel between machines, seconds do not.
 
 Run:  python benchmarks/against_transformers.py --checkpoint runs/default
       python benchmarks/against_transformers.py --quick          under a minute, few repeats

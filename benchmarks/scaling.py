@@ -2,7 +2,7 @@
 
 Each table is one run of interleaved repeats; `×` is the median time over that of the first row.
 Weights are random, widths those of the default model; everything in FP32 but the training step,
-which runs in the faster precision. Bytes are counted, not measured: caches as allocated, and what
+which runs in the faster precision. Bytes are counted, not measured: what the caches hold, and what
 the backward pass of a training step keeps from the forward pass.
 
 Run:  python benchmarks/scaling.py
@@ -166,10 +166,11 @@ class KeptBytes:
         return sum(size for place, size in self.pieces.items() if place not in weights)
 
 
-def by_training_batch(batches, precision, repeats):
+def by_training_batch(batches, repeats):
     """A training step of B × 256 tokens: tokens a second, and what the backward pass needs."""
-    model = default_model()
-    optimizers = full.build_optimizers(model, 1e-4)
+    model, options = default_model(), full.RunOptions()
+    options.settle("cpu")
+    optimizers = full.build_optimizers(model, 1e-4, options.optimizer == "muon")
     works, columns = {}, {}
     for batch in batches:
         ids = torch.randint(model.config.vocab_size, (batch, 256))
@@ -177,7 +178,7 @@ def by_training_batch(batches, precision, repeats):
         def step(ids=ids):
             full.training_step(
                 model, optimizers, ids, torch.zeros_like(ids), 1e-4, 0.0, 0.0,
-                getattr(torch, precision),
+                getattr(torch, options.precision),
             )  # fmt: skip
 
         with KeptBytes() as kept:
@@ -186,7 +187,7 @@ def by_training_batch(batches, precision, repeats):
     rows = table(works, repeats, columns)
     for row in rows:
         row["tokens a second ×"] = round(int(row["work"]) / row["×"] / batches[0], 2)
-        row["work"] = f"{row['work']} × 256, {precision}"
+        row["work"] = f"{row['work']} × 256, {options.precision}, {options.optimizer}"
     return rows
 
 
@@ -227,7 +228,6 @@ def main(argv=None):
         raise ValueError(f"--repeats={arguments.repeats} must be at least 1")
     quick = arguments.quick
     repeats = 2 if quick else arguments.repeats
-    precision = full.fastest_precision("cpu")
     facts = {**measure.machine(), "repeats": repeats}
     measure.print_header("scaling.py", facts)
     model = default_model(max_position_embeddings=32768)
@@ -241,7 +241,7 @@ def main(argv=None):
         f"T tokens read after {middle}": by_tokens_a_pass(model, counts, middle, repeats),
         f"MoE layer, {tokens} tokens, by experts": by_experts(numbers, tokens, repeats),
         f"one token a sequence after {middle}, by batch": by_batch(model, batches, middle, repeats),
-        "training step, by batch": by_training_batch(batches[:4], precision, repeats),
+        "training step, by batch": by_training_batch(batches[:4], repeats),
     }
     for title, rows in tables.items():
         measure.print_table(title, rows)

@@ -123,24 +123,28 @@ def optimizer_tensors(model, optimizers):
     }
 
 
+STATES = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
+
+
 def restore_optimizers(model, optimizers, tensors):
     """Puts back what `optimizer_tensors` gave, as pairs of name and tensor.
 
-    Every parameter that trains must have its state, all those of an optimizer of the same kinds,
+    Every parameter must have all the state that its optimizer (AdamW or Muon) keeps and no other,
     moments in the parameter's shape; ValueError otherwise.
     """
-    parameters, kinds = dict(model.named_parameters()), {}
+    parameters, found = dict(model.named_parameters()), {}
     owners = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
     for full_name, value in tensors:
         name, _, key = full_name.rpartition("/")
         parameter = parameters.get(name)
-        if parameter is None or value.shape not in ((), parameter.shape):
+        if parameter not in owners or value.shape not in ((), parameter.shape):
             raise ValueError(f"optimizer state {full_name} {tuple(value.shape)} fits no parameter")
         owners[parameter].state[parameter][key] = value.to(parameter.device)
-        kinds.setdefault(name, set()).add(key)
-    complete = kinds.keys() == parameters.keys()
-    for optimizer in optimizers:
-        own = {frozenset(kinds.get(n, ())) for n, p in parameters.items() if owners[p] is optimizer}
-        complete &= len(own) <= 1
-    if not complete:
-        raise ValueError("the optimizer state is incomplete: the run cannot go on from it")
+        found.setdefault(name, set()).add(key)
+    for name, parameter in parameters.items():
+        kind = type(owners[parameter]).__name__
+        if found.get(name) != STATES[kind]:
+            raise ValueError(
+                f"the optimizer state of {name} is incomplete or not {kind}'s: "
+                "the run cannot go on from it"
+            )

@@ -1,4 +1,4 @@
-"""Phase 6: prediction modules, their loss, the small language model, greedy speculation."""
+"""Phase 6: prediction modules, losses, the small language model, generation, speculation."""
 
 import math
 
@@ -368,12 +368,14 @@ def test_rejected_drafts_leave_no_trace_in_the_caches():
     assert torch.equal(speculative_generate(model, prompt, 60)[0], model.generate(prompt, 60))
 
 
-@pytest.mark.parametrize(("modules", "depth"), [(1, 1), (1, 3), (2, 2), (3, 3), (2, 4), (3, 1)])
+@pytest.mark.parametrize(
+    ("modules", "depth"), [(1, 1), (1, 3), (2, 2), (3, 3), (2, 4), (3, 1), (2, None), (3, None)]
+)
 def test_cached_drafts_are_those_of_a_fresh_start(modules, depth, monkeypatch):
     model, prompt, rounds = build(modules, std=0.15), ids_of(2, 5), []
     cached_draft = Drafter.draft
 
-    def compared(drafter, tokens, lengths, hidden, start, depth):
+    def compared(drafter, tokens, lengths, hidden, start, depth):  # here the depth of the round
         expected = []
         unfinished = (lengths < 45).tolist()
         for row, length in zip(tokens[unfinished], lengths[unfinished].tolist(), strict=True):
@@ -424,8 +426,13 @@ def accept_by_confidence(logits, drafts, draft_chances, sampling):
     return accepted, sampling.draw(own)
 
 
-@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.7}, {"temperature": 0.6}])
-@pytest.mark.parametrize(("modules", "depth"), [(1, 1), (1, 3), (2, 2), (1, None)])
+@pytest.mark.parametrize(
+    ("modules", "depth", "options"),
+    [
+        (1, 1, {}), (1, 3, {}), (2, 2, {}), (1, None, {}),
+        (1, 3, {"top_k": 3}), (1, 3, {"top_p": 0.7}), (1, 3, {"temperature": 0.6}),
+    ],
+)  # fmt: skip
 def test_sampled_text_keeps_its_distribution(modules, depth, options, monkeypatch):
     model, prompt = build(modules, std=0.4, vocab=5), ids_of(1, 3, vocab=5)
     settings = {"temperature": 1.0, **options}
@@ -452,6 +459,44 @@ def test_plain_sampling_follows_the_model():
     )
     counts = torch.bincount((ids[:, 3:] * torch.tensor([25, 5, 1])).sum(dim=1), minlength=125)
     assert abs(surprise(counts, joint_chances(model, prompt, Sampling(1.0), new=3))) < 5
+
+
+def test_sampling_holds_at_the_edges():
+    tied = Sampling(1.0, top_k=2).probabilities(torch.zeros(5))
+    assert (tied > 0).sum() == 2  # as many as asked for, whichever
+    for temperature in (1e-38, 1e-6):  # next to greedy, no overflow
+        sharp = Sampling(temperature).probabilities(torch.tensor([5.0, 30.0, 2.0]))
+        assert sharp.tolist() == [0, 1, 0]
+
+
+def test_generation_takes_what_a_caller_may_have():
+    model, ids = build(depth=1), ids_of(2, 4)
+    for speculative in (False, True):
+        expected = model.generate(ids, 6, speculative=speculative)
+        assert torch.equal(model.generate(ids.int(), 6, speculative=speculative), expected)
+        figures = {}
+        same = model.generate(ids, 0, speculative=speculative, figures=figures)
+        assert torch.equal(same, ids) and same is not ids and figures["forwards"] == 0
+        assert model.generate(ids[:0], 3).shape == (0, 7)
+    with torch.inference_mode():
+        assert model.head_loss(model.hidden_states(ids), ids, 1) > 0
+    assert [x.shape for x in model.mtp_logits(model.hidden_states(ids[:, :1]), ids[:, :1])] == [
+        (2, 0, 17)
+    ]
+
+
+def test_a_head_of_another_kind_is_left_to_itself():
+    head = torch.nn.Sequential(torch.nn.Linear(64, 2**14, bias=False))
+    assert decoding_head(head, tokens=500) is head
+
+
+def test_head_loss_passes_a_gradient_check_in_float64():
+    hidden, weight = torch.randn(5, 3, dtype=torch.float64), torch.randn(7, 3, dtype=torch.float64)
+    targets = torch.tensor([0, 6, -100, 3, 3])
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda h, w: mtp_coded.ChunkedHeadLoss.apply(h, w, targets), leaves
+    )
 
 
 def test_top_k_and_top_p_by_hand():
@@ -599,6 +644,8 @@ def test_cost_of_a_module_is_counted():
         (lambda m: m.generate(ids_of(1, 2), 2, 1.0, top_k=0), "top_k=0 must be at least 1"),
         (lambda m: m.generate(ids_of(1, 2), 2, 1.0, top_p=1.5), "top_p=1.5 must be above 0"),
         (lambda m: m.generate(ids_of(1, 2), 2, prefill_chunk=0), "prefill_chunk=0"),
+        (lambda m: m.generate(ids_of(1, 2), 2, pad_token_id=17), "pad_token_id=17 is not within"),
+        (lambda m: m.generate(ids_of(1, 2), 2, depth=2), "depth=2 is for speculative=True"),
         (lambda m: speculative_generate(m, ids_of(1, 2), 2, depth=0), "depth=0 must be at least 1"),
         (lambda m: speculative_generate(build(1, mtp_class=IndependentHead), ids_of(1, 2), 4,
                                         depth=2), "1 independent heads guess no further"),

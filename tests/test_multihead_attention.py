@@ -183,6 +183,12 @@ def test_product_attention_is_fused_attention(causal, masked, T):
 
 
 # Places in a cache
+def test_a_gap_in_a_buffer_is_refused():
+    for start in (1, torch.tensor([0, 1])):
+        with pytest.raises(ValueError, match="start=1 would leave a gap behind the 0 rows held"):
+            GrowingBuffer().append(torch.zeros(2, 1, 4), start=start)
+
+
 def test_a_buffer_overwrites_from_where_it_is_told():
     buffer, rows = GrowingBuffer(), torch.arange(12.0).view(1, 6, 2)
     buffer.append(rows)

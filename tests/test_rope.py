@@ -17,6 +17,7 @@ from rope_coded import (
     rotate_complex,
     rotation_matrix,
     similarity_bound,
+    turn,
 )
 
 POSITIONS = torch.tensor([0, 1, 7, 100, 4095])
@@ -206,3 +207,22 @@ def test_mistakes_are_named():
 @pytest.mark.integration
 def test_script(check_script):
     check_script("rope_coded.py", ["--dim", 32], ["--dim", 7], "rotary dim=7")
+
+
+def test_complex_turns_are_exact_in_float64_and_follow_positions_changed_in_place():
+    x = torch.randn(1, 2, 5, 8, dtype=torch.float64, requires_grad=True)
+    rotary, positions = RotaryEmbedding(8), torch.arange(5)
+    assert torch.autograd.gradcheck(lambda x: turn(x, rotary.turns(positions)), [x])
+    before = rotary.turns(positions)
+    positions += 3
+    torch.testing.assert_close(rotary.turns(positions)[:2], before[3:])
+
+
+def test_rotated_attention_trains_after_inference_on_the_same_positions():
+    attention = RotaryLatentAttention(
+        16, 2, 8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4, rotary=RotaryEmbedding(4)
+    )
+    x, positions = torch.randn(1, 5, 16), torch.arange(5)
+    with torch.inference_mode():
+        attention(x, positions)
+    attention(x, positions).sum().backward()
