@@ -517,8 +517,9 @@ class ChunkedHeadLoss(torch.autograd.Function):
             total = total - (log_p.gather(1, target) * counted).sum()
             if wanted:
                 minus_one = -torch.ones_like(target, dtype=log_p.dtype)
-                gradients[rows] = log_p.exp_().scatter_add_(1, target, minus_one).mul_(counted)
+                gradients[rows] = log_p.exp_().scatter_add_(1, target, minus_one)
         if wanted:
+            gradients[targets == -100] = 0.0
             ctx.save_for_backward(gradients @ weight, gradients.T @ hidden)
         return torch.as_tensor(total, device=hidden.device)
 
@@ -548,8 +549,8 @@ def speculative_generate(
     them. Then the modules draft again, module k the k-th token; where `depth` asks for more tokens
     than there are modules, the last one is applied again to its own hidden states.
 
-    Args: as `CausalLM.generate`. depth: tokens drafted a round; default: one more than held in the
-        round before, at most `DEEPEST` (independent heads: one each).
+    Args: as `CausalLM.generate`. depth: tokens drafted a round; default: as `Depth` says
+        (independent heads: at most one each).
     Returns: ids and figures: `forwards` passes of the main model, `drafted` and `accepted` tokens,
         `tokens` of the longest continuation, `cache_bytes` of main and draft caches.
     """
@@ -577,7 +578,7 @@ def verify(logits, drafts, draft_chances, sampling):
         accepted = (choices[:, :-1] == drafts).long().cumprod(dim=1).sum(dim=1)
         return accepted, choices.gather(1, accepted[:, None]).squeeze(1)
     chances = sampling.probabilities(logits)
-    if not drafts.shape[1]:
+    if draft_chances is None:  # nothing drafted
         return torch.zeros_like(logits[:, 0, 0], dtype=torch.long), sampling.draw(chances[:, 0])
     p, q = (c.gather(2, drafts[..., None]).squeeze(2) for c in (chances[:, :-1], draft_chances))
     uniform = torch.rand(p.shape, device=p.device, generator=sampling.generator)
@@ -589,7 +590,27 @@ def verify(logits, drafts, draft_chances, sampling):
     return accepted, sampling.draw(torch.where(equal, chances.gather(1, at).squeeze(1), rest))
 
 
-DEEPEST = 6  # drafts a round at most, where the depth follows what held
+class Depth:
+    """How many tokens to draft in the next round, where the caller does not say.
+
+    One more than held in the last. When none held, a pause, each time twice as long as before, at
+    most `LONGEST_PAUSE` rounds: text that the modules guess badly costs little more than without.
+    """
+
+    DEEPEST, LONGEST_PAUSE = 8, 16
+
+    def __init__(self, deepest=DEEPEST):
+        self.deepest, self.pause, self.waiting = deepest, 0, 0
+
+    def next(self, drafted, held):
+        if drafted and not held:
+            self.pause = self.waiting = min(max(1, 2 * self.pause), self.LONGEST_PAUSE)
+        elif drafted:
+            self.pause = 0
+        if self.waiting:
+            self.waiting -= 1
+            return 0
+        return min(held + 1, self.deepest)
 
 
 class Drafter:
@@ -597,27 +618,32 @@ class Drafter:
 
     def __init__(self, model, capacity, sampling, head):
         self.model, self.sampling, self.head = model, sampling, head
+        self.unread = None  # (B,): the first position that the modules have not read
         self.caches = model.new_caches([predictor.block for predictor in model.mtp], capacity)
         self.hidden = GrowingBuffer(capacity)  # the main model's, at every token read so far
 
-    def draft(self, tokens, lengths, hidden, start, depth):
+    def observe(self, hidden, start):
+        """The main model's states (B, n, D) from position `start` (B,) on, new or once more."""
+        self.hidden.append(hidden, one_or_each(start))
+        self.unread = start if self.unread is None else self.unread
+
+    def draft(self, tokens, lengths, depth):
         """Writes `depth` drafts into tokens (B, ·) behind each row's `lengths`.
 
-        hidden (B, n, D): the main model's states from position `start` (B,) on; the last that
-        counts is that of the last confirmed token but one. Returns: (B, depth, W) the distributions
-        drawn from; greedy: None.
+        Returns: (B, depth, W) the distributions they were drawn from; greedy: None.
 
         Module k at position i needs token i + k: for the last positions a draft, which may prove
         wrong, so they are gone through again next time. With 2 modules, tokens 0–6 confirmed and
-        states 5 read last: module 1 reads up to position 5 (with token 6) and drafts token 7;
+        states 0–5 observed: module 1 reads up to position 5 (with token 6) and drafts token 7;
         module 2 reads up to position 5 (with that draft) and drafts token 8. Next time both begin
         one position earlier than what is new. What a short prompt or a row that is behind leaves
         undefined lies behind the row's last position, where nobody looks until it is overwritten.
         """
         modules, newest_at = len(self.model.mtp), lengths - 2
-        self.hidden.append(hidden, one_or_each(start))
-        first, count = (start - modules + 1).clamp(min=0), hidden.shape[1] + modules - 1
+        first = (self.unread - modules + 1).clamp(min=0)
+        count = int((newest_at - first).max()) + 1
         state, chances, draft = take(self.hidden.storage, one_or_each(first), count), [], None
+        self.unread = None
         for k in range(1, max(depth, modules) + 1):
             predictor, cache = self.model.mtp[min(k, modules) - 1], self.caches[min(k, modules) - 1]
             if k <= modules:
@@ -705,7 +731,8 @@ def _speculate(model, prompts, lengths, new_tokens, sampling, depth, eos_token_i
         raise ValueError(f"depth={depth} must be at least 1")
     if depth is not None and depth > len(model.mtp) and independent:
         raise ValueError(f"depth={depth}: {len(model.mtp)} independent heads guess no further")
-    deepest = depth or (len(model.mtp) if independent else DEEPEST)
+    deepest = depth or (len(model.mtp) if independent else Depth.DEEPEST)
+    adaptive = Depth(deepest)
     room = deepest + 2 * len(model.mtp)
     text = Continuation(prompts, lengths, new_tokens, room, eos_token_id, pad_token_id)
     capacity = text.tokens.shape[1]
@@ -728,13 +755,11 @@ def _speculate(model, prompts, lengths, new_tokens, sampling, depth, eos_token_i
             stream(appended)
         if not text.active.any():
             break
-        # As many as asked for, or one more than held; one past the end would be thrown away.
+        # As many as asked for or as seem to pay; one past the end would be thrown away.
         held = max(map(len, appended)) - 1
-        drafted = int(text.drafts_wanted(depth or min(held + 1, deepest)).max())
-        if drafted:
-            if figures["forwards"] > 1:  # behind what was accepted there is nothing to go on from
-                hidden = hidden[:, : int(accepted.max()) + 1]
-            chances = drafter.draft(text.tokens, text.lengths, hidden, start, drafted)
+        drafted = int(text.drafts_wanted(depth or adaptive.next(drafted, held)).max())
+        drafter.observe(hidden, start)
+        chances = drafter.draft(text.tokens, text.lengths, drafted) if drafted else None
         # The main model reads the last confirmed token and the drafts after it.
         start = text.lengths - 1
         fed = take(text.tokens, one_or_each(start), drafted + 1)

@@ -24,6 +24,7 @@ import torch
 import deepseek_full_model as full
 from deepseek_full_model import DeepSeekConfig, DeepSeekModel
 from moe_coded import MixtureOfExperts, TopKRouter
+from mtp_coded import decoding_head, slots
 from pipeline import corpus
 from self_attention_coded import one_line_errors
 
@@ -105,18 +106,17 @@ def training(repeats, directory):
 # %% Reading and writing
 @torch.inference_mode()
 def our_decoder(model, ids):
-    """Reads the prompts; returns a function that writes `new` tokens and rolls the caches back."""
-    caches = model.new_caches(capacity=ids.shape[1] + 64)
+    """Reads the prompts; returns a function that writes `new` tokens as `generate` does."""
+    caches, past = model.new_caches(capacity=ids.shape[1] + 64), ids.shape[1]
     model.hidden_states(ids, caches=caches)
+    head = decoding_head(model.lm_head, tokens=64)
 
     @torch.inference_mode()
     def write(new):
-        fresh, past = ids[:, -1:], caches[0].length
-        for _ in range(new):
-            hidden = model.hidden_states(fresh, caches=caches, path="absorbed")
-            fresh = model.lm_head(hidden[:, -1]).argmax(dim=-1, keepdim=True)
-        for cache in caches:
-            cache.truncate(past)
+        fresh = ids[:, -1:]
+        for i in range(new):
+            hidden = model._run(fresh, caches, **slots(past + i, 1, fresh.device))
+            fresh = head(hidden[:, -1]).argmax(dim=-1, keepdim=True)
 
     return write
 

@@ -12,6 +12,7 @@ from moe_coded import SwiGLU, TransformerBlock
 from mtp_coded import (
     CausalLM,
     Continuation,
+    Depth,
     Drafter,
     IndependentHead,
     MultiTokenPredictor,
@@ -375,23 +376,37 @@ def test_cached_drafts_are_those_of_a_fresh_start(modules, depth, monkeypatch):
     model, prompt, rounds = build(modules, std=0.15), ids_of(2, 5), []
     cached_draft = Drafter.draft
 
-    def compared(drafter, tokens, lengths, hidden, start, depth):  # here the depth of the round
+    def compared(drafter, tokens, lengths, depth):  # here the depth of the round
         expected = []
         unfinished = (lengths < 45).tolist()
         for row, length in zip(tokens[unfinished], lengths[unfinished].tolist(), strict=True):
             fresh, known = Drafter(model, 64, Sampling(), model.lm_head), row[None].clone()
             everything = model.hidden_states(known[:, : length - 1])
-            zero = torch.zeros(1, dtype=torch.long)
-            cached_draft(fresh, known, torch.tensor([length]), everything, zero, depth)
+            fresh.observe(everything, torch.zeros(1, dtype=torch.long))
+            cached_draft(fresh, known, torch.tensor([length]), depth)
             expected.append(known[0, length : length + depth])
-        result = cached_draft(drafter, tokens, lengths, hidden, start, depth)
+        result = cached_draft(drafter, tokens, lengths, depth)
         got = [row[n : n + depth] for row, n in zip(tokens, lengths.tolist(), strict=True)]
         rounds.append(torch.equal(torch.stack(got)[unfinished], torch.stack(expected)))
         return result
 
     monkeypatch.setattr(Drafter, "draft", compared)
     speculative_generate(model, prompt, 40, depth=depth)
-    assert len(rounds) > 10 and all(rounds)
+    assert len(rounds) > (10 if depth else 3) and all(rounds)
+
+
+def test_depth_follows_what_held_and_pauses_ever_longer():
+    depth = Depth(deepest=3)
+    assert [depth.next(0, 0), depth.next(1, 1), depth.next(2, 2), depth.next(3, 3)] == [1, 2, 3, 3]
+    assert depth.next(3, 1) == 2
+    asked, drafted = [], 2
+    for _ in range(12):  # nothing ever holds
+        drafted = depth.next(drafted, 0)
+        asked.append(drafted)
+    assert asked == [0, 1, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0]
+    depth = Depth(deepest=3)
+    depth.next(1, 0)
+    assert depth.next(0, 0) == 1 and depth.next(1, 1) == 2 and depth.pause == 0
 
 
 # Sampling with drafts: the distribution stays
