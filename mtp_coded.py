@@ -597,7 +597,7 @@ class Depth:
     most `LONGEST_PAUSE` rounds: text that the modules guess badly costs little more than without.
     """
 
-    DEEPEST, LONGEST_PAUSE = 8, 16
+    DEEPEST, LONGEST_PAUSE = 12, 16
 
     def __init__(self, deepest=DEEPEST):
         self.deepest, self.pause, self.waiting = deepest, 0, 0

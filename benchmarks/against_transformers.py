@@ -194,7 +194,7 @@ def reading_and_writing(repeats, directory, contexts, new):
 
 # %% Speculation
 def speculation(repeats, checkpoint, files, new, depth):
-    """Greedy continuations of held-out files: transformers, ours plain, ours with drafts."""
+    """Greedy continuations of the first 32 tokens of held-out files, plain and with drafts."""
     from transformers import DeepseekV3ForCausalLM
 
     model, tokenizer, directory = full.load_with_tokenizer(checkpoint, "cpu")
@@ -202,9 +202,8 @@ def speculation(repeats, checkpoint, files, new, depth):
     stored = full.read_run(directory)["options"]
     documents = [d for d in corpus.load_corpus(stored["data"]).test if d.size > 2000][:files]
     separator = tokenizer.token_to_id(corpus.SEPARATOR)
-    length = model.max_positions - new
     prompts = [
-        torch.tensor([[separator, *corpus.encode(tokenizer, d.text)][:length]]) for d in documents
+        torch.tensor([[separator, *corpus.encode(tokenizer, d.text)][:32]]) for d in documents
     ]
     drafts = {"forwards": 0, "drafted": 0, "accepted": 0}
     for ids in prompts:
@@ -315,7 +314,7 @@ def main(argv=None):
             lambda: experts(repeats, 512 if quick else 4096),
         ]
         if arguments.checkpoint:
-            files, new = (1, 32) if quick else (8, 128)
+            files, new = (1, 32) if quick else (12, 128)
             parts.append(
                 lambda: speculation(
                     max(2, repeats // 3), arguments.checkpoint, files, new, arguments.depth
