@@ -31,6 +31,7 @@ from causal_attention_coded import causal_mask
 from multihead_attention_coded import (
     GrowingBuffer,
     Linear,
+    RMSNorm,
     fused_attention,
     product_attention,
 )
@@ -90,12 +91,12 @@ class MultiHeadLatentAttention(nn.Module):
             self.q_proj = Linear(hidden_size, q_rows, bias=False)
         else:
             self.q_a_proj = Linear(hidden_size, q_lora_rank, bias=attention_bias)
-            self.q_a_layernorm = nn.RMSNorm(q_lora_rank, eps=1e-6)
+            self.q_a_layernorm = RMSNorm(q_lora_rank, eps=1e-6)
             self.q_b_proj = Linear(q_lora_rank, q_rows, bias=False)
         self.kv_a_proj_with_mqa = Linear(
             hidden_size, kv_lora_rank + qk_rope_head_dim, bias=attention_bias
         )
-        self.kv_a_layernorm = nn.RMSNorm(kv_lora_rank, eps=1e-6)
+        self.kv_a_layernorm = RMSNorm(kv_lora_rank, eps=1e-6)
         kv_rows = num_attention_heads * (qk_nope_head_dim + v_head_dim)
         self.kv_b_proj = Linear(kv_lora_rank, kv_rows, bias=False)
         self.o_proj = Linear(num_attention_heads * v_head_dim, hidden_size, bias=attention_bias)

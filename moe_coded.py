@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from multihead_attention_coded import Linear, MultiHeadAttention, shared_linear
+from multihead_attention_coded import Linear, MultiHeadAttention, RMSNorm, shared_linear
 from self_attention_coded import (
     Demonstration,
     demonstration_parser,
@@ -489,9 +489,9 @@ class TransformerBlock(nn.Module):
     def __init__(self, attention, feed_forward, norm_eps=1e-6):
         super().__init__()
         hidden_size = attention.o_proj.out_features
-        self.input_layernorm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.input_layernorm = RMSNorm(hidden_size, eps=norm_eps)
         self.self_attn = attention
-        self.post_attention_layernorm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.post_attention_layernorm = RMSNorm(hidden_size, eps=norm_eps)
         self.mlp = feed_forward
 
     def forward(self, hidden, token_mask=None, **attention_options):

@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mla_coded import MultiHeadLatentAttention
 from moe_coded import SwiGLU, TransformerBlock
-from multihead_attention_coded import GrowingBuffer, Linear
+from multihead_attention_coded import GrowingBuffer, Linear, RMSNorm
 from self_attention_coded import (
     Demonstration,
     demonstration_parser,
@@ -70,11 +70,11 @@ class MultiTokenPredictor(nn.Module):
         super().__init__()
         hidden_size = embedding.embedding_dim
         self.embedding, self.head = embedding, head
-        self.enorm = nn.RMSNorm(hidden_size, eps=norm_eps)
-        self.hnorm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.enorm = RMSNorm(hidden_size, eps=norm_eps)
+        self.hnorm = RMSNorm(hidden_size, eps=norm_eps)
         self.eh_proj = Linear(2 * hidden_size, hidden_size, bias=False)
         self.block = block
-        self.norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.norm = RMSNorm(hidden_size, eps=norm_eps)
 
     def forward(self, hidden, future_ids, **options):
         """Hidden states of the depth before, normed, and the tokens k ahead → those of this depth.
@@ -104,7 +104,7 @@ class CausalLM(nn.Module):
         self.max_positions = max_positions
         self.embed_tokens = nn.Embedding(vocab_size, hidden_size)
         self.layers = nn.ModuleList(blocks)
-        self.norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.norm = RMSNorm(hidden_size, eps=norm_eps)
         self.lm_head = Linear(hidden_size, vocab_size, bias=False)
         if mtp_class is IndependentHead:
             self.mtp = nn.ModuleList(IndependentHead(block, self.lm_head) for block in mtp_blocks)
@@ -147,7 +147,7 @@ class CausalLM(nn.Module):
 
     def _run(self, input_ids, caches=None, last=None, **options):
         """`last`: hidden states of the last so many tokens only. Of the others, the last layer's
-        cache is all that later tokens look at (a prompt of 1,024: LASTGAIN)."""
+        cache is all that later tokens look at."""
         hidden = self.embed_tokens(input_ids)
         for i, layer in enumerate(self.layers):
             if last is not None and i == len(self.layers) - 1:
@@ -411,8 +411,9 @@ def read_prompts(model, prompts, caches, chunk=None, last=None):
     return torch.cat(pieces, dim=1)
 
 
-# Queries from which rebuilding keys and values is faster than absorbing.
-EXPAND_FROM = 16
+# Queries from which rebuilding keys and values is faster than absorbing: after 1,024 tokens, 24
+# take 7.3 ms absorbed and 8.4 expanded, 64 take 12.9 and 12.5 (benchmarks/scaling.py).
+EXPAND_FROM = 48
 
 
 def decoding_head(head, tokens):

@@ -9,6 +9,7 @@ from multihead_attention_coded import (
     KVCache,
     Linear,
     MultiHeadAttention,
+    RMSNorm,
     fused_attention,
     product_attention,
     shared_linear,
@@ -220,3 +221,15 @@ def test_a_few_rows_shared_out_are_the_same_product(cores, shape, monkeypatch):
                 shared_linear(x, layer.weight), expected, rtol=1e-5, atol=1e-5
             )
         assert layer(x).requires_grad  # with gradients, PyTorch's own
+
+
+def test_norm_of_a_single_row_is_torchs():
+    norm = RMSNorm(24, eps=1e-3)
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 2)
+        for x in (torch.randn(1, 1, 24), torch.randn(24), torch.zeros(1, 24), torch.randn(1, 48)):
+            x = x[..., :24]
+            expected = torch.nn.functional.rms_norm(x, (24,), norm.weight, 1e-3)
+            torch.testing.assert_close(norm(x), expected, rtol=1e-6, atol=1e-7)
+    norm(torch.randn(1, 24)).sum().backward()
+    assert norm.weight.grad is not None
