@@ -12,6 +12,7 @@ Run:  python benchmarks/scaling.py
 import argparse
 import dataclasses
 import pathlib
+import re
 
 import measure
 import torch
@@ -40,22 +41,27 @@ def filled_caches(model, batch, context, room=256):
     return caches
 
 
+CALLS = 4  # passes a timed call makes, so that what ran before it does not count for much
+
+
 def reader(model, caches, tokens, path):
-    """A function that reads `tokens` (B, T) behind what the caches hold, and forgets them again."""
+    """Reads `tokens` (B, T) behind what the caches hold and forgets them, `CALLS` times a call."""
 
     @torch.inference_mode()
     def read():
         past = caches[0].length
-        model.lm_head(model.hidden_states(tokens, caches=caches, path=path)[:, -1])
-        for cache in caches:
-            cache.truncate(past)
+        for _ in range(CALLS):
+            model.lm_head(model.hidden_states(tokens, caches=caches, path=path)[:, -1])
+            for cache in caches:
+                cache.truncate(past)
 
     return read
 
 
-def table(works, repeats, columns):
-    """Rows of {key: …, ms, ×, *columns} for works {key: function} and columns {key: {…}}."""
+def table(works, repeats, columns, calls=1):
+    """Rows of {work, ms, ×, *columns} for works {key: function} and columns {key: {…}}."""
     seconds = measure.interleaved({str(key): work for key, work in works.items()}, repeats)
+    seconds = {key: value / calls for key, value in seconds.items()}
     first = next(iter(seconds.values()))
     return [
         {"work": str(key), "ms": round(1e3 * seconds[str(key)], 3),
@@ -81,7 +87,7 @@ def by_context(model, contexts, repeats):
                 "cache KB": sum(cache.used_bytes() for cache in caches) // 1000,
                 "MHA's KB": mha * context // 1000,
             }
-    return table(works, repeats, columns)
+    return table(works, repeats, columns, CALLS)
 
 
 def by_tokens_a_pass(model, counts, context, repeats):
@@ -95,7 +101,9 @@ def by_tokens_a_pass(model, counts, context, repeats):
     seconds = measure.interleaved({str(key): work for key, work in works.items()}, repeats)
     rows = []
     for count in counts:
-        absorbed, expanded = (seconds[str((count, path))] for path in ("absorbed", "expanded"))
+        absorbed, expanded = (
+            seconds[str((count, path))] / CALLS for path in ("absorbed", "expanded")
+        )
         rows.append(
             {"work": f"{count} tokens", "absorbed ms": round(1e3 * absorbed, 3),
              "expanded ms": round(1e3 * expanded, 3),
@@ -106,10 +114,10 @@ def by_tokens_a_pass(model, counts, context, repeats):
 
 
 def by_experts(numbers, tokens, repeats):
-    """A layer of E experts of width 256, 2 active, 1 shared: forward, and with backward."""
+    """A layer of E experts of width 256, 2 active, 1 shared: forward, and forward with backward."""
     x = torch.randn(tokens, 256)
     works, columns = {}, {}
-    for kind in ("forward", "and backward"):
+    for kind in ("forward", "both"):
         for number in numbers:
             layer = MixtureOfExperts(256, 256, TopKRouter(256, number, 2), n_shared_experts=1)
 
@@ -137,7 +145,7 @@ def by_batch(model, batches, context, repeats):
         caches = filled_caches(model, batch, context)
         works[batch] = reader(model, caches, torch.zeros(batch, 1, dtype=torch.long), "absorbed")
         columns[batch] = {"cache KB": sum(cache.used_bytes() for cache in caches) // 1000}
-    rows = table(works, repeats, columns)
+    rows = table(works, repeats, columns, CALLS)
     for row in rows:
         row["tokens a second ×"] = round(int(row["work"]) / row["×"] / batches[0], 2)
         row["work"] = f"batch {row['work']}"
@@ -192,23 +200,33 @@ def by_training_batch(batches, repeats):
 
 
 def draw(tables, path):
+    """One panel a table, milliseconds against the number in a row's name, one line a kind."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 3, figsize=(15, 8), layout="constrained")
+    figure, axes = pyplot.subplots(2, 3, figsize=(14, 7), layout="constrained")
     for axis, (title, rows) in zip(axes.flat, tables.items(), strict=False):
-        names = [row["work"] for row in rows]
-        for column in ("ms", "absorbed ms", "expanded ms"):
-            if column in rows[0]:
-                axis.plot(names, [row[column] for row in rows], marker="o", label=column)
-        axis.set_title(title, fontsize=9)
-        axis.set_ylabel("milliseconds")
+        lines = {}
+        for row in rows:
+            kind = row["work"].split(",")[0]
+            kind = kind if kind.isalpha() else ""  # such as "absorbed"
+            place = int(re.search(r"\d+", row["work"]).group())
+            for column in ("ms", "absorbed ms", "expanded ms"):
+                if column in row:
+                    name = column.removesuffix(" ms") if column != "ms" else kind
+                    lines.setdefault(name, []).append((place, row[column]))
+        for name, points in lines.items():
+            axis.plot(*zip(*points, strict=True), marker="o", label=name)
+        axis.set_title(title, fontsize=10)
+        axis.set(xscale="log", ylabel="milliseconds")
+        axis.set_xticks([place for place, _ in points], [place for place, _ in points], fontsize=8)
+        axis.minorticks_off()
         axis.set_ylim(bottom=0)
-        axis.tick_params(axis="x", rotation=60, labelsize=7)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        if len(lines) > 1:
+            axis.legend(fontsize=8)
     for axis in list(axes.flat)[len(tables) :]:
         axis.remove()
     figure.savefig(path, dpi=100)
