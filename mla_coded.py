@@ -50,11 +50,6 @@ class LatentCache(GrowingBuffer):
 
 
 # %% The module
-def normed(norm, x):
-    """`norm(x)` in the precision of the norm's weight: under autocast x comes in a lower one."""
-    return norm(x.to(norm.weight.dtype))
-
-
 class MultiHeadLatentAttention(nn.Module):
     """MLA with the projections of the released checkpoints.
 
@@ -116,7 +111,7 @@ class MultiHeadLatentAttention(nn.Module):
         if self.q_lora_rank is None:
             rows = self.q_proj(hidden)
         else:
-            rows = self.q_b_proj(normed(self.q_a_layernorm, self.q_a_proj(hidden)))
+            rows = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden)))
         q_BHTK = rows.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         return q_BHTK.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
 
@@ -125,7 +120,7 @@ class MultiHeadLatentAttention(nn.Module):
         latent, k_rope = self.kv_a_proj_with_mqa(hidden).split(
             [self.kv_lora_rank, self.qk_rope_head_dim], dim=-1
         )
-        return normed(self.kv_a_layernorm, latent), k_rope
+        return self.kv_a_layernorm(latent), k_rope
 
     def forward(
         self, hidden, positions=None, mask=None, cache=None, path="expanded", start=None, last=None
@@ -307,8 +302,9 @@ def main(argv=None):
             naive = attention(x_BTD, path="naive")
             name = "plain queries" if q_lora_rank is None else f"query latent {q_lora_rank}"
             demo.same(f"{name}: expanded = head by head", "(B, T, D)", attention(x_BTD), naive)
-            absorbed = attention(x_BTD, path="absorbed")
-            demo.same(f"{name}: absorbed = head by head", "(B, T, D)", absorbed, naive)
+            for path in ("products", "absorbed"):
+                output = attention(x_BTD, path=path)
+                demo.same(f"{name}: {path} = head by head", "(B, T, D)", output, naive)
             cache = LatentCache()
             pieces = [attention(x_BTD[:, :4], cache=cache)]
             for token in x_BTD[:, 4:].split(1, dim=1):

@@ -555,7 +555,7 @@ def speculative_generate(
     Returns: ids and figures: `forwards` passes of the main model, `drafted` and `accepted` tokens,
         `tokens` of the longest continuation, `cache_bytes` of main and draft caches.
     """
-    figures = {}
+    figures = dict(drafted=0, accepted=0)
     ids = model.generate(
         input_ids, max_new_tokens, temperature, True, eos_token_id=eos_token_id, depth=depth,
         figures=figures, **options,

@@ -115,14 +115,16 @@ def shared_linear(x, weight):
 
 
 class RMSNorm(nn.RMSNorm):
-    """`nn.RMSNorm`; a single row on a CPU by one dot product instead of seven small operations.
+    """`nn.RMSNorm` in the precision of its weight: under autocast x comes in a lower one.
 
-    A token that is decoded passes 17 norms in the default model: 1.15 → 1.08 ms a pass.
+    A single row on a CPU goes by one dot product instead of seven small operations: a token that
+    is decoded passes 17 norms in the default model, 1.15 → 1.08 ms a pass.
     """
 
     def forward(self, x):
+        x = x.to(self.weight.dtype)
         one_row = x.numel() == self.weight.numel() and not torch.is_grad_enabled()
-        if one_row and x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32:
+        if one_row and x.device.type == "cpu" and x.dtype == torch.float32:
             row = x.reshape(-1)
             mean_square = row.dot(row).item() / len(row)
             return (x * self.weight).mul_((mean_square + self.eps) ** -0.5)
@@ -339,6 +341,10 @@ def main(argv=None):
             pieces = torch.cat([attention(chunk, cache=cache) for chunk in chunks], dim=1)
         demo.same(f"{kind}: appends of 1, 1, 4, 1, 3 = one pass", "(B, T, D)", pieces, loop)
         cache_bytes[kind] = cache.used_bytes() // (2 * length)
+    q_BHTK, k_BHSK, v_BHSV = torch.randn(3, 2, 4, length, 16, device=arguments.device)
+    demo.same("two products = fused kernel, causal", "(B, H, T, V)",
+              product_attention(q_BHTK, k_BHSK, v_BHSV, causal=True),
+              fused_attention(q_BHTK, k_BHSK, v_BHSV, causal=True))  # fmt: skip
     figures = ", ".join(f"{kind} {size}" for kind, size in cache_bytes.items())
     expected = {kind: 2 * heads * d_model // arguments.heads * 4 for kind, heads in kinds.items()}
     demo.check("cache: 2 · groups · K numbers of 4 bytes", "bytes per token", figures,
