@@ -99,7 +99,8 @@ class MultiHeadLatentAttention(nn.Module):
     def rotate(self, q_rope, k_rope, positions):
         """Turns the rotary halves by their positions: not here. Phase 7 overrides this method.
 
-        q_rope (B, H, last, R), k_rope (B, T, R), positions (T,) or (B, T) → both, same shapes.
+        q_rope (B, H, ≤ T, R), of the last tokens only; k_rope (B, T, R); positions (T,) or (B, T)
+        → both, same shapes.
         """
         return q_rope, k_rope
 

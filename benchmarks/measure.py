@@ -62,6 +62,15 @@ def print_header(script, facts):
     print(f"{script} · " + " · ".join(f"{key} {value}" for key, value in facts.items()))
 
 
+def print_config(config):
+    """The sizes of the model on one line."""
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "q_lora_rank",
+             "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+             "intermediate_size", "moe_intermediate_size", "n_routed_experts",
+             "num_experts_per_tok", "n_shared_experts", "vocab_size")  # fmt: skip
+    print("configuration: " + ", ".join(f"{name} {getattr(config, name)}" for name in sizes))
+
+
 def print_table(title, rows):
     """rows: dicts with the same keys, printed in columns."""
     print(f"\n{title}")

@@ -1,7 +1,7 @@
 """What costs grow with: context length, tokens a pass, experts, batch. Memory beside time.
 
-Each table is one run of interleaved repeats; `×` is the median time over that of the first row.
-Weights are random, widths those of the default model; everything in FP32 but the training step,
+Each table is one run of interleaved repeats; `×` is the median time over that of the first row of
+its kind. Weights are random, widths those of the default model; everything in FP32 but the training step,
 which runs in the faster precision. Bytes are counted, not measured: what the caches hold, and what
 the backward pass of a training step keeps from the forward pass.
 
@@ -32,9 +32,9 @@ def default_model(**changes):
 
 
 @torch.inference_mode()
-def filled_caches(model, batch, context, room=256):
+def filled_caches(model, batch, context):
     """Caches that hold `context` tokens a sequence; their content does not matter to the time."""
-    caches = model.new_caches(capacity=context + room)
+    caches = model.new_caches(capacity=context + 256)
     width = model.config.kv_lora_rank + model.config.qk_rope_head_dim
     for cache in caches:
         cache.append(torch.randn(batch, context, width))
@@ -249,6 +249,7 @@ def main(argv=None):
     facts = {**measure.machine(), "repeats": repeats}
     measure.print_header("scaling.py", facts)
     model = default_model(max_position_embeddings=32768)
+    measure.print_config(model.config)
     contexts = [64, 256] if quick else [256, 1024, 4096, 16384]
     counts = [1, 8, 32] if quick else [1, 2, 4, 8, 12, 16, 24, 32, 64, 128]
     numbers, tokens = ([16, 32], 512) if quick else ([8, 16, 32, 64, 128, 256], 4096)

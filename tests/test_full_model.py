@@ -823,6 +823,11 @@ def test_whole_pipeline_from_the_command_line(small_run, run_script, tmp_path):
     figures = sampled[3].stderr
     for promised in ("tokens/s", "drafts accepted", "tokens a pass", "cache ", " bytes"):
         assert promised in figures
+    compared = run_script(
+        "benchmarks/against_transformers.py", "--quick", "--checkpoint", "run", timeout=180
+    )
+    assert compared.returncode == 0, compared.stderr
+    assert "1 of 1 texts the same as plain" in compared.stdout
     again = run_script("deepseek_full_model.py", *flags(options), "--steps", 6, "--out", "run")
     assert again.returncode == 2 and "already holds a run" in again.stderr
 

@@ -231,5 +231,8 @@ def test_norm_of_a_single_row_is_torchs():
             x = x[..., :24]
             expected = torch.nn.functional.rms_norm(x, (24,), norm.weight, 1e-3)
             torch.testing.assert_close(norm(x), expected, rtol=1e-6, atol=1e-7)
+        norm = RMSNorm(24)  # PyTorch's own eps
+        x = torch.randn(1, 24)
+        torch.testing.assert_close(norm(x), torch.nn.functional.rms_norm(x, (24,)))
     norm(torch.randn(1, 24)).sum().backward()
     assert norm.weight.grad is not None
