@@ -1,9 +1,9 @@
 """What costs grow with: context length, tokens a pass, experts, batch. Memory beside time.
 
 Each table is one run of interleaved repeats; `×` is the median time over that of the first row of
-its kind. Weights are random, widths those of the default model; everything in FP32 but the training step,
-which runs in the faster precision. Bytes are counted, not measured: what the caches hold, and what
-the backward pass of a training step keeps from the forward pass.
+its kind. Weights are random, widths those of the default model; everything in FP32 but the training
+step, which runs in the faster precision. Bytes are counted, not measured: what the caches hold, and
+what the backward pass of a training step keeps from the forward pass.
 
 Run:  python benchmarks/scaling.py
       python benchmarks/scaling.py --quick          under a minute, few repeats

@@ -410,7 +410,7 @@ def test_depth_follows_what_held_and_pauses_ever_longer():
 
 
 class HalfOracle(torch.nn.Module):
-    """Drafts what each row is told at its positions: right for the first row, wrong for the others."""
+    """Drafts what it is told for each row and position."""
 
     def __init__(self, model, texts):
         super().__init__()
