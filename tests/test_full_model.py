@@ -431,10 +431,13 @@ def test_bfloat16_is_for_matrix_products_only():
             module.register_forward_hook(
                 lambda _, __, out, name=name: seen.update({name: getattr(out, "scores", out).dtype})
             )
+    residual = []
+    model.mtp[0].block.register_forward_pre_hook(lambda _, args: residual.append(args[0].dtype))
     figures = [
         training_step(model, [], ids, torch.zeros_like(ids), 1e-3, 0.3, 0.0, precision)
         for precision in (torch.float32, torch.bfloat16)
     ]
+    assert residual == [torch.float32] * 2
     for name, dtype in seen.items():
         exact = "norm" in name or name.endswith((".gate", "embed_tokens"))
         assert dtype == (torch.float32 if exact else torch.bfloat16), name
@@ -455,6 +458,13 @@ def test_settings_follow_what_is_fast_on_the_machine(monkeypatch):
     assert full.fastest_precision("mps") == "float32"
     only_adamw = build_optimizers(build("v3"), 1e-3, muon=False)
     assert [type(optimizer) for optimizer in only_adamw] == [torch.optim.AdamW]
+
+
+def test_training_step_sets_the_rate_of_all_optimizers():
+    model, ids = build("v3", num_nextn_predict_layers=1), ids_of(2, 9)
+    optimizers = build_optimizers(model, 1e-3)
+    training_step(model, optimizers, ids, torch.zeros_like(ids), 7e-4, 0.3, 0.0)
+    assert {group["lr"] for o in optimizers for group in o.param_groups} == {7e-4}
 
 
 def test_muon_takes_the_matrices_between_hidden_states():

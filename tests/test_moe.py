@@ -121,7 +121,7 @@ def test_dispatches_agree_in_other_precisions(kind, dtype):
         torch.randn(9, 16, dtype=dtype),
     )
     tolerance = 1e-6 if dtype == torch.float64 else 0.05
-    for dispatch in ("loop", "grouped"):
+    for dispatch in ("loop", "by_choice", "grouped"):
         torch.testing.assert_close(
             layer(x, dispatch=dispatch), layer(x, dispatch="dense"), rtol=tolerance, atol=tolerance
         )
@@ -209,7 +209,7 @@ def test_switch_drops_what_exceeds_the_capacity_in_order():
 
 def test_switch_dropped_tokens_get_nothing_from_the_routed_experts():
     layer, x = MixtureOfExperts(16, 8, build_router("switch")), torch.randn(30, 16)
-    for dispatch in ("dense", "loop", "grouped"):
+    for dispatch in ("dense", "loop", "by_choice", "grouped"):
         output = layer(x, dispatch=dispatch)
         dropped = ~layer.last_routing.kept.squeeze(1)
         assert dropped.any() and (output[dropped] == 0).all()
@@ -227,14 +227,14 @@ def test_dispatches_agree_forward_and_backward(kind, width, tokens):
         x = torch.randn(1, 1, 16).expand(2, 9, 16).clone()  # the other experts are empty
     x.requires_grad_()
     results = {}
-    for dispatch in ("dense", "loop", "grouped"):
+    for dispatch in ("dense", "loop", "by_choice", "grouped"):
         layer.zero_grad()
         x.grad = None
         output = layer(x, dispatch=dispatch)
         output.square().sum().backward()
         gradients = {name: p.grad.clone() for name, p in layer.named_parameters()}
         results[dispatch] = {"output": output.detach(), "x": x.grad.clone(), **gradients}
-    for dispatch in ("loop", "grouped"):
+    for dispatch in ("loop", "by_choice", "grouped"):
         torch.testing.assert_close(results[dispatch], results["dense"], rtol=1e-3, atol=1e-4)
 
 
@@ -488,3 +488,14 @@ def test_routing_names_its_parts():
 def test_script_draws_its_picture(check_script, tmp_path):
     check_script("moe_coded.py", ["--steps", 40], ["--steps", 3], "--steps=3")
     assert (tmp_path / "pictures" / "moe_load.png").stat().st_size > 5000
+
+
+def test_grouped_products_follow_autocast():
+    rows, weights = torch.randn(6, 8), torch.randn(2, 16, 8)
+    ends = torch.tensor([4, 6], dtype=torch.int32)
+    assert grouped_linear(rows, weights, ends).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        product = grouped_linear(rows, weights, ends)
+    assert product.dtype == torch.bfloat16
+    expected = torch.cat([rows[:4] @ weights[0].T, rows[4:] @ weights[1].T])
+    torch.testing.assert_close(product.float(), expected, rtol=0.02, atol=0.1)  # 8 bits
