@@ -645,7 +645,9 @@ def test_generated_ids_can_be_trained_on():
     model, ids = build(depth=1), ids_of(1, 4)
     for speculative in (False, True):
         output = model.generate(ids, 5, speculative=speculative)
+        model.zero_grad()
         next_token_loss(model(output), output).backward()
+        assert model.embed_tokens.weight.grad.norm() > 0
 
 
 def test_packed_head_is_the_head():

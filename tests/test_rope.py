@@ -226,3 +226,4 @@ def test_rotated_attention_trains_after_inference_on_the_same_positions():
     with torch.inference_mode():
         attention(x, positions)
     attention(x, positions).sum().backward()
+    assert attention.o_proj.weight.grad.norm() > 0
