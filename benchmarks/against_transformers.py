@@ -12,7 +12,6 @@ Without --checkpoint (a trained run), speculative decoding is left out: an untra
 at random.
 """
 
-import argparse
 import dataclasses
 import pathlib
 import tempfile
@@ -307,24 +306,16 @@ def print_ratios(ratios, quick):
 
 @one_line_errors
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="few repeats, short contexts")
-    parser.add_argument("--repeats", type=int, default=9)
+    parser = measure.flags(__doc__)
     parser.add_argument("--checkpoint", help="a trained run, for speculative decoding")
     parser.add_argument("--depth", type=int, help="drafts a pass (default: follows what held)")
-    parser.add_argument("--out", default="benchmark_results", help="directory of JSON and PNG")
-    arguments = parser.parse_args(argv)
-    if arguments.repeats < 1:
-        raise ValueError(f"--repeats={arguments.repeats} must be at least 1")
+    arguments = measure.parse(parser, argv)
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # theirs in BF16
-    quick = arguments.quick
-    repeats = 2 if quick else arguments.repeats
+    quick, repeats = arguments.quick, arguments.repeats
     facts = {**measure.machine(), "transformers": transformers.__version__, "repeats": repeats}
     measure.print_header("against_transformers.py", facts)
     measure.print_config(default_config())

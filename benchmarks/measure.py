@@ -1,5 +1,6 @@
 """What both benchmarks share: interleaved medians, the machine, tables, files."""
 
+import argparse
 import json
 import os
 import pathlib
@@ -13,6 +14,26 @@ from tqdm import tqdm
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the phases, for a script started from anywhere
+
+
+def flags(description):
+    """A parser with the flags that all benchmarks have."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="few repeats, small sizes")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--out", default="benchmark_results", help="directory of JSON and PNG")
+    return parser
+
+
+def parse(parser, argv):
+    arguments = parser.parse_args(argv)
+    if arguments.repeats < 1:
+        raise ValueError(f"--repeats={arguments.repeats} must be at least 1")
+    if arguments.quick:
+        arguments.repeats = 2
+    return arguments
 
 
 def interleaved(works, repeats):

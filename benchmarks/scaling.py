@@ -9,7 +9,6 @@ Run:  python benchmarks/scaling.py
       python benchmarks/scaling.py --quick          under a minute, few repeats
 """
 
-import argparse
 import dataclasses
 import pathlib
 import re
@@ -235,17 +234,8 @@ def draw(tables, path):
 
 @one_line_errors
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="few repeats, small sizes")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--out", default="benchmark_results", help="directory of JSON and PNG")
-    arguments = parser.parse_args(argv)
-    if arguments.repeats < 1:
-        raise ValueError(f"--repeats={arguments.repeats} must be at least 1")
-    quick = arguments.quick
-    repeats = 2 if quick else arguments.repeats
+    arguments = measure.parse(measure.flags(__doc__), argv)
+    quick, repeats = arguments.quick, arguments.repeats
     facts = {**measure.machine(), "repeats": repeats}
     measure.print_header("scaling.py", facts)
     model = default_model(max_position_embeddings=32768)
