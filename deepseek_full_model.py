@@ -21,12 +21,15 @@ Run:  python deepseek_full_model.py                    train, score, draw, gener
       python deepseek_full_model.py train --resume runs/mine
       python deepseek_full_model.py evaluate --checkpoint runs/mine/checkpoint
       python deepseek_full_model.py generate --checkpoint runs/mine/checkpoint --prompt "def "
+      python deepseek_full_model.py quantize --checkpoint runs/mine --scheme int4 --out runs/int4
 """
 
 import argparse
 import functools
 import math
 import pathlib
+import re
+import shutil
 import sys
 import time
 import types
@@ -35,6 +38,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from mla_coded import cache_elements_per_token
 from moe_coded import (
@@ -49,6 +53,14 @@ from moe_coded import (
 from mtp_coded import CausalLM, speculative_generate
 from pipeline import checkpoint, corpus
 from pipeline.loop import Budget, State, learning_rate, read_metrics, run_steps
+from quantization_coded import (
+    SCHEMES,
+    Scheme,
+    matrix_bytes,
+    quantize_cache,
+    quantize_model,
+    quantized_skeleton,
+)
 from rope_coded import RotaryEmbedding, RotaryLatentAttention, YarnScaling
 from self_attention_coded import one_line_errors, parse_arguments
 
@@ -247,6 +259,8 @@ class DeepSeekModel(CausalLM):
     those of `CausalLM`. Build it under `torch.device("meta")` to count without memory.
     """
 
+    quantization = cache_bits = None  # phase 8 says here what it did
+
     def __init__(self, config):
         rotary = RotaryEmbedding(config.qk_rope_head_dim, config.rope_theta, config.yarn)
         layers = range(config.num_hidden_layers)
@@ -275,7 +289,7 @@ class DeepSeekModel(CausalLM):
 
     @classmethod
     def from_pretrained(cls, directory):
-        """Reads config.json and safetensors in the released layout, in FP32.
+        """Reads config.json and safetensors in the released layout, in FP32, or a quantised model.
 
         A checkpoint without any MTP tensors loads without MTP and warns. Raises: ValueError for
         missing, extra or mis-shaped tensors, unsupported configurations, or no checkpoint.
@@ -285,10 +299,7 @@ class DeepSeekModel(CausalLM):
             raise ValueError(f"{directory} is no checkpoint: it has no config.json")
         config = DeepSeekConfig.from_file(directory / "config.json")
         if config.quantization_config is not None:
-            method = config.quantization_config.get("quant_method")
-            raise ValueError(
-                f"{directory} is quantised ({method}): such checkpoints do not load yet"
-            )
+            return load_quantized(config, directory)
         files = {
             name: file for name, file in checkpoint.tensor_files(directory).items()
             if not name.endswith("rotary_emb.inv_freq")  # a table that old files carry along
@@ -305,13 +316,24 @@ class DeepSeekModel(CausalLM):
         return model
 
     def save_pretrained(self, directory):
-        """Writes config.json and model.safetensors in the released layout."""
+        """Writes config.json and model.safetensors in the released layout.
+
+        A quantised model goes to a layout of its own: every integer layer's codes and scales.
+        """
         directory = pathlib.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_tensors(
-            directory / checkpoint.WEIGHTS, {**released_tensors(self), **mtp_copies(self)}
-        )
-        checkpoint.write_json(directory / "config.json", self.config.to_dict())
+        content, name = self.config.to_dict(), checkpoint.WEIGHTS
+        if any(map(parametrize.is_parametrized, self.modules())):
+            raise ValueError("the model is prepared for QAT: save what convert_qat makes of it")
+        if self.quantization is None:
+            tensors = {**released_tensors(self), **mtp_copies(self)}
+        else:
+            tensors, name = quantized_tensors(self), QUANTIZED_WEIGHTS
+            content["quantization_config"] = {
+                "quant_method": QUANT_METHOD, **self.quantization, "cache_bits": self.cache_bits
+            }  # fmt: skip
+        checkpoint.write_tensors(directory / name, tensors)
+        checkpoint.write_json(directory / "config.json", content)
 
 
 def build_block(config, rotary, moe):
@@ -362,19 +384,20 @@ def released_tensors(model):
 def _block_tensors(prefix, block):
     tensors = {}
     for name, tensor in block.state_dict().items():
-        if name == "mlp.experts.gate_up_proj":
-            for e, gate_up in enumerate(tensor):
-                gate, up = gate_up.chunk(2)
-                tensors[f"{prefix}.mlp.experts.{e}.gate_proj.weight"] = gate
-                tensors[f"{prefix}.mlp.experts.{e}.up_proj.weight"] = up
-        elif name == "mlp.experts.down_proj":
-            for e, down in enumerate(tensor):
-                tensors[f"{prefix}.mlp.experts.{e}.down_proj.weight"] = down
-        elif name.endswith(".gate_up_proj.weight"):
-            for part, half in zip(("gate_proj", "up_proj"), tensor.chunk(2), strict=True):
-                tensors[f"{prefix}.{name.replace('gate_up_proj', part)}"] = half
-        else:
-            tensors[f"{prefix}.{name}"] = tensor
+        fused = {name: tensor}
+        # Phase 8 may have put each expert's matrix in a layer of its own.
+        listed = re.fullmatch(r"mlp\.experts\.(\w+)\.(\d+)\.weight", name)
+        if listed:
+            fused = {f"mlp.experts.{listed[2]}.{listed[1]}.weight": tensor}
+        elif name.startswith("mlp.experts."):
+            part = name.removeprefix("mlp.experts.")
+            fused = {f"mlp.experts.{e}.{part}.weight": one for e, one in enumerate(tensor)}
+        for name, tensor in fused.items():
+            if name.endswith(".gate_up_proj.weight"):
+                for part, half in zip(("gate_proj", "up_proj"), tensor.chunk(2), strict=True):
+                    tensors[f"{prefix}.{name.replace('gate_up_proj', part)}"] = half
+            else:
+                tensors[f"{prefix}.{name}"] = tensor
     return tensors
 
 
@@ -392,28 +415,68 @@ def mtp_copies(model):
 def fill_from_files(model, files, directory):
     """Copies the tensors of {name: file} into the model; every one must be there and fit."""
     wanted, copies = released_tensors(model), mtp_copies(model)
-    missing, extra = wanted.keys() - files.keys(), files.keys() - wanted.keys() - copies.keys()
+    check_names(files, wanted, directory, optional=copies)
+    for name, tensor in fitting_tensors(files, wanted, directory):
+        wanted[name].copy_(tensor)
+    for name, tensor in fitting_tensors(files, copies, directory):
+        if not torch.equal(tensor.to(copies[name].dtype), copies[name].cpu()):
+            raise ValueError(f"{directory}: {name} differs from the main model's, which it repeats")
+
+
+def check_names(files, wanted, directory, optional=()):
+    """ValueError if {name: file} lacks a wanted tensor or holds one that is not even optional."""
+    missing, extra = wanted.keys() - files.keys(), files.keys() - wanted.keys() - set(optional)
     for problem, names in (("lacks", missing), ("holds unexpected", extra)):
         if names:
             some = ", ".join(sorted(names)[:3])
             raise ValueError(f"{directory} {problem} {len(names)} tensors: {some}, …")
 
-    def fitting(targets):
-        for name, tensor in checkpoint.read_tensors(
-            {n: f for n, f in files.items() if n in targets}
-        ):
-            shape, target = tuple(tensor.shape), targets[name]
-            if tensor.shape != target.shape:
-                raise ValueError(
-                    f"{directory}: {name} has shape {shape}, want {tuple(target.shape)}"
-                )
-            yield name, tensor, target
 
-    for _, tensor, target in fitting(wanted):
-        target.copy_(tensor)
-    for name, tensor, target in fitting(copies):
-        if not torch.equal(tensor.to(target.dtype), target.cpu()):
-            raise ValueError(f"{directory}: {name} differs from the main model's, which it repeats")
+def fitting_tensors(files, targets, directory):
+    """Yields (name, tensor) of the targets' names; ValueError if a shape is not the target's."""
+    for name, tensor in checkpoint.read_tensors({n: f for n, f in files.items() if n in targets}):
+        shape, wanted = tuple(tensor.shape), tuple(targets[name].shape)
+        if shape != wanted:
+            raise ValueError(f"{directory}: {name} has shape {shape}, want {wanted}")
+        yield name, tensor
+
+
+# %% Quantised checkpoints: ours, no one else's
+QUANT_METHOD = "quantization_coded"
+QUANTIZED_WEIGHTS = "quantized.safetensors"  # a name under which no one else looks for weights
+
+
+def quantized_tensors(model):
+    """The state of a quantised model by its own names; what MTP modules share stands there once."""
+    shared = tuple(f"mtp.{k}.{part}." for k in range(len(model.mtp)) for part in SHARED_PARTS)
+    state = model.state_dict()
+    return {name: tensor for name, tensor in state.items() if not name.startswith(shared)}
+
+
+SHARED_PARTS = ("embedding", "head")
+
+
+def load_quantized(config, directory):
+    """The model that `save_pretrained` wrote after `quantize_model`."""
+    settings, where = dict(config.quantization_config), f"{directory} is quantised"
+    method = settings.pop("quant_method", None)
+    if method != QUANT_METHOD:
+        raise ValueError(f"{where} ({method}): of these, only {QUANT_METHOD} loads")
+    try:
+        cache_bits, scheme = settings.pop("cache_bits"), Scheme(**settings)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{where}, but its quantization_config is damaged: {error}") from None
+    config.quantization_config = None
+    model = quantized_skeleton(DeepSeekModel(config), scheme)
+    files = checkpoint.tensor_files(directory, QUANTIZED_WEIGHTS)
+    wanted = quantized_tensors(model)
+    check_names(files, wanted, directory)
+    state = dict(fitting_tensors(files, wanted, directory))
+    for name, tensor in state.items():
+        if tensor.dtype != wanted[name].dtype:
+            raise ValueError(f"{directory}: {name} is {tensor.dtype}, want {wanted[name].dtype}")
+    model.load_state_dict(state, strict=False)  # MTP's shared parts are not stored twice
+    return quantize_cache(model, cache_bits)
 
 
 # %% The cost of a configuration
@@ -553,7 +616,9 @@ def score(model, tokenizer, documents, batch_size=16):
     nats, tokens, agreed, drafted, loads = 0.0, 0, 0, 0, {}
     for batch in corpus.scoring_batches(tokenizer, documents, context, batch_size):
         ids_BT, target_BT, real_BT = (part.to(device) for part in batch)
-        hidden_BTD = model.hidden_states(ids_BT)
+        # A quantised cache enters the score: each token attends to what it holds.
+        caches = model.new_caches(capacity=ids_BT.shape[1]) if model.cache_bits else None
+        hidden_BTD = model.hidden_states(ids_BT, caches=caches)
         # The head runs on the scored rows only: about half, and it is the widest matrix.
         scored_BT, targets = target_BT[:, 1:], ids_BT[:, 1:][target_BT[:, 1:]]
         logits = model.lm_head(hidden_BTD[:, :-1][scored_BT])
@@ -693,6 +758,8 @@ class TrainingRun:
             self.tokenizer = corpus.load_tokenizer(self.checkpoint / "tokenizer.json")
             self.model = DeepSeekModel.from_pretrained(self.checkpoint).to(device)
             self.state = State(**stored["state"])
+            if self.model.quantization is not None:
+                raise ValueError(f"{self.checkpoint} is quantised: it cannot be trained")
         else:
             config = DeepSeekConfig.from_file(options.config)
             if config.quantization_config is not None:
@@ -940,8 +1007,62 @@ def evaluate_command(arguments):
             print(f"note: the text has changed since training, held-out parts may have been seen "
                   f"(hash {text.fingerprint}, was {run['corpus']})", file=sys.stderr)  # fmt: skip
         documents, part = text.part(arguments.part), f"{arguments.part} part"
+    if model.quantization is not None:
+        print(describe_quantization(model))
     scores = score(model, tokenizer, documents)
     print_scores(scores, documents, tokenizer, part)
+
+
+def describe_quantization(model):
+    stored, before = matrix_bytes(model)
+    settings = ", ".join(f"{key} {value}" for key, value in model.quantization.items())
+    cache = f"; latent cache in {model.cache_bits} bits" if model.cache_bits else ""
+    return (
+        f"quantised ({settings}): matrices {before:,} → {stored:,} bytes, "
+        f"{stored / before:.4f} of FP32's{cache}"
+    )
+
+
+def quantize_command(arguments):
+    model, tokenizer, directory = load_with_tokenizer(arguments.checkpoint, arguments.device)
+    out = pathlib.Path(arguments.out)
+    if out.exists():
+        raise ValueError(f"--out {out} exists already: choose another")
+    if arguments.calibration_sequences < 1:
+        raise ValueError(
+            f"--calibration-sequences={arguments.calibration_sequences} must be at least 1"
+        )
+    calibration = None
+    if SCHEMES[arguments.scheme].method != "nearest":
+        run = read_run(directory) if (directory / "run.json").is_file() else {}
+        data = arguments.data or run.get("options", {}).get("data")
+        calibration = calibration_ids(
+            tokenizer, corpus.load_corpus(data).train, arguments.calibration_sequences,
+            model.max_positions, arguments.seed,
+        ).to(arguments.device)  # fmt: skip
+    quantized = quantize_model(model, arguments.scheme, calibration)
+    quantize_cache(quantized, arguments.cache_bits)
+    with checkpoint.replaced_directory(out) as fresh:
+        quantized.save_pretrained(fresh)
+        for name in ("tokenizer.json", "run.json"):
+            if (directory / name).is_file():
+                shutil.copyfile(directory / name, fresh / name)
+    print(describe_quantization(quantized))
+    before, after = directory / checkpoint.WEIGHTS, out / QUANTIZED_WEIGHTS
+    size = f"{after.stat().st_size:,} bytes"
+    if before.is_file():
+        size = f"{before.stat().st_size:,} → {size}"
+    print(f"{after}: {size} (embedding, head, router and norms as before)")
+
+
+def calibration_ids(tokenizer, documents, sequences, length, seed=0):
+    """(≤ sequences, length) token ids: pieces of the documents, drawn with a seed."""
+    ids, _ = corpus.token_stream(tokenizer, documents)
+    if len(ids) < length:
+        return ids[None]
+    pieces = ids[: len(ids) // length * length].view(-1, length)
+    generator = torch.Generator().manual_seed(seed)
+    return pieces[torch.randperm(len(pieces), generator=generator)[:sequences]]
 
 
 def generate_command(arguments):
@@ -1033,7 +1154,27 @@ def build_parser():
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--device", help="cuda, mps or cpu")
     generate.set_defaults(command=generate_command)
+
+    quantize = commands.add_parser("quantize", help="a smaller model of INT8, INT4 or FP8")
+    add_quantize_flags(quantize)
+    quantize.set_defaults(command=quantize_command)
     return parser
+
+
+def add_quantize_flags(parser):
+    parser.add_argument("--checkpoint", required=True, metavar="DIR")
+    parser.add_argument("--scheme", required=True, choices=list(SCHEMES))
+    parser.add_argument("--out", required=True, metavar="DIR", help="directory of the new model")
+    parser.add_argument("--cache-bits", type=int, metavar="N", help="latent cache of 2 to 8 bits")
+    parser.add_argument(
+        "--calibration-sequences", type=int, default=128, metavar="N",
+        help="pieces of text, as long as the context, for methods that look at inputs (default: "
+        "128)",
+    )  # fmt: skip
+    parser.add_argument("--data", nargs="+", metavar="FILE",
+                        help="where they come from (default: the training text)")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of the calibration texts")
+    parser.add_argument("--device", help="cuda, mps or cpu")
 
 
 def add_training_flags(parser):

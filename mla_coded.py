@@ -58,6 +58,8 @@ class MultiHeadLatentAttention(nn.Module):
     head. The norms of the latents have eps 1e-6, whatever the model's other norms have.
     """
 
+    cache_type = LatentCache  # phase 8 puts a smaller one here
+
     def __init__(
         self, hidden_size, num_attention_heads, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim,
         v_head_dim, q_lora_rank=None, attention_bias=False,
@@ -105,7 +107,7 @@ class MultiHeadLatentAttention(nn.Module):
         return q_rope, k_rope
 
     def new_cache(self, capacity=0):
-        return LatentCache(capacity)
+        return self.cache_type(capacity)
 
     def queries(self, hidden):
         """(B, T, D) → content part (B, H, T, N) and position part (B, H, T, R)."""

@@ -52,18 +52,18 @@ def read_json(path):
     return content
 
 
-def tensor_files(directory):
+def tensor_files(directory, weights=WEIGHTS):
     """{tensor name: file} of a checkpoint directory, in one file or in shards with an index."""
     directory = pathlib.Path(directory)
-    if (directory / INDEX).exists():
+    if weights == WEIGHTS and (directory / INDEX).exists():
         weight_map = read_json(directory / INDEX).get("weight_map")
         files = weight_map.values() if isinstance(weight_map, dict) else [None]
         if not all(isinstance(file, str) and pathlib.Path(file).name == file for file in files):
             raise ValueError(f"{directory / INDEX}: weight_map must give a file name a tensor")
         return {name: directory / file for name, file in weight_map.items()}
-    if not (directory / WEIGHTS).exists():
-        raise ValueError(f"{directory} is no checkpoint: it has no {WEIGHTS}")
-    return dict.fromkeys(_open(directory / WEIGHTS).keys(), directory / WEIGHTS)
+    if not (directory / weights).exists():
+        raise ValueError(f"{directory} is no checkpoint: it has no {weights}")
+    return dict.fromkeys(_open(directory / weights).keys(), directory / weights)
 
 
 def read_tensors(files):

@@ -22,7 +22,16 @@ def test_quick_run_prints_and_saves(name, run_script, tmp_path):
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("name", ["against_transformers", "scaling"])
+def test_quick_run_of_the_quantisation_benchmark(run_script, tmp_path):
+    result = run_script("benchmarks/quantization.py", "--quick", "--parts", "kernels", timeout=180)
+    assert result.returncode == 0, result.stderr
+    saved = json.loads((tmp_path / "benchmark_results/quantization.json").read_text())
+    assert saved["quick"] and set(saved["results"]) == {"kernels"}
+    assert len(saved["results"]["kernels"]["ratios"]) == 4 and "256 rows times" in result.stdout
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("name", ["against_transformers", "scaling", "quantization"])
 def test_a_wrong_flag_is_one_line(name, run_script):
     result = run_script(f"benchmarks/{name}.py", "--repeats", "0")
     assert result.returncode == 2

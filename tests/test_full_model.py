@@ -29,6 +29,14 @@ from mla_coded import LatentCache
 from moe_coded import MixtureOfExperts, TopKRouter
 from pipeline import checkpoint, corpus
 from pipeline.loop import read_metrics
+from quantization_coded import (
+    SCHEMES,
+    convert_qat,
+    prepare_fp8_training,
+    prepare_qat,
+    quantize_cache,
+    quantize_model,
+)
 
 YARN = {
     "type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16, "beta_fast": 32,
@@ -712,6 +720,129 @@ def test_no_checkpoint_and_unsupported_checkpoints_are_named(saved, tmp_path):
         DeepSeekModel.from_pretrained(directory)
 
 
+# Quantised checkpoints
+WIDE = {
+    "hidden_size": 64, "kv_lora_rank": 32, "q_lora_rank": 32, "v_head_dim": 16,
+    "moe_intermediate_size": 64, "intermediate_size": 64, "num_nextn_predict_layers": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def calibration():
+    return torch.randint(61, (4, 16), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("sizes", [WIDE, {"num_nextn_predict_layers": 1}], ids=["wide", "odd"])
+def test_a_quantised_model_comes_back_from_its_files(scheme, sizes, calibration, tmp_path):
+    model = quantize_model(build("v3", attention_bias=True, **sizes), scheme, calibration)
+    quantize_cache(model, 6).save_pretrained(tmp_path)
+    again = DeepSeekModel.from_pretrained(tmp_path)
+    assert again.quantization == model.quantization and again.cache_bits == 6
+    assert again.config == model.config and not again.training
+    ours, theirs = model.state_dict(), again.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype, name
+        assert torch.equal(tensor.float(), theirs[name].float()), name
+    ids = ids_of(2, 9)
+    assert torch.equal(model(ids), again(ids))
+    assert torch.equal(
+        model.generate(ids, 5, speculative=True), again.generate(ids, 5, speculative=True)
+    )
+    content = checkpoint.read_json(tmp_path / "config.json")["quantization_config"]
+    assert content["quant_method"] == "quantization_coded" and content["cache_bits"] == 6
+
+
+@pytest.mark.performance
+def test_quantised_files_hold_little_more_than_what_is_in_memory(calibration, tmp_path):
+    model = quantize_model(build("v3", **WIDE), "int4", calibration)
+    model.save_pretrained(tmp_path)
+    stored = sum(t.nbytes for t in model.state_dict().values())
+    shared = model.embed_tokens.weight.nbytes + model.lm_head.weight.nbytes
+    names = checkpoint.tensor_files(tmp_path, "quantized.safetensors")
+    assert not any("mtp.0.embedding" in name or "mtp.1.head" in name for name in names)
+    size = sum(t.nbytes for _, t in checkpoint.read_tensors(names))
+    assert size == stored - 2 * shared  # what both MTP modules share stands there once
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(bits=1), "damaged: bits=1 must be from 2 to 8"),
+        (lambda c: c.pop("cache_bits"), "damaged: 'cache_bits'"),
+        (lambda c: c.update(speed=3), "damaged: .*unexpected keyword argument 'speed'"),
+        (lambda c: c.update(cache_bits=64), "bits=64 must be from 2 to 8"),
+        (lambda c: c.update(bits=4), "holds unexpected|has shape|is torch.int8"),
+        (lambda c: c.update(layer="w8a8"), "is torch.bfloat16, want torch.float32"),
+    ],
+)
+def test_damaged_quantised_checkpoints_are_named(change, message, tmp_path):
+    quantize_model(build("v3", **WIDE), "int8").save_pretrained(tmp_path)
+    content = checkpoint.read_json(tmp_path / "config.json")
+    change(content["quantization_config"])
+    checkpoint.write_json(tmp_path / "config.json", content)
+    with pytest.raises(ValueError, match=message):
+        DeepSeekModel.from_pretrained(tmp_path)
+
+
+def test_missing_and_extra_tensors_of_a_quantised_checkpoint_are_named(tmp_path):
+    quantize_model(build("v3", **WIDE), "int8").save_pretrained(tmp_path)
+    tensors = dict(
+        checkpoint.read_tensors(checkpoint.tensor_files(tmp_path, "quantized.safetensors"))
+    )
+    tensors.pop("layers.0.mlp.down_proj.codes")
+    checkpoint.write_tensors(tmp_path / "quantized.safetensors", tensors)
+    with pytest.raises(ValueError, match=r"lacks 1 tensors: layers\.0\.mlp\.down_proj\.codes"):
+        DeepSeekModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.comparison
+def test_transformers_does_not_misread_a_quantised_directory(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    quantize_model(build("v3", **WIDE), "int8").save_pretrained(tmp_path)
+    with pytest.raises(OSError, match="no file named model.safetensors"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_model_in_qat_is_not_saved_and_one_trained_in_fp8_is(tmp_path):
+    model = build("v3", **WIDE)
+    with pytest.raises(ValueError, match="prepared for QAT: save what convert_qat makes of it"):
+        prepare_qat(model, "int8").save_pretrained(tmp_path / "qat")
+    convert_qat(prepare_qat(model, "int8")).save_pretrained(tmp_path / "int8")
+    assert DeepSeekModel.from_pretrained(tmp_path / "int8").quantization["bits"] == 8
+    prepare_fp8_training(model).save_pretrained(tmp_path / "fp8")
+    again = DeepSeekModel.from_pretrained(tmp_path / "fp8")
+    assert again.quantization is None
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("prepare", [lambda m: prepare_qat(m, "int4"), prepare_fp8_training])
+def test_the_whole_training_step_runs_on_rounded_weights(prepare):
+    model = prepare(build("v3", **WIDE))
+    ids = ids_of(2, 12)
+    optimizers = build_optimizers(model, 1e-2)
+    losses = [
+        training_step(model, optimizers, ids, torch.zeros_like(ids), 1e-2, 0.3, 0.001)["loss"]
+        for _ in range(6)
+    ]
+    assert losses[-1] < losses[0]
+
+
+def test_the_score_goes_through_a_quantised_cache(small_run, tmp_path):
+    _, options = small_run
+    run = TrainingRun(tmp_path / "run", RunOptions(**options, steps=1), "cpu")
+    model, documents = run.model, run.corpus.validation
+    exact = score(model, run.tokenizer, documents)["bits_per_byte"]
+    rates = []
+    for bits in (8, 2):
+        quantize_cache(model, bits)
+        rates.append(score(model, run.tokenizer, documents)["bits_per_byte"])
+    assert rates[0] != exact and abs(rates[0] - exact) < abs(rates[1] - exact)
+
+
 # Runs
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory):
@@ -840,6 +971,55 @@ def test_whole_pipeline_from_the_command_line(small_run, run_script, tmp_path):
     assert "1 of 1 texts the same as plain" in compared.stdout
     again = run_script("deepseek_full_model.py", *flags(options), "--steps", 6, "--out", "run")
     assert again.returncode == 2 and "already holds a run" in again.stderr
+
+
+@pytest.mark.integration
+def test_quantize_from_the_command_line(small_run, tmp_path, capsys, monkeypatch):
+    _, options = small_run
+    monkeypatch.chdir(tmp_path)
+    run = TrainingRun(tmp_path / "run", RunOptions(**options, steps=2), "cpu")
+    run.train()
+
+    def main(*arguments):
+        full.main([*map(str, arguments), "--device", "cpu"])
+        return capsys.readouterr().out
+
+    def refused(*arguments):
+        with pytest.raises(SystemExit) as exit_info:
+            main(*arguments)
+        error = capsys.readouterr().err
+        assert exit_info.value.code == 2 and error.count("\n") == 1
+        return error
+
+    capsys.readouterr()
+    exact = main("evaluate", "--checkpoint", "run")
+    quantize = ("quantize", "--checkpoint", "run", "--scheme")
+    printed = main(*quantize, "gptq4", "--out", "small", "--cache-bits", 6,
+                   "--calibration-sequences", 4)  # fmt: skip
+    assert "method gptq" in printed and "latent cache in 6 bits" in printed
+    assert {path.name for path in (tmp_path / "small").iterdir()} == {
+        "config.json", "quantized.safetensors", "tokenizer.json", "run.json",
+    }  # fmt: skip
+    scored = main("evaluate", "--checkpoint", "small")
+    assert scored.startswith("quantised (layer weights, bits 4") and "note" not in scored
+    rates = [float(text.split("this model")[1].split()[0]) for text in (exact, scored)]
+    assert rates[0] != rates[1] and abs(rates[1] / rates[0] - 1) < 0.02
+    text = main("generate", "--checkpoint", "small", "--prompt", "def f", "--speculative")
+    assert text.startswith("def f")
+    main(*quantize, "int8", "--out", "eight")
+    assert "--out eight exists already" in refused(*quantize, "int4", "--out", "eight")
+    again = ("quantize", "--checkpoint", "small", "--scheme", "int8", "--out", "x")
+    assert "quantised already" in refused(*again)
+    assert "invalid choice: 'int5'" in refused(*quantize, "int5", "--out", "x")
+    assert "bits=1 must be from 2 to 8" in refused(
+        *quantize, "int8", "--out", "x", "--cache-bits", 1
+    )
+    assert "--calibration-sequences=0 must be at least 1" in refused(
+        *quantize, "awq4", "--out", "x", "--calibration-sequences", 0
+    )
+    shutil.copytree("small", "resumed/checkpoint")
+    assert "is quantised: it cannot be trained" in refused("train", "--resume", "resumed")
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "small", "eight", "resumed"}
 
 
 @pytest.mark.integration

@@ -1,0 +1,1198 @@
+"""Phase 8: quantisation, a model in fewer bits and what it costs.
+
+A weight needs no 32 bits. Rounded to a grid of 255 or of 15 steps it takes a quarter or an eighth
+of the bytes, and decoding, which mostly waits for weights, gets faster by about as much. What goes
+wrong is the grid, not the bits: one large number stretches it for all that share its scale. So the
+ladder here is a ladder of who shares a scale (tensor, row, group, tile), of what happens to the
+large ones (LLM.int8(), SmoothQuant), and of rounding so that errors cancel (GPTQ, AWQ, training
+with rounded weights). All of it applies to the whole model, experts and latent cache included.
+
+    absmax        q = round(x / s),  s = max|x| / (2^(bits−1) − 1),      x̂ = s q
+    W8A8          y_ij = s_i s_j Σ_k q_ik q_jk                           (integers inside the sum)
+    LLM.int8()    columns with an |x| ≥ 6 apart, in high precision, the others as W8A8
+    SmoothQuant   x W = (x / σ)(σ W),  σ_j = max|X_j|^α / max|W_j|^(1−α),  α = ½
+    GPTQ          round column i; w_j −= (w_i − ŵ_i) [H⁻¹]_ij / [H⁻¹]_ii for j > i,  H = X Xᵀ
+    AWQ           Ŵ = round(σ W) / σ,  σ_j = mean|X_j|^α,  α by search
+    FP8 (V3)      E4M3, 1×128 tiles of x and 128×128 blocks of W, s = max|·| / 448
+    QAT           forward ŵ, backward ∂w = ∂ŵ                            (straight-through)
+
+Papers: Dettmers et al., LLM.int8() (2022); Xiao et al., SmoothQuant (2023); Frantar et al., GPTQ
+(2023); Lin et al., AWQ (2024); DeepSeek-V3 (2024), section 3.3; Bengio et al. (2013) for the
+straight-through estimator. DeepSeek-V2 reports a KV cache of 6 bits, not how it is made.
+Simplified: σ is applied to the input of a layer, where the papers fold it into the norm before;
+FP8 products are emulated (rounded to FP8, multiplied in FP32).
+
+Dimensions: B batch · T query positions · S key positions · D model width · C KV latent · R rotary
+part · M tokens (B·T) · E routed experts · F expert hidden width.
+
+Run:  python quantization_coded.py [--bits 3] [--steps 150]
+"""
+
+import contextlib
+import copy
+import functools
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
+
+from mla_coded import LatentCache, MultiHeadLatentAttention
+from moe_coded import Experts, MixtureOfExperts, SwiGLU, TopKRouter, TransformerBlock
+from mtp_coded import CausalLM, next_token_loss, small_language
+from multihead_attention_coded import GrowingBuffer, Linear
+from self_attention_coded import (
+    Demonstration,
+    demonstration_parser,
+    one_line_errors,
+    parse_arguments,
+)
+
+
+# %% Integers: who shares a scale
+def absmax_quantize(x, bits=8, dim=None, scale_dtype=torch.float32):
+    """Symmetric integers: x ≈ codes · scale, the largest number at the end of the grid.
+
+    dim: the dimension along which numbers share a scale: −1 one scale a row, 0 one a column, None
+    one for all; `grouped(x, size)` and −1 one a group. Ties go to the even code.
+
+    Returns: codes (int8, within ±(2^(bits−1) − 1)) and scale (x's shape, 1 along `dim`), rounded to
+        `scale_dtype` before the codes are chosen. All-zero x comes back exactly.
+    """
+    limit = 2 ** (bits - 1) - 1
+    largest = x.abs().amax() if dim is None else x.abs().amax(dim, keepdim=True)
+    scale = (largest / limit).to(scale_dtype)
+    scale = torch.where(scale == 0, 1, scale)
+    codes = (x / scale).round_().clamp_(-limit, limit)
+    return codes.to(torch.int8), scale
+
+
+def zero_point_quantize(x, bits=8, dim=None):
+    """Asymmetric integers, for numbers that lie to one side: x ≈ (codes − zero) · scale.
+
+    Returns: codes and zero (uint8, 0 … 2^bits − 1) and scale. The range always includes 0, which
+        is represented exactly.
+    """
+    limit = 2**bits - 1
+    options = dict() if dim is None else dict(dim=dim, keepdim=True)
+    low, high = x.amin(**options).clamp(max=0), x.amax(**options).clamp(min=0)
+    scale = (high - low) / limit
+    scale = torch.where(scale == 0, 1, scale)
+    zero = (-low / scale).round().clamp(0, limit)
+    codes = ((x / scale).round() + zero).clamp(0, limit)
+    return codes.to(torch.uint8), scale, zero.to(torch.uint8)
+
+
+def grouped(x, group_size):
+    """(..., width) → (..., width / group_size, group_size); None: the whole row is one group."""
+    group_size = x.shape[-1] if group_size is None else group_size
+    if group_size < 1 or x.shape[-1] % group_size:
+        raise ValueError(f"group_size={group_size} must divide the row of {x.shape[-1]} numbers")
+    return x.unflatten(-1, (-1, group_size))
+
+
+def rounding_and_clipping(x, bits, largest):
+    """Mean squared error of a grid that ends at `largest`: (of what lies within, of the rest)."""
+    limit = 2 ** (bits - 1) - 1
+    scale = largest / limit
+    error = (x - (x / scale).round().clamp(-limit, limit) * scale) ** 2
+    inside = x.abs() <= largest
+    return (error * inside).mean().item(), (error * ~inside).mean().item()
+
+
+# %% Floating point in 8 bits
+def float8_grid(exponent_bits, mantissa_bits):
+    """All finite numbers ≥ 0 of an 8-bit float, in the order of their bit patterns.
+
+    E4M3 gives up infinity for range: only the last pattern is NaN, so it ends at 448. E5M2 keeps
+    the whole last exponent for infinity and NaN, as IEEE does, and ends at 57,344.
+    """
+    bias = 2 ** (exponent_bits - 1) - 1
+    values = []
+    for exponent in range(2**exponent_bits):
+        for mantissa in range(2**mantissa_bits):
+            fraction = mantissa / 2**mantissa_bits
+            subnormal = fraction * 2.0 ** (1 - bias)
+            values.append(subnormal if exponent == 0 else (1 + fraction) * 2.0 ** (exponent - bias))
+    not_finite = 1 if exponent_bits == 4 else 2**mantissa_bits
+    return torch.tensor(values[:-not_finite])
+
+
+def round_to_grid(x, grid):
+    """The naive reference of a cast: each number's nearest on the grid (values ≥ 0, mirrored).
+
+    Halfway between two: the one whose bit pattern is even. Beyond the end: the end.
+    """
+    size = x.abs().clamp(max=grid[-1].item())
+    above = torch.searchsorted(grid, size).clamp(min=1)
+    below = above - 1
+    to_above, to_below = grid[above] - size, size - grid[below]
+    up = (to_above < to_below) | ((to_above == to_below) & (above % 2 == 0))
+    return torch.where(up, grid[above], grid[below]).copysign(x)
+
+
+E4M3_MAX = 448.0
+
+
+def block_quantize(x, rows, columns=128):
+    """x (R, C) → E4M3 codes (R, C) and FP32 scales, one a block: (⌈R/rows⌉, ⌈C/columns⌉).
+
+    V3 takes blocks of 1×128 for activations and 128×128 for weights. As in the released files, the
+    scale *multiplies* the codes although its name there is `weight_scale_inv`.
+    """
+    height, width = x.shape
+    padded = F.pad(x.float(), (0, -width % columns, 0, -height % rows))
+    blocks = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
+    scale = blocks.abs().amax(dim=(1, 3), keepdim=True) / E4M3_MAX
+    scale = torch.where(scale == 0, 1, scale)
+    # The clamp matters for blocks so small that their scale is itself rounded coarsely.
+    codes = (blocks / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return codes.flatten(2).flatten(0, 1)[:height, :width].contiguous(), scale[:, 0, :, 0]
+
+
+def block_dequantize(codes, scale, rows, columns=128):
+    """The FP32 matrix (R, C) that `block_quantize` stands for."""
+    height, width = codes.shape
+    spread = scale.repeat_interleave(rows, 0)[:height].repeat_interleave(columns, 1)[:, :width]
+    return codes.float() * spread
+
+
+def tile_rounded(x, columns=128):
+    """x (..., C) rounded to E4M3 in tiles of 1×128, in FP32."""
+    if not x.numel():  # an expert without tokens
+        return x.float()
+    flat = x.reshape(-1, x.shape[-1])
+    return block_dequantize(*block_quantize(flat, 1, columns), 1, columns).view_as(x)
+
+
+# %% Fewer than 8 bits: packed, no bit wasted
+def pack_bits(codes, bits):
+    """Signed codes (..., n), int8 → bytes (..., ⌈n · bits / 8⌉), uint8; the first code lowest.
+
+    Codes are stored as code + 2^(bits−1). INT4: two to a byte, the first in the low half:
+    [−8, 7] → 0b1111_0000. 6 bits: four codes in three bytes.
+    """
+    codes = codes.long() + 2 ** (bits - 1)
+    size = math.ceil(codes.shape[-1] * bits / 8)
+    words = F.pad(codes, (0, -codes.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    words = (words << (bits * torch.arange(8, device=codes.device))).sum(dim=-1, keepdim=True)
+    packed = (words >> (8 * torch.arange(bits, device=codes.device))) & 255
+    return packed.flatten(-2)[..., :size].to(torch.uint8)
+
+
+def unpack_bits(packed, bits, count):
+    """The inverse of `pack_bits`: bytes (..., ⌈count · bits / 8⌉) → codes (..., count), int8."""
+    if bits == 4:  # the same, quicker
+        codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)[..., :count]
+        return codes.view(torch.int8) - 8
+    packed = F.pad(packed, (0, -packed.shape[-1] % bits)).unflatten(-1, (-1, bits)).long()
+    words = (packed << (8 * torch.arange(bits, device=packed.device))).sum(dim=-1, keepdim=True)
+    codes = (words >> (bits * torch.arange(8, device=packed.device))) & (2**bits - 1)
+    return (codes.flatten(-2)[..., :count] - 2 ** (bits - 1)).to(torch.int8)
+
+
+# %% Layers that hold rounded weights and nothing else
+class QuantizedLinear(nn.Module):
+    """y = (x / input_scale) Ŵᵀ + bias, (..., in) → (..., out). The subclasses say what Ŵ is.
+
+    `weight` is the FP32 matrix that the layer stands for, worked out at each call: who reads it,
+    as MLA's absorption does, sees what the layer does.
+    """
+
+    def __init__(self, in_features, out_features, bias=False, scaled_input=False):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("bias", torch.zeros(out_features) if bias else None)
+        self.register_buffer("input_scale", torch.ones(in_features) if scaled_input else None)
+
+    def rounded_weight(self):
+        """Ŵ (out, in), FP32."""
+        raise NotImplementedError
+
+    def product(self, rows):
+        """(M, in) → (M, out), without input scale and bias."""
+        return F.linear(rows, self.rounded_weight().to(rows.dtype))
+
+    @property
+    def weight(self):
+        rounded = self.rounded_weight()
+        return rounded if self.input_scale is None else rounded / self.input_scale
+
+    def forward(self, x):
+        rows = x.reshape(-1, self.in_features)
+        if self.input_scale is not None:
+            rows = rows / self.input_scale
+        if not len(rows):  # an expert without tokens
+            return x.new_zeros(*x.shape[:-1], self.out_features)
+        output = self.product(rows).to(x.dtype)
+        if self.bias is not None:
+            output = output + self.bias
+        return output.view(*x.shape[:-1], self.out_features)
+
+    def weight_bytes(self):
+        """What stands for the matrix: codes, scales and input scale."""
+        return sum(b.nbytes for name, b in self.named_buffers() if name != "bias")
+
+    def extra_repr(self):
+        return f"{self.in_features}, {self.out_features}"
+
+
+class IntegerLinear(QuantizedLinear):
+    """Weights in 2 to 8 bits, one scale a row or group; inputs stay as they are.
+
+    `kernel=True` takes PyTorch's products for 8 and 4 bits on a CPU where the widths fit: they read
+    the codes and compute in BF16 (inputs, outputs and scales; sums in FP32). Elsewhere, and
+    with `kernel=False`, the reference: dequantise, then `F.linear`. They differ by the rounding of
+    BF16. Scales are BF16 in both.
+    """
+
+    scale_dtype = torch.bfloat16
+
+    def __init__(self, in_features, out_features, bias=False, scaled_input=False, bits=8,
+                 group_size=None, kernel=True):  # fmt: skip
+        super().__init__(in_features, out_features, bias, scaled_input)
+        self.bits, self.group_size, self.kernel = bits, group_size or in_features, kernel
+        self.kernel_layout = False
+        codes = torch.zeros(out_features, in_features, dtype=torch.int8)
+        self.register_buffer("codes", codes if bits == 8 else pack_bits(codes, bits))
+        groups = in_features // self.group_size
+        self.register_buffer("scale", torch.ones(out_features, groups, dtype=self.scale_dtype))
+
+    def fill(self, codes, scale, input_scale=None):
+        """codes (out, in), int8; scale (out, groups)."""
+        with self.row_layout():
+            self.codes = codes if self.bits == 8 else pack_bits(codes, self.bits)
+            self.scale = scale.to(self.scale_dtype)
+            self.input_scale = input_scale
+        return self
+
+    def set_kernel(self, wanted):
+        with self.row_layout():
+            self.kernel = wanted
+
+    def rounded_weight(self):
+        if self.kernel_layout:
+            codes, scale = self._kernel_codes(), self.scale[..., 0].T
+        else:
+            codes, scale = self.codes, self.scale
+            if self.bits < 8:
+                codes = unpack_bits(codes, self.bits, self.in_features)
+        groups = grouped(codes, self.group_size).float()
+        return groups.mul_(scale.float().unsqueeze(-1)).flatten(1)
+
+    def product(self, rows):
+        usable = self.kernel and rows.device.type == "cpu" and not rows.requires_grad
+        usable = usable and self.scale.dtype == torch.bfloat16
+        if usable and self.kernel_layout:
+            return torch.ops.aten._weight_int4pack_mm_for_cpu(
+                rows.bfloat16(), self.codes, self.group_size, self.scale
+            )
+        # Reading 16 numbers at a time, the kernel for 8 bits runs past the end of other widths.
+        if usable and self.bits == 8 and self.in_features % 16 == 0:
+            return torch._weight_int8pack_mm(rows.bfloat16(), self.codes, self.scale[:, 0])
+        return super().product(rows)
+
+    # The kernel for 4 bits wants the codes in an order of its own, which depends on the processor.
+    # Only one order is kept; whatever leaves the layer (files, other devices) is in rows.
+    @contextlib.contextmanager
+    def row_layout(self):
+        """Within it, codes and scale are in rows; after it, in the kernel's order if it fits."""
+        if self.kernel_layout:
+            codes, scale = self._kernel_codes(), self.scale[..., 0].T.contiguous()
+            self.codes, self.scale, self.kernel_layout = pack_bits(codes, 4), scale, False
+        yield
+        fits = self.bits == 4 and self.out_features % 16 == 0
+        fits = fits and self.group_size in (32, 64, 128, 256) and self.codes.device.type == "cpu"
+        if fits and self.kernel and self.scale.dtype == torch.bfloat16:
+            codes = unpack_bits(self.codes, 4, self.in_features).int() + 8
+            self.codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+            scale = self.scale.T  # the kernel takes (groups, out) pairs of scale and zero
+            self.scale = torch.stack((scale, torch.zeros_like(scale)), dim=-1)
+            self.kernel_layout = True
+
+    def _kernel_codes(self):
+        """(out, in) from the kernel's order: its product with unit vectors, all scales 1."""
+        ones = torch.stack((torch.ones_like(self.scale[..., 0]), self.scale[..., 1]), dim=-1)
+        unit_vectors = torch.eye(self.in_features, dtype=torch.bfloat16)
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(
+            unit_vectors, self.codes, self.group_size, ones
+        ).T.to(torch.int8)
+
+    def _apply(self, function, recurse=True):
+        with self.row_layout():
+            return super()._apply(function, recurse)
+
+    def _save_to_state_dict(self, *arguments):
+        with self.row_layout():
+            super()._save_to_state_dict(*arguments)
+
+    def _load_from_state_dict(self, *arguments):
+        with self.row_layout():
+            super()._load_from_state_dict(*arguments)
+
+
+@functools.cache
+def int_mm_is_exact():
+    """Whether `torch._int_mm` is: without VNNI instructions its 16-bit sums overflow silently."""
+    largest = torch.full((16, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(largest, largest.T) == 64 * 127**2).all())
+
+
+class W8A8Linear(IntegerLinear):
+    """INT8 rows of weights times INT8 rows of inputs, each input row rounded as it comes.
+
+    outlier_threshold: LLM.int8(). Columns of the input in which some |x| reaches it are multiplied
+    in high precision; they are looked for in every input, so a token's output depends a little on
+    the others of its batch. Their weights come from the INT8 codes: no second copy is kept (0
+    bytes more), and the outliers themselves are never rounded.
+    """
+
+    scale_dtype = torch.float32
+
+    def __init__(self, *sizes, outlier_threshold=None, **options):
+        super().__init__(*sizes, **options)
+        self.outlier_threshold = outlier_threshold
+
+    def product(self, rows):
+        if self.outlier_threshold is None:
+            return self._integer_product(rows)
+        outliers = (rows.abs() >= self.outlier_threshold).any(dim=0)
+        output = self._integer_product(rows.masked_fill(outliers, 0.0))
+        columns = outliers.nonzero().squeeze(1)
+        weight = self.codes[:, columns] * self.scale
+        return output + F.linear(rows[:, columns].float(), weight)
+
+    def _integer_product(self, rows):
+        codes, scale = absmax_quantize(rows.float(), dim=-1)
+        if self.kernel and rows.device.type == "cpu" and int_mm_is_exact():
+            return torch._int_mm(codes, self.codes.T) * (scale * self.scale.T)
+        return F.linear(codes * scale, self.rounded_weight())
+
+
+class Fp8Linear(QuantizedLinear):
+    """E4M3 weights in blocks of 128×128, inputs rounded to E4M3 in tiles of 1×128 (V3, 3.3).
+
+    V3 multiplies FP8 by FP8 and sums in FP32; here both are dequantised first, which gives the same
+    numbers up to the order of the sum. `rounds_input=False` leaves the inputs alone.
+    """
+
+    def __init__(self, in_features, out_features, bias=False, rounds_input=True):
+        super().__init__(in_features, out_features, bias)
+        self.rounds_input = rounds_input
+        blocks = math.ceil(out_features / 128), math.ceil(in_features / 128)
+        codes = torch.zeros(out_features, in_features, dtype=torch.float8_e4m3fn)
+        self.register_buffer("codes", codes)
+        self.register_buffer("weight_scale_inv", torch.ones(blocks))
+
+    def rounded_weight(self):
+        return block_dequantize(self.codes, self.weight_scale_inv, 128)
+
+    def product(self, rows):
+        return super().product(tile_rounded(rows).to(rows.dtype) if self.rounds_input else rows)
+
+
+# %% Rounding that looks at the inputs
+class InputStatistics:
+    """What calibration leaves of a layer's inputs, all one needs for GPTQ, AWQ and SmoothQuant."""
+
+    def __init__(self, width, device=None):
+        self.hessian = torch.zeros(width, width, device=device)  # Σ x xᵀ
+        self.largest = torch.zeros(width, device=device)  # max |x_j|
+        self.total = torch.zeros(width, device=device)  # Σ |x_j|
+
+    def add(self, x):
+        rows = x.detach().reshape(-1, len(self.total)).float()
+        if len(rows):
+            self.hessian += rows.T @ rows
+            self.largest = torch.maximum(self.largest, rows.abs().amax(dim=0))
+            self.total += rows.abs().sum(dim=0)
+
+
+def output_error(weight, rounded, hessian):
+    """‖(W − Ŵ) X‖², summed over all inputs seen: tr((W − Ŵ) H (W − Ŵ)ᵀ)."""
+    difference = weight - rounded
+    return ((difference @ hessian) * difference).sum().item()
+
+
+def round_nearest(weight, bits, group_size=None, scale_dtype=torch.bfloat16):
+    """The plain way: codes (out, in) and scale (out, groups), each weight on its own."""
+    codes, scale = absmax_quantize(grouped(weight, group_size), bits, -1, scale_dtype)
+    return codes.flatten(-2), scale.squeeze(-1)
+
+
+def gptq_by_inverses(weight, hessian, bits, group_size=None, dampening=0.01):
+    """The naive reference of `gptq`: a new inverse of what is left of H after each column."""
+    codes, scale = round_nearest(weight, bits, group_size)
+    weight, scale = weight.clone(), _columns(scale, weight)
+    hessian = _dampened(hessian.to(weight.dtype), dampening)
+    for i in range(weight.shape[1]):
+        inverse = torch.linalg.inv(hessian[i:, i:])
+        codes[:, i] = _nearest_codes(weight[:, i], scale[:, i], bits)
+        error = weight[:, i] - codes[:, i] * scale[:, i]
+        weight[:, i:] -= error[:, None] * inverse[0] / inverse[0, 0]
+    return codes
+
+
+def gptq(weight, hessian, bits, group_size=None, block_size=128, dampening=0.01,
+         activation_order=True, scale_dtype=torch.bfloat16):  # fmt: skip
+    """Rounds column by column and lets the columns not yet rounded make up for each error.
+
+    The rows of one Cholesky factor U of H⁻¹ (H⁻¹ = Uᵀ U) hold all that the inverses above would
+    tell: [H⁻¹]_ij / [H⁻¹]_ii = U_ij / U_ii. Corrections reach beyond the block of `block_size`
+    columns once it is finished. Scales are those of the weights as they came, so groups stay
+    together when `activation_order` takes the columns with the largest inputs first.
+
+    Args: weight (out, in); hessian Σ x xᵀ (in, in); dampening: share of the mean of H's diagonal
+        that is added to it. Returns: codes (out, in) and scale (out, groups).
+    """
+    codes, scale = round_nearest(weight, bits, group_size, scale_dtype)
+    column_scale, weight = _columns(scale, weight), weight.clone()
+    hessian = _dampened(hessian.double(), dampening)
+    width = weight.shape[1]
+    order = torch.arange(width, device=weight.device)
+    if activation_order:
+        order = hessian.diagonal().argsort(descending=True, stable=True)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
+    upper = torch.linalg.cholesky(inverse, upper=True).to(weight.dtype)
+    weight, column_scale, codes = weight[:, order], column_scale[:, order], codes[:, order]
+    for start in range(0, width, block_size):
+        end = min(start + block_size, width)
+        errors = torch.zeros_like(weight[:, start:end])
+        for i in range(start, end):
+            codes[:, i] = _nearest_codes(weight[:, i], column_scale[:, i], bits)
+            rounded = codes[:, i] * column_scale[:, i]
+            errors[:, i - start] = (weight[:, i] - rounded) / upper[i, i]
+            weight[:, i:end] -= errors[:, i - start, None] * upper[i, i:end]
+        weight[:, end:] -= errors @ upper[start:end, end:]
+    return codes[:, order.argsort()], scale
+
+
+def _columns(scale, weight):
+    """A scale for each weight: (out, groups) → (out, in), in the precision of the weights."""
+    return scale.to(weight.dtype).repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)
+
+
+def _nearest_codes(column, scale, bits):
+    limit = 2 ** (bits - 1) - 1
+    return (column / scale).round().clamp(-limit, limit).to(torch.int8)
+
+
+def _dampened(hessian, dampening):
+    """H + λI; a column that never had an input counts as independent of the others."""
+    diagonal = hessian.diagonal()
+    unused = torch.diag((diagonal == 0).to(hessian.dtype))
+    mean = diagonal.mean() * dampening
+    return hessian + unused + mean * torch.eye(len(hessian), dtype=hessian.dtype).to(hessian.device)
+
+
+def awq_input_scale(weight, statistics, bits, group_size=None, steps=20):
+    """σ = mean|X_j|^α for the α of 0, 1/steps, … 1 whose rounding moves the outputs least.
+
+    Weights that meet large inputs are scaled up before rounding, so that they lose less; α = 0 is
+    plain rounding.
+    """
+    size = statistics.total / statistics.total.mean().clamp(min=1e-12)
+    best, best_error = None, math.inf
+    for step in range(steps + 1):
+        scale = size.clamp(min=1e-4) ** (step / steps)
+        codes, row_scale = round_nearest(weight * scale, bits, group_size)
+        rounded = codes * _columns(row_scale, weight) / scale
+        error = output_error(weight, rounded, statistics.hessian)
+        if error < best_error:
+            best, best_error = scale, error
+    return best
+
+
+def smoothing_scale(weight, largest_input, alpha=0.5):
+    """SmoothQuant's σ (in,): moves large inputs into the weights, half of the way at α = ½."""
+    largest_weight = weight.abs().amax(dim=0)
+    scale = largest_input**alpha / largest_weight.clamp(min=1e-12) ** (1 - alpha)
+    return torch.where((largest_input > 0) & (largest_weight > 0), scale, 1.0)
+
+
+# %% The whole model
+LAYERS = ("weights", "w8a8", "llm_int8", "fp8")
+METHODS = ("nearest", "smooth", "gptq", "awq")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What `quantize_model` does to every matrix.
+
+    layer: "weights" (inputs stay as they are), "w8a8", "llm_int8" or "fp8". bits: of the weights.
+    group_size: numbers of a row that share a scale; None: the row; "auto": 128, 64 or 32, the
+    largest that divides the row, or else the row. method: "nearest", "smooth", "gptq" or "awq".
+    """
+
+    layer: str = "weights"
+    bits: int = 8
+    group_size: int | str | None = None
+    method: str = "nearest"
+
+    def __post_init__(self):
+        if self.layer not in LAYERS:
+            raise ValueError(f"layer={self.layer!r} must be one of {', '.join(LAYERS)}")
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r} must be one of {', '.join(METHODS)}")
+        if type(self.bits) is not int or not 2 <= self.bits <= 8:
+            raise ValueError(f"bits={self.bits!r} must be from 2 to 8")
+        size = self.group_size
+        if size not in (None, "auto") and (type(size) is not int or size < 1):
+            raise ValueError(f"group_size={size!r} must be a number above 0, None or 'auto'")
+        fixed = self.bits == 8 and self.group_size is None
+        if self.layer != "weights" and not (fixed and self.method in ("nearest", "smooth")):
+            raise ValueError(f"layer={self.layer!r} has 8 bits, whole rows and no {self.method}")
+        if self.method == "smooth" and self.layer != "w8a8":
+            raise ValueError("method='smooth' is for layer='w8a8'")
+
+    def groups(self, width):
+        """Numbers that share a scale in rows of `width`."""
+        if self.group_size == "auto":
+            return next((size for size in (128, 64, 32) if width % size == 0), width)
+        return self.group_size or width
+
+
+SCHEMES = {
+    "int8": Scheme(),
+    "llm_int8": Scheme("llm_int8"),
+    "w8a8": Scheme("w8a8"),
+    "smoothquant": Scheme("w8a8", method="smooth"),
+    "int4": Scheme(bits=4, group_size="auto"),
+    "gptq4": Scheme(bits=4, group_size="auto", method="gptq"),
+    "awq4": Scheme(bits=4, group_size="auto", method="awq"),
+    "fp8": Scheme("fp8"),
+}
+
+
+def scheme_of(scheme):
+    """The `Scheme` of that name, or the `Scheme` itself."""
+    if isinstance(scheme, Scheme):
+        return scheme
+    if scheme not in SCHEMES:
+        raise ValueError(f"scheme={scheme!r} must be one of {', '.join(SCHEMES)}")
+    return SCHEMES[scheme]
+
+
+class ExpertList(Experts):
+    """`Experts` with a layer of its own for every expert's matrix: one by one they are rounded."""
+
+    def __init__(self, experts):
+        nn.Module.__init__(self)
+        for name in ("gate_up_proj", "down_proj"):
+            setattr(self, name, nn.ModuleList(map(_linear_of, getattr(experts, name))))
+
+    def _one_expert(self, e, x, linear=None):
+        gate, up = self.gate_up_proj[e](x).chunk(2, dim=-1)
+        return self.down_proj[e](F.silu(gate) * up)
+
+    def grouped(self, x_MD, routing):
+        return self.loop(x_MD, routing)
+
+
+def _linear_of(weight):
+    layer = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight.detach())
+    return layer
+
+
+def model_blocks(model):
+    """All `TransformerBlock`s, those of the MTP modules last."""
+    return [*model.layers, *(predictor.block for predictor in model.mtp)]
+
+
+def listed_experts(model):
+    """The model itself, each expert now in layers of its own (an `ExpertList`)."""
+    for block in model_blocks(model):
+        if isinstance(block.mlp, MixtureOfExperts):
+            block.mlp.experts = ExpertList(block.mlp.experts)
+    return model
+
+
+def linears_of(block):
+    """{name: `nn.Linear`} of attention, dense, shared and (listed) routed feed-forward."""
+    return {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
+
+
+def quantize_model(model, scheme, calibration=None):
+    """A quantised copy for inference; the argument is untouched.
+
+    Rounded are the matrices of attention, dense, shared and routed feed-forward, those of the MTP
+    modules' blocks, too. Embedding, head, router, norms and `eh_proj` stay as they are. Activations
+    of `kv_b_proj` are never rounded, and it takes no BF16 kernel: absorbed, its inputs are not the
+    ones it has expanded, and both paths must give the same numbers.
+
+    Args:
+        model: a `CausalLM`. scheme: a name in `SCHEMES` or a `Scheme`.
+        calibration: token ids (B, T), for methods that look at inputs: each block is rounded to the
+            inputs that it gets from the rounded blocks before it.
+
+    Raises: ValueError for an unknown scheme, calibration missing or of a wrong shape, groups that
+        divide no row, weights that are not finite, a model already quantised or prepared for QAT.
+    """
+    scheme = scheme_of(scheme)
+    _check_model(model)
+    if scheme.method != "nearest":
+        _check_calibration(model, calibration, scheme)
+    quantized = listed_experts(copy.deepcopy(model).eval().requires_grad_(False))
+    for number, block in enumerate(model_blocks(quantized)):
+        linears, statistics = linears_of(block), {}
+        if scheme.method != "nearest":
+            statistics = input_statistics(quantized, calibration, linears)
+        for name, linear in linears.items():
+            where = f"block {number} {name}"
+            layer = _quantized_linear(linear, scheme, where, statistics.get(name))
+            block.set_submodule(name, layer)
+    quantized.quantization = asdict(scheme)
+    return quantized
+
+
+def _check_model(model):
+    if not isinstance(model, CausalLM):
+        raise ValueError(f"the model must be a CausalLM, got {type(model).__name__}")
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        raise ValueError("the model is quantised already")
+    if any(map(parametrize.is_parametrized, model.modules())):
+        raise ValueError("the model is prepared for QAT: convert_qat makes it integer")
+
+
+def _check_calibration(model, calibration, scheme):
+    if calibration is None:
+        raise ValueError(f"method {scheme.method!r} needs calibration: token ids (B, T)")
+    shortest = len(model.mtp) + 1
+    if not torch.is_tensor(calibration):
+        raise ValueError(f"calibration must be a tensor, got {type(calibration).__name__}")
+    if calibration.dim() != 2 or calibration.shape[0] < 1 or calibration.shape[1] < shortest:
+        raise ValueError(
+            f"calibration must be token ids (B, T) with B ≥ 1 and T ≥ {shortest}, "
+            f"got {tuple(calibration.shape)}"
+        )
+    model._check_tokens(calibration, 0)
+
+
+@torch.no_grad()
+def input_statistics(model, calibration, linears, batch_size=8):
+    """{name: `InputStatistics`} of {name: linear} while the model reads calibration ids (B, T)."""
+    statistics = {
+        name: InputStatistics(linear.in_features, linear.weight.device)
+        for name, linear in linears.items()
+    }
+    hooks = [
+        linear.register_forward_pre_hook(
+            lambda _, inputs, name=name: statistics[name].add(inputs[0])
+        )
+        for name, linear in linears.items()
+    ]
+    try:
+        for ids in calibration.split(batch_size):
+            model.mtp_hidden_states(model.hidden_states(ids), ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return statistics
+
+
+def empty_layer(scheme, name, in_features, out_features, bias=False):
+    """The layer that replaces the linear `name`, yet to be filled."""
+    sizes, absorbed = (in_features, out_features, bias), name.endswith("kv_b_proj")
+    if scheme.layer == "fp8":
+        return Fp8Linear(*sizes, rounds_input=not absorbed)
+    if scheme.layer != "weights" and not absorbed:
+        threshold = 6.0 if scheme.layer == "llm_int8" else None
+        smooth = scheme.method == "smooth"
+        return W8A8Linear(*sizes, scaled_input=smooth, outlier_threshold=threshold)
+    scaled = scheme.method == "awq"
+    return IntegerLinear(*sizes, scaled, scheme.bits, scheme.groups(in_features), not absorbed)
+
+
+def _quantized_linear(linear, scheme, name, statistics):
+    weight = linear.weight.detach().float()
+    if not weight.isfinite().all():
+        raise ValueError(f"{name}: the weights hold NaN or infinite numbers")
+    if scheme.layer != "fp8" and weight.shape[1] % scheme.groups(weight.shape[1]):
+        raise ValueError(f"{name}: group_size={scheme.group_size} must divide {weight.shape[1]}")
+    layer = empty_layer(scheme, name, *weight.shape[::-1], linear.bias is not None)
+    layer = layer.to(weight.device)
+    if linear.bias is not None:
+        layer.bias = linear.bias.detach().clone()
+    if scheme.layer == "fp8":
+        layer.codes, layer.weight_scale_inv = block_quantize(weight, 128)
+        return layer
+    settings = (layer.bits, layer.group_size)
+    input_scale = None
+    if layer.input_scale is not None and scheme.method == "smooth":
+        input_scale = smoothing_scale(weight, statistics.largest)
+    elif layer.input_scale is not None:
+        input_scale = awq_input_scale(weight, statistics, *settings)
+    if input_scale is not None:
+        weight = weight * input_scale
+    if scheme.method == "gptq":
+        codes, scale = gptq(weight, statistics.hessian, *settings)
+    else:
+        codes, scale = round_nearest(weight, *settings, layer.scale_dtype)
+    return layer.fill(codes, scale, input_scale)
+
+
+def quantized_skeleton(model, scheme):
+    """The model itself with empty layers where `quantize_model` puts full ones: for loading."""
+    for block in model_blocks(listed_experts(model)):
+        for name, linear in linears_of(block).items():
+            sizes = linear.in_features, linear.out_features, linear.bias is not None
+            block.set_submodule(name, empty_layer(scheme, name, *sizes))
+    model.quantization = asdict(scheme)
+    return model.eval().requires_grad_(False)
+
+
+def use_reference(model):
+    """The quantised model itself, from now on without PyTorch's kernels: dequantise, `F.linear`."""
+    for layer in model.modules():
+        if isinstance(layer, IntegerLinear):
+            layer.set_kernel(False)
+    return model
+
+
+def matrix_bytes(model):
+    """(bytes of the quantised matrices with all their scales, bytes of the same in FP32)."""
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    return (
+        sum(layer.weight_bytes() for layer in layers),
+        sum(4 * layer.in_features * layer.out_features for layer in layers),
+    )
+
+
+# %% Training with rounded weights
+class StraightThrough(torch.autograd.Function):
+    """Rounds in the forward pass; in the backward pass the gradient goes through unchanged."""
+
+    @staticmethod
+    def forward(context, weight, bits, group_size):
+        codes, scale = round_nearest(weight, bits, group_size)
+        return (grouped(codes, group_size) * scale.unsqueeze(-1).to(weight.dtype)).flatten(-2)
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient, None, None
+
+
+class FakeQuantize(nn.Module):
+    """Weights (..., out, in) → the same as the integer layer will hold them."""
+
+    def __init__(self, scheme):
+        super().__init__()
+        self.scheme = scheme
+
+    def forward(self, weight):
+        return StraightThrough.apply(weight, self.scheme.bits, self.scheme.groups(weight.shape[-1]))
+
+
+def prepare_qat(model, scheme):
+    """A copy that trains with rounded weights: `int8`, `int4` or another that rounds to nearest.
+
+    Whoever reads a weight gets it rounded; the optimizer moves the number behind it.
+    """
+    scheme = scheme_of(scheme)
+    if scheme.layer != "weights" or scheme.method != "nearest":
+        raise ValueError("QAT is for schemes that round weights to nearest: int8 and int4")
+    _check_model(model)
+    model = copy.deepcopy(model)
+    for module in [module for block in model_blocks(model) for module in block.modules()]:
+        names = ["weight"] if isinstance(module, nn.Linear) else []
+        if isinstance(module, Experts):
+            names = ["gate_up_proj", "down_proj"]
+        for name in names:
+            parametrize.register_parametrization(module, name, FakeQuantize(scheme))
+    return model
+
+
+def convert_qat(model):
+    """The integer model (a copy) that `prepare_qat`'s model has been trained to be."""
+    model, scheme = copy.deepcopy(model), None
+    for module in filter(parametrize.is_parametrized, list(model.modules())):
+        found = dict(module.parametrizations.items())
+        # remove_parametrizations would change the class, which the copy shares with its original.
+        module.__class__ = parametrize.type_before_parametrizations(module)
+        del module.parametrizations
+        for name, parametrization in found.items():
+            scheme = parametrization[0].scheme
+            module.register_parameter(name, parametrization.original)
+    if scheme is None:
+        raise ValueError("the model was not prepared by prepare_qat")
+    return quantize_model(model, scheme)
+
+
+# %% A training step in FP8
+class Fp8Product(torch.autograd.Function):
+    """y = x Wᵀ whose three products all take rounded operands, as V3 trains (figure 6).
+
+    Forward  y = ⌊x⌉ ⌊W⌉ᵀ, input gradient ∂x = ⌊∂y⌉ ⌊W⌉, weight gradient ∂W = ⌊∂yᵀ⌉ ⌊xᵀ⌉ᵀ: tiles of
+    1×128 lie along the dimension that is summed over, in the last product along the tokens.
+    """
+
+    @staticmethod
+    def forward(context, x, weight):
+        context.save_for_backward(x, weight)
+        rounded = block_dequantize(*block_quantize(weight, 128), 128)
+        return F.linear(tile_rounded(x), rounded)
+
+    @staticmethod
+    def backward(context, gradient):
+        x, weight = context.saved_tensors
+        rounded = block_dequantize(*block_quantize(weight, 128), 128)
+        gradient_rows, rows = gradient.flatten(0, -2), x.flatten(0, -2)
+        weight_gradient = tile_rounded(gradient_rows.T) @ tile_rounded(rows.T).T
+        return tile_rounded(gradient) @ rounded, weight_gradient
+
+
+class Fp8TrainingLinear(Linear):
+    """A linear whose master weights stay FP32 and whose products run in simulated FP8."""
+
+    def forward(self, x):
+        output = Fp8Product.apply(x.float(), self.weight)
+        return output if self.bias is None else output + self.bias
+
+
+def prepare_fp8_training(model):
+    """A copy that trains in simulated FP8; embedding, head, router, norms and attention do not.
+
+    The projections around attention do: what V3 keeps is the attention operator itself.
+    """
+    _check_model(model)
+    model = listed_experts(copy.deepcopy(model))
+    for block in model_blocks(model):
+        for linear in linears_of(block).values():
+            linear.__class__ = Fp8TrainingLinear
+    return model
+
+
+# %% The latent cache in 8 or 6 bits
+class QuantizedLatentCache:
+    """A `LatentCache` of packed integers and two BF16 scales a token: latent and rotary key apart.
+
+    What attends to it sees dequantised numbers, the newest token's, too. V2-sized, 6 bits: 576
+    numbers in 432 + 4 bytes. `bits`: 8 or less.
+    """
+
+    def __init__(self, capacity=0, *, bits, latent_width):
+        self.bits, self.latent_width = bits, latent_width
+        self.codes, self.scales = GrowingBuffer(capacity), GrowingBuffer(capacity)
+
+    @property
+    def length(self):
+        return self.codes.length
+
+    def append(self, memory, start=None):
+        """Like `GrowingBuffer.append`: (B, new, C + R) → all, dequantised, (B, S, C + R)."""
+        rotary_width = memory.shape[-1] - self.latent_width
+        widths = [self.latent_width, rotary_width] if rotary_width else [self.latent_width]
+        parts = [
+            absmax_quantize(part, self.bits, -1, torch.bfloat16)
+            for part in memory.split(widths, dim=-1)
+        ]
+        codes, scales = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
+        codes = codes if self.bits == 8 else pack_bits(codes, self.bits)
+        codes, scales = self.codes.append(codes, start), self.scales.append(scales, start)
+        if self.bits < 8:
+            codes = unpack_bits(codes, self.bits, memory.shape[-1])
+        spread = scales.to(memory.dtype).repeat_interleave(
+            torch.tensor(widths, device=memory.device), dim=-1, output_size=sum(widths)
+        )
+        return codes * spread
+
+    def truncate(self, length):
+        self.codes.truncate(length)
+        self.scales.truncate(length)
+
+    def used_bytes(self):
+        return self.codes.used_bytes() + self.scales.used_bytes()
+
+    def allocated_bytes(self):
+        return self.codes.allocated_bytes() + self.scales.allocated_bytes()
+
+
+def quantize_cache(model, bits):
+    """The model itself, from now on with latent caches of `bits` (2 to 8; None: as they were)."""
+    if bits is not None and (type(bits) is not int or not 2 <= bits <= 8):
+        raise ValueError(f"bits={bits!r} must be from 2 to 8, or None")
+    for block in model_blocks(model):
+        attention = block.self_attn
+        attention.cache_type = LatentCache if bits is None else functools.partial(
+            QuantizedLatentCache, bits=bits, latent_width=attention.kv_lora_rank
+        )  # fmt: skip
+    model.cache_bits = bits
+    return model
+
+
+# %% The demonstration: a small model with experts, learnt in seconds
+def small_quantizable_model(width=64):
+    def block(feed_forward):
+        return TransformerBlock(MultiHeadLatentAttention(width, 4, 32, 16, 8, 16), feed_forward)
+
+    experts = MixtureOfExperts(width, 64, TopKRouter(width, 4, 2), n_shared_experts=1)
+    model = CausalLM(32, width, [block(SwiGLU(width, 128)), block(experts)])
+    model.init_weights(std=0.05)
+    return model
+
+
+def train(model, steps, rate=4e-3, seed=0, precision=torch.float32):
+    """Trains on phase 6's small language; returns the loss of every step."""
+    text, generator = small_language(40_000, seed=1), torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    device, losses = model.lm_head.weight.device, []
+    for _ in range(steps):
+        starts = torch.randint(len(text) - 64, (16,), generator=generator)
+        ids = torch.stack([text[start : start + 64] for start in starts]).to(device)
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            loss = next_token_loss(model(ids).float(), ids)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    return losses
+
+
+@torch.no_grad()
+def held_out_loss(model, caches=False):
+    """Nats per token on text of the same language; `caches`: through the model's own caches."""
+    device = model.lm_head.weight.device
+    ids = small_language(16_384, seed=2).view(-1, 64).to(device)
+    return next_token_loss(model(ids, caches=model.new_caches() if caches else None), ids).item()
+
+
+def relative_error(got, want):
+    return ((got - want).norm() / want.norm()).item()
+
+
+def show_number_formats(demo, device):
+    """Rung 1: who shares a scale, where the error comes from, what the 8-bit floats are."""
+    x = torch.randn(256, 256, device=device)
+    x[:, 7] *= 30  # one large column
+    errors = {}
+    for name, view, dim in (("tensor", x, None), ("row", x, -1), ("column", x, 0),
+                            ("group of 32", grouped(x, 32), -1)):  # fmt: skip
+        codes, scale = absmax_quantize(view, 8, dim)
+        errors[name] = relative_error((codes * scale).view_as(x)[:, 64:], x[:, 64:])
+    figures = ", ".join(f"{name} {error:.4f}" for name, error in errors.items())
+    demo.note(f"INT8, one column 30 × the others; error of columns 64…255 by who shares a scale:\n"
+              f"    {figures}")  # fmt: skip
+    demo.check("the fewer share a scale, the less is lost", "(256, 256)", "tensor > row > group",
+               errors["tensor"] > errors["row"] > errors["group of 32"])  # fmt: skip
+    one_sided = torch.rand(64, 64, device=device) + 0.5
+    codes, scale, zero = zero_point_quantize(one_sided)
+    asymmetric = relative_error((codes.float() - zero) * scale, one_sided)
+    codes, scale = absmax_quantize(one_sided)
+    symmetric = relative_error(codes * scale, one_sided)
+    demo.check("numbers to one side: a zero point helps", "(64, 64)",
+               f"error {symmetric:.4f} → {asymmetric:.4f}", asymmetric < symmetric)  # fmt: skip
+    normal = torch.randn(100_000, device=device)
+    demo.note("INT4 of a normal distribution, squared error from rounding + from clipping:")
+    for share in (1.0, 0.75, 0.5, 0.3):
+        largest = share * normal.abs().max()
+        rounding, clipping = rounding_and_clipping(normal, 4, largest)
+        demo.note(f"    grid to {largest:.2f}: {rounding:.5f} + {clipping:.5f} = "
+                  f"{rounding + clipping:.5f}")  # fmt: skip
+    for name, bits, dtype in (("E4M3", (4, 3), torch.float8_e4m3fn),
+                              ("E5M2", (5, 2), torch.float8_e5m2)):  # fmt: skip
+        grid, numbers = float8_grid(*bits), torch.randn(10_000) * 20
+        same = torch.equal(round_to_grid(numbers, grid), numbers.to(dtype).float())
+        demo.check(f"{name}: PyTorch's cast is nearest on the grid", f"{len(grid)} numbers ≥ 0",
+                   f"smallest {grid[1]:.2g}, largest {grid[-1]:,.0f}", same)  # fmt: skip
+    codes = torch.randint(-31, 32, (4, 576), dtype=torch.int8)
+    packed = pack_bits(codes, 6)
+    same = packed.shape[-1] == 432 and torch.equal(unpack_bits(packed, 6, 576), codes)
+    demo.check("576 numbers of 6 bits, packed and back", "bytes", f"{packed.shape[-1]}", same)
+
+
+def filled(layer, weight, scheme=None):
+    """`layer`, holding `weight` rounded to nearest."""
+    codes, scale = round_nearest(weight, layer.bits, layer.group_size, layer.scale_dtype)
+    return layer.fill(codes.cpu(), scale.cpu()).to(weight.device)
+
+
+def show_layers(demo, device):
+    """PyTorch's kernels against the reference, and FP8 blocks against its own scaled product."""
+    weight, x = torch.randn(96, 256, device=device) / 16, torch.randn(5, 256, device=device)
+    kinds = {"INT8": IntegerLinear(256, 96), "INT4": IntegerLinear(256, 96, bits=4, group_size=128),
+             "W8A8": W8A8Linear(256, 96)}  # fmt: skip
+    for name, layer in kinds.items():
+        layer = filled(layer, weight)
+        with_kernel = layer(x)
+        layer.set_kernel(False)
+        reference = layer(x)
+        error, share = relative_error(with_kernel, reference), layer.weight_bytes() / 4 / 96 / 256
+        demo.check(f"{name}: kernel = reference", "(M, in) → (M, out)",
+                   f"difference {error:.1e}, {share:.4f} × FP32's bytes", error < 4e-3)  # fmt: skip
+    fp8 = Fp8Linear(256, 96).to(device)
+    fp8.codes, fp8.weight_scale_inv = block_quantize(weight, 128)
+    exact, by_blocks = F.linear(x, weight), fp8(x)
+    by_rows, note = None, "F.scaled_mm not available on this device"
+    with contextlib.suppress(RuntimeError, NotImplementedError, ValueError, AttributeError):
+        by_rows = scaled_mm_by_rows(x, *fp8_rows(weight))
+    if by_rows is not None:
+        note = f"by rows (F.scaled_mm) {relative_error(by_rows, exact):.4f}"
+    demo.check("FP8 in tiles and blocks", "(M, in) → (M, out)",
+               f"error {relative_error(by_blocks, exact):.4f}; {note}",
+               relative_error(by_blocks, exact) < 0.06)  # fmt: skip
+
+
+def fp8_rows(x):
+    """x (R, C) → E4M3 codes (R, C) and one FP32 scale a row (R, 1)."""
+    scale = x.abs().amax(dim=1, keepdim=True) / E4M3_MAX
+    scale = torch.where(scale == 0, 1, scale)
+    return (x / scale).to(torch.float8_e4m3fn), scale
+
+
+def scaled_mm_by_rows(x, weight_codes, weight_scale):
+    """x Wᵀ by PyTorch's FP8 product, which on a CPU takes one scale a row (or a tensor)."""
+    codes, scale = fp8_rows(x)
+    by_row = F.ScalingType.RowWise
+    return F.scaled_mm(codes, weight_codes.T, scale, by_row, weight_scale.T, by_row,
+                       output_dtype=torch.float32)  # fmt: skip
+
+
+def show_outliers(demo, device):
+    """A few large activations: what absmax loses, what LLM.int8() and SmoothQuant keep."""
+    weight, x = torch.randn(256, 256, device=device) / 16, torch.randn(64, 256, device=device)
+    x[:, [3, 77, 200]] *= 60
+    exact = F.linear(x, weight)
+    x_codes, x_scale = absmax_quantize(x)
+    w_codes, w_scale = absmax_quantize(weight)
+    statistics = InputStatistics(256, device)
+    statistics.add(x)
+    sigma = smoothing_scale(weight, statistics.largest)
+    smooth = W8A8Linear(256, 256)
+    layers = {
+        "W8A8, a scale a row": filled(W8A8Linear(256, 256), weight)(x),
+        "LLM.int8()": filled(W8A8Linear(256, 256, outlier_threshold=6.0), weight)(x),
+        "SmoothQuant": filled(smooth, weight * sigma)(x / sigma),
+    }
+    outputs = {"absmax, a scale a tensor": F.linear(x_codes * x_scale, w_codes * w_scale), **layers}
+    # What the outliers drown: the part of the output that the other columns make.
+    ordinary = torch.ones(256, dtype=torch.bool, device=device)
+    ordinary[[3, 77, 200]] = False
+    size = F.linear(x[:, ordinary], weight[:, ordinary]).norm()
+    errors = {name: ((y - exact).norm() / size).item() for name, y in outputs.items()}
+    demo.note("three of 256 input columns 60 × the others; error over what the other 253 say:")
+    for name, error in errors.items():
+        demo.note(f"    {name:<26} {error:.4f}")
+    plain, by_row, mixed, smoothed = errors.values()
+    demo.check("LLM.int8() and SmoothQuant keep it", "(M, 256) → (M, 256)",
+               f"{plain:.2f}, {by_row:.2f} → {mixed:.3f}, {smoothed:.3f}",
+               max(mixed, smoothed) < by_row / 3 < plain / 3)  # fmt: skip
+
+
+def show_methods(demo, device, bits):
+    """Rounding to nearest, GPTQ and AWQ on one layer with correlated inputs."""
+    mixing = torch.randn(64, 64, device=device) * torch.logspace(0, -2, 64, device=device)
+    x, weight = torch.randn(512, 64, device=device) @ mixing, torch.randn(64, 64, device=device)
+    statistics = InputStatistics(64, device)
+    statistics.add(x)
+    naive = gptq_by_inverses(weight.double(), statistics.hessian.double(), bits)
+    codes, scale = gptq(weight.double(), statistics.hessian, bits, activation_order=False)
+    differing = int((codes != naive).sum())
+    demo.check("GPTQ: Cholesky factor = new inverses", "(out, in)", f"{differing} codes differ",
+               differing == 0)  # fmt: skip
+    sigma = awq_input_scale(weight, statistics, bits)
+    rounded = {
+        "nearest": (round_nearest(weight, bits), 1.0),
+        "AWQ": (round_nearest(weight * sigma, bits), sigma),
+        "GPTQ": (gptq(weight, statistics.hessian, bits), 1.0),
+    }
+    errors = {
+        name: output_error(weight, codes * _columns(scale, weight) / sigma, statistics.hessian)
+        for name, ((codes, scale), sigma) in rounded.items()
+    }
+    figures = ", ".join(f"{name} {error / errors['nearest']:.3f}" for name, error in errors.items())
+    demo.check(f"{bits} bits: ‖(W − Ŵ) X‖² over nearest's", "", figures,
+               errors["GPTQ"] < errors["AWQ"] <= errors["nearest"])  # fmt: skip
+
+
+def show_whole_model(demo, model, bits):
+    """Every scheme on the small trained model: bytes and loss; then its cache."""
+    calibration = small_language(4096, seed=3).view(64, 64).to(model.lm_head.weight.device)
+    base = held_out_loss(model)
+    demo.note(f"the small model, {base:.4f} nats a token in FP32; matrices' bytes and loss:")
+    schemes = {**SCHEMES, **{
+        f"{bits} bits a row, {method}": Scheme(bits=bits, method=method)
+        for method in ("nearest", "awq", "gptq")
+    }}  # fmt: skip
+    losses = {}
+    for name, scheme in schemes.items():
+        quantized = quantize_model(model, scheme, calibration)
+        stored, before = matrix_bytes(quantized)
+        losses[name] = held_out_loss(quantized)
+        demo.note(f"    {name:<22} {stored / before:.3f} × bytes, loss {losses[name]:.4f} "
+                  f"({losses[name] / base - 1:+.2%})")  # fmt: skip
+    demo.check("INT8 and FP8 lose next to nothing", "nats a token",
+               f"{losses['int8'] - base:+.5f}, {losses['fp8'] - base:+.5f}",
+               max(abs(losses[name] / base - 1) for name in ("int8", "fp8")) < 0.005)  # fmt: skip
+    nearest, by_gptq = (losses[f"{bits} bits a row, {name}"] - base for name in ("nearest", "gptq"))
+    demo.check(f"GPTQ loses less than rounding at {bits} bits", "nats a token",
+               f"{nearest:+.4f} → {by_gptq:+.4f}", by_gptq < nearest)  # fmt: skip
+    for cache_bits in (8, 6, 4):
+        cached = quantize_cache(copy.deepcopy(model), cache_bits)
+        loss = held_out_loss(cached, caches=True)
+        caches = cached.new_caches()
+        cached(calibration[:1], caches=caches)
+        size = sum(cache.used_bytes() for cache in caches) / 64 / len(caches)
+        demo.note(f"    latent cache in {cache_bits} bits: {size:.0f} bytes a token and layer in "
+                  f"place of {4 * 40}, loss {loss:.4f} ({loss / base - 1:+.2%})")  # fmt: skip
+
+
+def show_training(demo, model, bits, steps, seed):
+    """QAT against a control trained as long, and FP8 training beside BF16."""
+    scheme, base = Scheme(bits=bits), held_out_loss(model)
+    lost = held_out_loss(quantize_model(model, scheme)) - base
+    control, rounded = copy.deepcopy(model), prepare_qat(model, scheme)
+    train(control, steps, rate=1e-3, seed=1)
+    train(rounded, steps, rate=1e-3, seed=1)
+    control = held_out_loss(quantize_model(control, scheme))
+    fake, real = held_out_loss(rounded.eval()), held_out_loss(convert_qat(rounded))
+    demo.note(f"{bits} bits a row cost {lost:.4f} nats; {steps} steps later, rounded again: after "
+              f"FP32 training {control - base:+.4f}, after QAT {real - base:+.4f}")  # fmt: skip
+    demo.check("QAT recovers more than training on", "nats a token",
+               f"{control:.4f} → {real:.4f}", real < control or steps < 50)  # fmt: skip
+    demo.check("converted = trained with fake rounding", "nats a token",
+               f"{fake:.5f}, {real:.5f}", abs(fake - real) < 1e-4)  # fmt: skip
+
+    device, losses = model.lm_head.weight.device, {}
+    for name, precision in (("BF16", torch.bfloat16), ("FP8", torch.float32)):
+        torch.manual_seed(seed)
+        fresh = small_quantizable_model().to(device)
+        fresh = prepare_fp8_training(fresh) if name == "FP8" else fresh
+        losses[name] = train(fresh, steps, precision=precision)
+    last = {name: sum(values[-20:]) / len(values[-20:]) for name, values in losses.items()}
+    relative = last["FP8"] / last["BF16"] - 1
+    demo.check(f"{steps} steps in simulated FP8 beside BF16", "last 20 steps, nats",
+               f"{last['FP8']:.4f}, {last['BF16']:.4f}: {relative:+.2%}",
+               abs(relative) < 0.02 or steps < 50)  # fmt: skip
+
+
+@one_line_errors
+def main(argv=None):
+    parser = demonstration_parser(__doc__)
+    parser.add_argument("--bits", type=int, default=3, help="of the weights where rounding hurts")
+    parser.add_argument("--steps", type=int, default=150, help="training steps of each small model")
+    arguments = parse_arguments(parser, argv)
+    if arguments.steps < 1 or not 2 <= arguments.bits <= 4:
+        raise ValueError(
+            f"--steps={arguments.steps} must be 1 or more and --bits={arguments.bits} from 2 to 4"
+        )
+    device = arguments.device
+    demo = Demonstration("quantization_coded.py", device, arguments.seed)
+    show_number_formats(demo, device)
+    show_layers(demo, device)
+    show_outliers(demo, device)
+    show_methods(demo, device, arguments.bits)
+    model = small_quantizable_model().to(device)
+    train(model, arguments.steps)
+    show_whole_model(demo, model.eval(), arguments.bits)
+    show_training(demo, model, arguments.bits, arguments.steps, arguments.seed)
+    demo.finish("--bits 2: who still works?", "--bits 4: do the methods still differ?",
+                "--steps 400: does QAT catch up with FP32?")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1046 @@
+"""Phase 8: number formats, layers, calibration methods, whole models, QAT, FP8 training, cache."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import quantization_coded as q
+from mla_coded import MultiHeadLatentAttention
+from moe_coded import Experts, Routing
+from mtp_coded import CausalLM, small_language
+from multihead_attention_coded import Linear
+from quantization_coded import (
+    SCHEMES,
+    Fp8Linear,
+    InputStatistics,
+    IntegerLinear,
+    QuantizedLatentCache,
+    QuantizedLinear,
+    Scheme,
+    W8A8Linear,
+    absmax_quantize,
+    block_dequantize,
+    block_quantize,
+    convert_qat,
+    filled,
+    float8_grid,
+    gptq,
+    gptq_by_inverses,
+    grouped,
+    matrix_bytes,
+    output_error,
+    pack_bits,
+    prepare_fp8_training,
+    prepare_qat,
+    quantize_cache,
+    quantize_model,
+    round_nearest,
+    round_to_grid,
+    tile_rounded,
+    unpack_bits,
+    use_reference,
+    zero_point_quantize,
+)
+from rope_coded import RotaryEmbedding, RotaryLatentAttention
+
+EVERY_SCHEME = pytest.mark.parametrize("scheme", SCHEMES)
+FLOATS = pytest.mark.parametrize(
+    ("grid", "dtype"), [((4, 3), torch.float8_e4m3fn), ((5, 2), torch.float8_e5m2)],
+    ids=["E4M3", "E5M2"],
+)  # fmt: skip
+
+
+def rotary_attention(width=64):
+    return RotaryLatentAttention(width, 4, 32, 16, 8, 16, q_lora_rank=32, rotary=RotaryEmbedding(8))
+
+
+def small(depth=1, width=64):
+    """A model with a dense layer, experts, rotary positions and an MTP module."""
+
+    def block(feed_forward):
+        return q.TransformerBlock(rotary_attention(width), feed_forward)
+
+    def experts():
+        return q.MixtureOfExperts(width, 64, q.TopKRouter(width, 4, 2), n_shared_experts=1)
+
+    blocks = [block(q.SwiGLU(width, 128)), block(experts())]
+    model = CausalLM(32, width, blocks, [block(experts()) for _ in range(depth)])
+    model.init_weights(0.1)
+    return model.eval()
+
+
+def calibration(sequences=8, length=32):
+    return small_language(sequences * length, seed=3).view(sequences, length)
+
+
+def correlated(rows, width, decay=-2.0, dtype=torch.float32):
+    mixing = torch.randn(width, width, dtype=dtype) * torch.logspace(0, decay, width, dtype=dtype)
+    return torch.randn(rows, width, dtype=dtype) @ mixing
+
+
+def statistics_of(x):
+    statistics = InputStatistics(x.shape[-1])
+    statistics.add(x)
+    return statistics
+
+
+# Integers
+def test_absmax_by_hand_rounds_ties_to_even():
+    codes, scale = absmax_quantize(torch.tensor([0.5, 1.5, -2.5, 3.5, 0.4, 127.0]))
+    assert scale.item() == 1.0
+    assert codes.tolist() == [0, 2, -2, 4, 0, 127] and codes.dtype == torch.int8
+
+
+def test_the_grid_is_symmetric_and_ends_at_the_largest_number():
+    x = torch.tensor([[-8.0, 1.0, 3.0], [0.3, 0.1, -0.1]])
+    for bits, limit in ((8, 127), (4, 7), (3, 3), (2, 1)):
+        codes, scale = absmax_quantize(x, bits, dim=-1)
+        assert codes[0, 0] == -limit and codes[1, 0] == limit
+        torch.testing.assert_close(scale[:, 0], torch.tensor([8.0, 0.3]) / limit)
+
+
+@pytest.mark.comparison
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_int8_rows_are_those_of_quantize_per_channel():
+    weight = torch.randn(48, 100)
+    codes, scale = absmax_quantize(weight, dim=-1)
+    zeros = torch.zeros(48, dtype=torch.long)
+    theirs = torch.quantize_per_channel(weight, scale.flatten(), zeros, 0, torch.qint8)
+    # theirs multiplies by 1/scale: a number within rounding of a tie may go to the other side
+    assert ((codes - theirs.int_repr()).abs().sum() <= 1) and theirs.int_repr().min() >= -127
+    torch.testing.assert_close(codes * scale, theirs.dequantize(), atol=scale.max().item(), rtol=0)
+
+
+@pytest.mark.comparison
+@pytest.mark.filterwarnings("ignore")  # PyTorch calls its own way deprecated
+def test_zero_point_is_that_of_torchs_observer():
+    x = torch.rand(1000) * 3 - 1
+    observer = torch.ao.quantization.MinMaxObserver(dtype=torch.quint8)
+    observer(x)
+    their_scale, their_zero = observer.calculate_qparams()
+    codes, scale, zero = zero_point_quantize(x)
+    torch.testing.assert_close(scale, their_scale[0])
+    assert zero.item() == their_zero.item()
+    theirs = torch.quantize_per_tensor(x, scale.item(), zero.item(), torch.quint8).int_repr()
+    assert (codes.int() - theirs.int()).abs().sum() <= 1
+    error = ((codes.float() - zero) * scale - x).abs().max()
+    assert error <= scale * 0.51
+
+
+def test_zero_is_exact_with_a_zero_point():
+    for x in (torch.tensor([2.0, 3.0, 0.0]), torch.tensor([-5.0, -1.0, 0.0])):
+        codes, scale, zero = zero_point_quantize(x)
+        assert (codes[2].float() - zero.float()) * scale == 0
+
+
+def test_rows_of_zeros_come_back_exactly():
+    x = torch.stack([torch.zeros(64), torch.randn(64)])
+    for bits in (8, 4):
+        codes, scale = absmax_quantize(x, bits, dim=-1)
+        assert codes[0].eq(0).all() and scale.isfinite().all() and (scale != 0).all()
+    codes, scale, zero = zero_point_quantize(x, dim=-1)
+    assert (codes[0].float() - zero[0]).mul(scale[0]).eq(0).all()
+    assert tile_rounded(x)[0].eq(0).all() and tile_rounded(x).isfinite().all()
+
+
+@pytest.mark.parametrize("dim", [None, 0, -1])
+def test_error_is_at_most_half_a_step(dim):
+    x = torch.randn(40, 96) * torch.logspace(-3, 2, 96)
+    codes, scale = absmax_quantize(x, 8, dim)
+    assert ((codes * scale - x).abs() <= scale * 0.5001).all()
+    shape = {None: (), 0: (1, 96), -1: (40, 1)}[dim]
+    assert scale.shape == shape
+
+
+def test_a_bf16_scale_is_rounded_before_the_codes_are_chosen():
+    x = torch.randn(16, 64)
+    codes, scale = absmax_quantize(x, 4, -1, torch.bfloat16)
+    assert scale.dtype == torch.bfloat16
+    best = (x / scale.float()).round().clamp(-7, 7)
+    assert torch.equal(codes.float(), best)
+
+
+def test_groups_that_do_not_divide_are_refused():
+    assert grouped(torch.zeros(2, 96), 32).shape == (2, 3, 32)
+    assert grouped(torch.zeros(2, 96), None).shape == (2, 1, 96)
+    with pytest.raises(ValueError, match="group_size=64 must divide the row of 96 numbers"):
+        grouped(torch.zeros(2, 96), 64)
+
+
+def test_rounding_and_clipping_make_up_the_whole_error():
+    x, largest = torch.randn(5000), 1.5
+    rounding, clipping = q.rounding_and_clipping(x, 4, largest)
+    scale = largest / 7
+    whole = (x - (x / scale).round().clamp(-7, 7) * scale).square().mean().item()
+    assert rounding + clipping == pytest.approx(whole)
+    assert q.rounding_and_clipping(x, 4, x.abs().max())[1] == 0
+
+
+# Floats
+@FLOATS
+def test_every_bit_pattern_is_on_the_grid(grid, dtype):
+    patterns = torch.arange(128, dtype=torch.uint8).view(dtype).float()
+    finite = patterns[patterns.isfinite()]
+    assert torch.equal(float8_grid(*grid), finite)
+    assert finite.max() == torch.finfo(dtype).max
+
+
+@FLOATS
+def test_nearest_on_the_grid_is_pytorchs_cast(grid, dtype):
+    values = float8_grid(*grid)
+    midpoints = (values[1:] + values[:-1]) / 2
+    x = torch.cat([torch.randn(5000) * 50, torch.randn(5000) * 1e-4, midpoints, -midpoints, values])
+    assert torch.equal(round_to_grid(x, values), x.to(dtype).float())
+
+
+def test_fp8_numbers_lie_on_the_float_grid_and_not_on_an_integer_one():
+    x = torch.randn(64, 128) * torch.logspace(-2, 2, 128)
+    codes, scale = block_quantize(x, 1)
+    assert codes.dtype == torch.float8_e4m3fn
+    grid = float8_grid(4, 3)
+    assert torch.isin(codes.float().abs(), grid).all()
+    assert torch.equal(block_dequantize(codes, scale, 1), codes.float() * scale)
+    # Integers would lose the small numbers of a tile; E4M3 keeps three bits of each.
+    small = torch.full((1, 128), 0.05)
+    small[0, 0] = 448.0
+    assert (tile_rounded(small)[0, 1:] / 0.05 - 1).abs().max() < 2**-4
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (200, 300), (1, 1), (130, 64)])
+def test_fp8_blocks_come_back_within_half_a_unit(shape):
+    weight = torch.randn(shape) * 3
+    codes, scale = block_quantize(weight, 128)
+    assert scale.shape == (math.ceil(shape[0] / 128), math.ceil(shape[1] / 128))
+    spread = scale.repeat_interleave(128, 0)[: shape[0]].repeat_interleave(128, 1)[:, : shape[1]]
+    sizes = (weight / spread).abs()
+    unit = torch.exp2(sizes.clamp(min=2**-6).log2().floor() - 3) * spread
+    error = (block_dequantize(codes, scale, 128) - weight).abs()
+    assert (error <= unit * 0.5 * (1 + 1e-5)).all()  # 1e-5: the scale itself is rounded
+    assert (codes.float().abs() <= 448).all()
+
+
+def test_the_stored_scale_multiplies_and_belongs_to_its_block():
+    weight = torch.ones(256, 384)
+    weight[128:, 256:] = 100.0
+    codes, scale = block_quantize(weight, 128)
+    expected = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 100.0]]) / 448
+    torch.testing.assert_close(scale, expected)
+    assert codes.float().eq(448).all()
+    torch.testing.assert_close(block_dequantize(codes, scale, 128), weight)
+
+
+def test_tiny_blocks_give_no_nan():
+    x = torch.full((1, 128), 1e-43)
+    assert tile_rounded(x).isfinite().all()
+
+
+def test_tiles_of_activations_do_not_share_a_scale():
+    x = torch.randn(2, 3, 256)
+    x[..., :128] *= 1e4
+    rounded = tile_rounded(x)
+    torch.testing.assert_close(rounded[..., 128:], tile_rounded(x[..., 128:]))
+    assert (rounded[..., 128:] - x[..., 128:]).abs().max() < 0.2
+    torch.testing.assert_close(tile_rounded(x[:1]), rounded[:1])  # nor do tokens
+
+
+# Packing
+def test_nibbles_by_hand():
+    packed = pack_bits(torch.tensor([[-8, 7, 0]], dtype=torch.int8), 4)
+    assert packed.tolist() == [[0b1111_0000, 0b0000_1000]] and packed.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("bits", range(2, 8))
+@pytest.mark.parametrize("count", [1, 8, 13, 576])
+def test_packed_codes_come_back(bits, count):
+    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (3, 2, count)).to(torch.int8)
+    packed = pack_bits(codes, bits)
+    assert packed.shape == (3, 2, math.ceil(count * bits / 8))
+    assert torch.equal(unpack_bits(packed, bits, count), codes)
+
+
+# Layers
+def kernel_cases():
+    kinds = [("int8", {}), ("int4", dict(bits=4, group_size=32)), ("w8a8", {})]
+    widths = [(64, 48), (33, 7), (40, 16), (96, 17), (256, 112), (128, 1)]
+    for name, options in kinds:
+        for sizes in widths:
+            if name != "int4" or sizes[0] % 32 == 0:
+                yield pytest.param(name, sizes, options, id=f"{name}-{sizes[0]}-{sizes[1]}")
+
+
+@pytest.mark.parametrize(("name", "sizes", "options"), list(kernel_cases()))
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_kernel_and_reference_give_the_same(name, sizes, options, rows):
+    width, out = sizes
+    layer = (W8A8Linear if name == "w8a8" else IntegerLinear)(width, out, **options)
+    layer = filled(layer, torch.randn(out, width))
+    x = torch.randn(rows, width)
+    with_kernel = layer(x)
+    layer.set_kernel(False)
+    reference = layer(x)
+    # the kernels round inputs and outputs to BF16, 8 bits; W8A8 sums integers
+    tolerance = 1e-5 if name == "w8a8" else 2**-7
+    assert (with_kernel - reference).norm() <= tolerance * reference.norm()
+    if name != "w8a8":
+        torch.testing.assert_close(reference, F.linear(x, layer.weight))
+
+
+def test_int4_with_a_width_for_the_kernel_uses_it_and_others_do_not():
+    assert filled(IntegerLinear(64, 48, bits=4, group_size=32), torch.randn(48, 64)).kernel_layout
+    for sizes, options in (((64, 40), dict(group_size=32)), ((96, 48), dict(group_size=96)),
+                           ((64, 48), dict(group_size=32, kernel=False))):  # fmt: skip
+        layer = filled(IntegerLinear(*sizes, bits=4, **options), torch.randn(sizes[1], sizes[0]))
+        assert not layer.kernel_layout
+
+
+def test_the_kernels_order_is_undone_exactly():
+    weight = torch.randn(112, 256)
+    layer = filled(IntegerLinear(256, 112, bits=4, group_size=64), weight)
+    codes, scale = round_nearest(weight, 4, 64)
+    expected = (codes.view(112, 4, 64) * scale.float().unsqueeze(-1)).flatten(1)
+    assert layer.kernel_layout and torch.equal(layer.weight, expected)
+    state = layer.state_dict()
+    assert torch.equal(unpack_bits(state["codes"], 4, 256), codes)
+    assert torch.equal(state["scale"], scale) and layer.kernel_layout
+    fresh = IntegerLinear(256, 112, bits=4, group_size=64)
+    fresh.load_state_dict(state)
+    assert fresh.kernel_layout
+    x = torch.randn(3, 256)
+    assert torch.equal(fresh(x), layer(x))
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+def test_casting_a_layer_leaves_the_kernel():
+    layer = filled(IntegerLinear(64, 48, bits=4, group_size=32), torch.randn(48, 64))
+    weight, x = layer.weight, torch.randn(2, 64, dtype=torch.float64)
+    layer.double()
+    assert not layer.kernel_layout
+    torch.testing.assert_close(layer(x), F.linear(x, weight.double()))
+    in_eights = filled(IntegerLinear(64, 48), torch.randn(48, 64)).double()
+    torch.testing.assert_close(in_eights(x), F.linear(x, in_eights.weight.double()))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_gradients_reach_the_input(bits):
+    layer = filled(IntegerLinear(64, 48, bits=bits, group_size=32), torch.randn(48, 64))
+    x = torch.randn(3, 64, requires_grad=True)
+    upstream = torch.randn(3, 48)
+    layer(x).backward(upstream)
+    torch.testing.assert_close(x.grad, upstream @ layer.weight)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "int3", "w8a8", "llm_int8", "fp8"])
+def test_shapes_bias_and_no_tokens(kind):
+    weight, bias = torch.randn(48, 64), torch.randn(48)
+    layer = {
+        "int8": lambda: IntegerLinear(64, 48, True),
+        "int4": lambda: IntegerLinear(64, 48, True, bits=4, group_size=32),
+        "int3": lambda: IntegerLinear(64, 48, True, bits=3),
+        "w8a8": lambda: W8A8Linear(64, 48, True),
+        "llm_int8": lambda: W8A8Linear(64, 48, True, outlier_threshold=6.0),
+        "fp8": lambda: Fp8Linear(64, 48, True),
+    }[kind]()
+    if kind == "fp8":
+        layer.codes, layer.weight_scale_inv = block_quantize(weight, 128)
+    else:
+        filled(layer, weight)
+    x = torch.randn(2, 3, 64)
+    without = layer(x)
+    layer.bias = bias
+    torch.testing.assert_close(layer(x), without + bias)
+    assert layer(x).shape == (2, 3, 48) and layer(x[0, 0]).shape == (48,)
+    assert layer(x[:0]).shape == (0, 3, 48)
+    assert (without - F.linear(x, weight)).norm() < 0.35 * F.linear(x, weight).norm()
+
+
+def test_input_scale_divides_the_input_and_the_weight_that_others_read():
+    weight, sigma = torch.randn(48, 64), torch.rand(64) + 0.5
+    codes, scale = round_nearest(weight * sigma, 8)
+    layer = IntegerLinear(64, 48, kernel=False).fill(codes, scale, sigma)
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight))
+    assert (layer.weight - weight).abs().max() < 0.05
+
+
+# W8A8 and LLM.int8()
+def test_integer_product_by_hand():
+    layer = filled(W8A8Linear(3, 2), torch.tensor([[1.27, -0.5, 0.0], [0.0, 2.54, 1.0]]))
+    # weight steps 0.01 and 0.02, input steps 0.1 and 1
+    output = layer(torch.tensor([[12.7, -1.0, 0.2], [127.0, 3.0, 5.0]]))
+    rows = [[127, -10, 2], [127, 3, 5]]
+    columns = [[127, -50, 0], [0, 127, 50]]
+    expected = [
+        [sum(a * b for a, b in zip(row, column, strict=True)) * s * t
+         for column, t in zip(columns, (0.01, 0.02), strict=True)]
+        for row, s in zip(rows, (0.1, 1.0), strict=True)
+    ]  # fmt: skip
+    torch.testing.assert_close(output, torch.tensor(expected))
+
+
+def test_each_row_of_inputs_has_its_own_scale():
+    layer = filled(W8A8Linear(64, 48), torch.randn(48, 64))
+    x = torch.randn(4, 64)
+    alone = layer(x[:1])
+    x[1:] *= 1000
+    torch.testing.assert_close(layer(x)[:1], alone)
+
+
+def test_an_inexact_int_mm_is_not_used(monkeypatch):
+    layer, x = filled(W8A8Linear(64, 48), torch.randn(48, 64)), torch.randn(4, 64)
+    expected = layer(x)
+    monkeypatch.setattr(q, "int_mm_is_exact", lambda: False)
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: 1 / 0)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_an_overflowing_int_mm_is_found_out(monkeypatch):
+    right = torch._int_mm
+    q.int_mm_is_exact.cache_clear()
+    assert isinstance(q.int_mm_is_exact(), bool)
+    for product, exact in ((lambda a, b: (a.long() @ b.long()).int(), True),
+                           (lambda a, b: right(a, b).clamp(max=2**15 * 16), False)):  # fmt: skip
+        monkeypatch.setattr(torch, "_int_mm", product)
+        q.int_mm_is_exact.cache_clear()
+        assert q.int_mm_is_exact() == exact
+    monkeypatch.undo()
+    q.int_mm_is_exact.cache_clear()
+
+
+def test_outlier_columns_are_found_in_every_input_and_never_rounded():
+    weight = torch.randint(-127, 128, (48, 64)).float()
+    weight[:, 0] = 127.0  # steps of 1: the codes are the weights
+    layer = filled(W8A8Linear(64, 48, outlier_threshold=6.0), weight)
+    for column in (5, 40):  # another column each time
+        x = torch.zeros(3, 64)
+        x[1, column] = 6.0  # the threshold itself counts
+        x[0, column] = 0.0123  # the whole column, also where it is small
+        x[2, column] = -77.77
+        torch.testing.assert_close(layer(x), F.linear(x, weight), rtol=1e-5, atol=1e-4)
+    x = torch.full((1, 64), 5.999)
+    x[0, 1] = -1.0
+    rounded = absmax_quantize(x, dim=-1)
+    expected = F.linear(rounded[0] * rounded[1], weight)
+    torch.testing.assert_close(layer(x), expected, atol=1e-2, rtol=0)  # sums of 64 of ±762
+    assert (F.linear(x, weight) - expected).abs().max() > 0.1
+
+
+def test_outliers_do_not_stretch_the_grid_of_the_others():
+    weight, x = torch.randn(48, 64), torch.randn(8, 64)
+    mixed = filled(W8A8Linear(64, 48, outlier_threshold=6.0), weight)
+    plain = filled(W8A8Linear(64, 48), weight)
+    with_outlier = x.clone()
+    with_outlier[:, 9] = 500.0
+    without = x.clone()
+    without[:, 9] = 0.0
+    outlier_alone = 500.0 * mixed.weight[:, 9]
+    torch.testing.assert_close(
+        mixed(with_outlier) - outlier_alone, plain(without), atol=2e-3, rtol=1e-4
+    )  # 2e-3: cancellation next to outputs of about 1,000
+
+
+@pytest.mark.performance
+def test_outlier_columns_take_no_second_copy():
+    weight = torch.randn(256, 256)
+    mixed = filled(W8A8Linear(256, 256, outlier_threshold=6.0), weight)
+    assert mixed.weight_bytes() == filled(W8A8Linear(256, 256), weight).weight_bytes()
+    assert mixed.weight_bytes() == 256 * 256 + 4 * 256
+
+
+def test_few_large_columns_break_absmax_and_neither_llm_int8_nor_smoothquant():
+    weight, x = torch.randn(256, 256) / 16, torch.randn(64, 256)
+    columns = [3, 77, 200]
+    x[:, columns] *= 60
+    others = torch.ones(256, dtype=torch.bool)
+    others[columns] = False
+    size = F.linear(x[:, others], weight[:, others]).norm()
+    sigma = q.smoothing_scale(weight, x.abs().amax(dim=0))
+    outputs = {
+        "rows": filled(W8A8Linear(256, 256), weight)(x),
+        "mixed": filled(W8A8Linear(256, 256, outlier_threshold=6.0), weight)(x),
+        "smooth": filled(W8A8Linear(256, 256), weight * sigma)(x / sigma),
+    }
+    errors = {name: ((y - F.linear(x, weight)).norm() / size) for name, y in outputs.items()}
+    assert errors["rows"] > 0.15 and errors["mixed"] < 0.06 and errors["smooth"] < 0.06
+
+
+def test_smoothing_scale_by_hand():
+    weight = torch.tensor([[2.0, -0.5, 0.0, 1.0], [-1.0, 0.1, 0.0, 4.0]])
+    largest = torch.tensor([8.0, 50.0, 3.0, 0.0])
+    scale = q.smoothing_scale(weight, largest)
+    torch.testing.assert_close(scale, torch.tensor([2.0, 10.0, 1.0, 1.0]))
+    assert q.smoothing_scale(weight, largest, alpha=1.0)[1] == 50.0
+
+
+# FP8 layers
+def test_fp8_layer_rounds_both_sides():
+    weight, x = torch.randn(200, 300), torch.randn(5, 300)
+    layer = Fp8Linear(300, 200)
+    layer.codes, layer.weight_scale_inv = block_quantize(weight, 128)
+    expected = F.linear(tile_rounded(x), block_dequantize(*block_quantize(weight, 128), 128))
+    torch.testing.assert_close(layer(x), expected)
+    layer.rounds_input = False
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight))
+
+
+@pytest.mark.comparison
+def test_scaled_mm_by_rows_is_the_product_of_rounded_rows():
+    x, weight = torch.randn(16, 64), torch.randn(48, 64)
+    sides = [m / (m.abs().amax(1, keepdim=True) / 448) for m in (x, weight)]
+    rounded = [
+        m.to(torch.float8_e4m3fn).float() * (full.abs().amax(1, keepdim=True) / 448)
+        for m, full in zip(sides, (x, weight), strict=True)
+    ]
+    expected = rounded[0] @ rounded[1].T
+    got = q.scaled_mm_by_rows(x, *q.fp8_rows(weight))
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+# GPTQ and AWQ
+@pytest.mark.parametrize("group_size", [None, 16])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_gptq_is_its_naive_reference(bits, group_size):
+    x, weight = correlated(256, 48, dtype=torch.float64), torch.randn(20, 48, dtype=torch.float64)
+    naive = gptq_by_inverses(weight, x.T @ x, bits, group_size)
+    for block_size in (128, 16, 7):
+        codes, _ = gptq(weight, x.T @ x, bits, group_size, block_size, activation_order=False)
+        assert torch.equal(codes, naive)
+
+
+def test_activation_order_is_a_permutation_of_the_columns():
+    x, weight = correlated(256, 48, dtype=torch.float64), torch.randn(20, 48, dtype=torch.float64)
+    hessian = x.T @ x
+    order = hessian.diagonal().argsort(descending=True)
+    sorted_codes, _ = gptq(
+        weight[:, order], hessian[order][:, order], 3, activation_order=False
+    )  # fmt: skip
+    codes, _ = gptq(weight, hessian, 3)
+    assert torch.equal(codes[:, order], sorted_codes)
+    assert not torch.equal(codes, gptq(weight, hessian, 3, activation_order=False)[0])
+
+
+@pytest.mark.parametrize("activation_order", [True, False])
+def test_gptq_beats_rounding_in_random_layers_with_correlated_inputs(activation_order):
+    better = 0
+    for seed in range(100):
+        torch.manual_seed(seed)
+        width, rows = 16 * int(torch.randint(2, 7, ())), 32 + int(torch.randint(64, ()))
+        x, weight = correlated(4 * width, width, -1.0), torch.randn(rows, width)
+        hessian = x.T @ x
+        codes, scale = gptq(weight, hessian, 4, activation_order=activation_order)
+        plain, _ = round_nearest(weight, 4)
+        error, plain_error = (
+            output_error(weight, c * scale.float(), hessian) for c in (codes, plain)
+        )
+        better += error < plain_error
+    assert better >= 95
+
+
+def test_gptq_is_rounding_when_inputs_are_uncorrelated():
+    basis = torch.linalg.qr(torch.randn(200, 64, dtype=torch.float64))[0]
+    x = basis * torch.logspace(-1, 2, 64, dtype=torch.float64)
+    weight = torch.randn(32, 64, dtype=torch.float64)
+    hessian = torch.diag((x.T @ x).diagonal())
+    for group_size in (None, 16):
+        codes, scale = gptq(weight, hessian, 4, group_size)
+        plain, plain_scale = round_nearest(weight, 4, group_size)
+        assert torch.equal(codes, plain) and torch.equal(scale, plain_scale)
+
+
+def test_gptq_of_an_expert_that_saw_nothing_is_rounding():
+    weight = torch.randn(20, 48)
+    codes, _ = gptq(weight, torch.zeros(48, 48), 4)
+    assert torch.equal(codes, round_nearest(weight, 4)[0])
+
+
+def test_gptq_bears_fewer_inputs_than_columns():
+    x, weight = torch.randn(3, 64), torch.randn(32, 64)
+    x[:, 10] = 0.0
+    codes, scale = gptq(weight, x.T @ x, 4)
+    plain, _ = round_nearest(weight, 4)
+    errors = [output_error(weight, c * scale.float(), x.T @ x) for c in (codes, plain)]
+    assert errors[0] < errors[1]
+
+
+def test_output_error_is_the_norm_over_the_inputs():
+    x, weight, other = torch.randn(30, 16), torch.randn(8, 16), torch.randn(8, 16)
+    expected = (x @ (weight - other).T).square().sum().item()
+    assert output_error(weight, other, x.T @ x) == pytest.approx(expected, rel=1e-4)
+
+
+def test_awq_is_never_worse_than_rounding_on_what_it_saw_and_better_with_large_inputs():
+    x, weight = torch.randn(256, 64), torch.randn(48, 64)
+    x[:, :4] *= 20
+    statistics = statistics_of(x)
+    sigma = q.awq_input_scale(weight, statistics, 3)
+    assert sigma[:4].min() > sigma[4:].max()
+
+    def error(sigma):
+        codes, scale = round_nearest(weight * sigma, 3)
+        return output_error(weight, codes * scale.float() / sigma, statistics.hessian)
+
+    assert error(sigma) < 0.8 * error(torch.ones(64))
+    sizes = statistics.total / statistics.total.mean()
+    assert error(sigma) == pytest.approx(min(error(sizes ** (i / 20)) for i in range(21)))
+
+
+def test_awq_without_inputs_is_rounding():
+    sigma = q.awq_input_scale(torch.randn(8, 16), InputStatistics(16), 4)
+    assert torch.equal(sigma, torch.ones(16))
+
+
+def test_statistics_are_those_of_what_each_layer_reads():
+    model, ids = small(), calibration(4, 12)
+    listed = q.listed_experts(copy.deepcopy(model))
+    linears = q.linears_of(listed.layers[0])
+    statistics = q.input_statistics(listed, ids, linears, batch_size=3)
+    x = model.layers[0].input_layernorm(model.embed_tokens(ids)).flatten(0, 1)
+    for name in ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"):
+        torch.testing.assert_close(statistics[name].hessian, x.T @ x, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(statistics[name].largest, x.abs().amax(dim=0))
+        torch.testing.assert_close(statistics[name].total, x.abs().sum(dim=0))
+    linears = q.linears_of(listed.layers[1])
+    statistics = q.input_statistics(listed, ids, linears)
+    chosen = listed.layers[1].mlp.last_routing.indices
+    assert chosen.shape == (48, 2)
+    # each expert sees its own tokens: the traces of their Hessians are those of the choices
+    traces = [statistics[f"mlp.experts.gate_up_proj.{e}"].hessian.trace() for e in range(4)]
+    shared = statistics["mlp.shared_experts.gate_up_proj"].hessian.trace()
+    torch.testing.assert_close(sum(traces), 2 * shared, rtol=1e-4, atol=1e-4)
+    assert not listed.layers[0].self_attn.q_a_proj._forward_pre_hooks  # the hooks are gone
+
+
+# Whole models
+@EVERY_SCHEME
+def test_every_matrix_is_quantised_and_nothing_else(scheme):
+    model = small()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    quantized = quantize_model(model, scheme, calibration())
+    assert not any(isinstance(m, QuantizedLinear) for m in model.modules())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])  # the argument is untouched
+    for block in q.model_blocks(quantized):
+        assert not any(isinstance(m, nn.Linear) for m in block.modules())
+    kept = {name for name, _ in quantized.named_parameters()}
+    assert kept == {
+        name for name in dict(model.named_parameters())
+        if "norm" in name or "gate.weight" in name or "embed" in name or "lm_head" in name
+        or "eh_proj" in name
+    }  # fmt: skip
+    for name in kept:
+        assert torch.equal(quantized.get_parameter(name), model.get_parameter(name))
+    experts = quantized.layers[1].mlp.experts
+    assert len(experts.gate_up_proj) == len(experts.down_proj) == 4
+    ids = calibration(2, 12)
+    exact, rounded = model(ids), quantized(ids)
+    assert not rounded.requires_grad
+    share = 0.6 if SCHEMES[scheme].bits == 4 else 0.2  # random weights: nothing forgives 4 bits
+    assert (rounded - exact).norm() < share * exact.norm()
+    assert not torch.equal(rounded, exact)
+
+
+@EVERY_SCHEME
+def test_the_reference_gives_the_same_model(scheme):
+    quantized, ids = quantize_model(small(), scheme, calibration()), calibration(2, 12)
+    kernels = quantized(ids)
+    reference = use_reference(quantized)(ids)
+    assert not any(getattr(m, "kernel_layout", False) for m in quantized.modules())
+    # BF16 inputs and outputs of the kernels; W8A8 rounds what the kernels of before gave it
+    assert (kernels - reference).norm() < 0.03 * reference.norm()
+
+
+@EVERY_SCHEME
+def test_the_quantised_layers_stand_for_their_weight(scheme):
+    """A model that holds the dequantised weights in FP32 says the same, activations aside."""
+    model = small()
+    quantized = use_reference(quantize_model(model, scheme, calibration()))
+    plain = q.listed_experts(copy.deepcopy(model))
+    for mine, theirs in zip(q.model_blocks(quantized), q.model_blocks(plain), strict=True):
+        for name, linear in q.linears_of(theirs).items():
+            linear.weight = nn.Parameter(mine.get_submodule(name).weight)
+    ids = calibration(2, 12)
+    exact, got = plain(ids), quantized(ids)
+    tolerance = 1e-4 if SCHEMES[scheme].layer == "weights" else 0.1
+    assert (got - exact).norm() < tolerance * exact.norm()
+
+
+@EVERY_SCHEME
+def test_absorbed_and_expanded_read_the_same_kv_b_proj(scheme):
+    quantized = quantize_model(small(), scheme, calibration())
+    for block in q.model_blocks(quantized):
+        attention = copy.deepcopy(block.self_attn)
+        attention.o_proj = nn.Identity()  # what is compared is what kv_b_proj made
+        hidden = torch.randn(2, 9, 64)
+        expanded = attention(hidden)
+        for path in ("absorbed", "naive", "products"):
+            torch.testing.assert_close(
+                attention(hidden, path=path), expanded, atol=1e-5, rtol=1e-4
+            )  # fmt: skip
+        latents = torch.randn(5, 32)
+        rebuilt = F.linear(latents, attention.kv_b_proj.weight)
+        torch.testing.assert_close(attention.kv_b_proj(latents), rebuilt, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "gptq4", "awq4", "fp8"])
+def test_cached_generation_is_the_full_pass(scheme):
+    quantized = use_reference(quantize_model(small(), scheme, calibration()))
+    ids = small_language(9, seed=5)[None]
+    text = quantized.generate(ids, 12)
+    for length in range(9, 21):
+        logits = quantized(text[:, :length])[0, -1]
+        assert logits[text[0, length]] >= logits.max() - 1e-4
+    drafted = quantized.generate(ids, 12, speculative=True)
+    assert torch.equal(drafted, text)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "llm_int8", "smoothquant", "int4"])
+def test_kernels_generate(scheme):
+    quantized = quantize_model(small(), scheme, calibration())
+    ids = torch.cat([small_language(5, seed=5)[None], small_language(5, seed=6)[None]])
+    text = quantized.generate(ids, 6, speculative=True)
+    assert text.shape == (2, 11) and torch.equal(text[:, :5], ids)
+
+
+@pytest.mark.parametrize("dispatch", ["dense", "loop", "by_choice", "grouped"])
+def test_quantised_experts_agree_in_every_dispatch(dispatch):
+    quantized = use_reference(quantize_model(small(), "int4"))
+    layer = quantized.layers[1].mlp
+    x = torch.randn(2, 7, 64)
+    torch.testing.assert_close(
+        layer(x, dispatch=dispatch), layer(x, dispatch="dense"), atol=1e-6, rtol=1e-4
+    )
+    one = Routing(torch.ones(3, 1), torch.full((3, 1), 2), torch.rand(3, 4))
+    torch.testing.assert_close(  # every token on one expert, three without any
+        getattr(layer.experts, dispatch)(x[0, :3], one), layer.experts._one_expert(2, x[0, :3])
+    )
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_an_expert_without_calibration_tokens_is_rounded_all_the_same(scheme):
+    model = small()
+    model.layers[1].mlp.gate.e_score_correction_bias.copy_(torch.tensor([9.0, 9.0, 0.0, 0.0]))
+    quantized = quantize_model(model, scheme, calibration())
+    weight = model.layers[1].mlp.experts.down_proj[3]
+    rounded = quantized.layers[1].mlp.experts.down_proj[3].weight
+    assert rounded.isfinite().all() and (rounded - weight).norm() < 0.15 * weight.norm()
+    assert quantized(calibration(2, 8)).isfinite().all()
+
+
+@pytest.mark.performance
+@pytest.mark.parametrize(
+    ("scheme", "limit"), [("int8", 0.27), ("llm_int8", 0.27), ("w8a8", 0.27), ("smoothquant", 0.27),
+                          ("int4", 0.15), ("gptq4", 0.15), ("awq4", 0.15), ("fp8", 0.27)],
+)  # fmt: skip
+def test_bytes_of_the_matrices_are_counted_and_small(scheme, limit):
+    def block(feed_forward):
+        return q.TransformerBlock(MultiHeadLatentAttention(256, 4, 128, 32, 16, 32), feed_forward)
+
+    experts = q.MixtureOfExperts(256, 128, q.TopKRouter(256, 4, 2), n_shared_experts=1)
+    model = CausalLM(32, 256, [block(q.SwiGLU(256, 128)), block(experts)])
+    quantized = quantize_model(model, scheme, calibration(2, 16))
+    stored, before = matrix_bytes(quantized)
+    matrices = [p for name, p in model.layers.named_parameters() if p.dim() > 1]
+    assert (
+        before == 4 * sum(p.numel() for p in matrices) - 4 * model.layers[1].mlp.gate.weight.numel()
+    )
+    held = sum(
+        tensor.nbytes for name, tensor in quantized.layers.named_buffers()
+        if "gate.e_score" not in name and "gate.load" not in name
+    )  # fmt: skip
+    assert stored == held and stored <= limit * before
+    layers = [m for m in quantized.modules() if isinstance(m, QuantizedLinear)]
+    assert min(layer.in_features for layer in layers) >= 64
+
+
+@pytest.mark.performance
+def test_bytes_of_one_layer_by_hand():
+    weight = torch.randn(48, 256)
+    assert filled(IntegerLinear(256, 48), weight).weight_bytes() == 48 * (256 + 2)
+    four = filled(IntegerLinear(256, 48, bits=4, group_size=128), weight)
+    assert four.kernel_layout and four.weight_bytes() == 48 * (128 + 2 * 4)  # scale and zero
+    four.set_kernel(False)
+    assert four.weight_bytes() == 48 * (128 + 2 * 2)
+    three = filled(IntegerLinear(256, 48, bits=3), weight)
+    assert three.weight_bytes() == 48 * (96 + 2)
+    assert Fp8Linear(300, 200).weight_bytes() == 200 * 300 + 4 * 2 * 3
+
+
+def test_groups_fit_the_row():
+    auto = Scheme(bits=4, group_size="auto")
+    assert [auto.groups(width) for width in (256, 192, 96, 100)] == [128, 64, 32, 100]
+    assert Scheme(bits=4).groups(96) == 96 and Scheme(bits=4, group_size=16).groups(96) == 16
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 6, 7])
+def test_other_widths_of_codes_work(bits):
+    model, ids = small(), calibration(2, 12)
+    errors = [
+        (quantize_model(model, Scheme(bits=b))(ids) - model(ids)).norm() for b in (bits, bits + 1)
+    ]
+    assert errors[1] < errors[0]
+
+
+def poisoned(value):
+    model = small()
+    with torch.no_grad():
+        model.layers[1].mlp.experts.down_proj[2, 0, 0] = value
+    return model
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: quantize_model(small(), "int5"), "scheme='int5' must be one of int8, llm_int8"),
+        (lambda: quantize_model(nn.Linear(2, 2), "int8"), "must be a CausalLM, got Linear"),
+        (lambda: quantize_model(small(), "gptq4"), "method 'gptq' needs calibration"),
+        (lambda: quantize_model(small(), "awq4"), "method 'awq' needs calibration"),
+        (lambda: quantize_model(small(), "smoothquant"), "method 'smooth' needs calibration"),
+        (lambda: quantize_model(small(), "gptq4", torch.zeros(5, dtype=torch.long)),
+         r"calibration must be token ids \(B, T\) .* got \(5,\)"),
+        (lambda: quantize_model(small(), "gptq4", torch.zeros(5, 1, dtype=torch.long)), "T ≥ 2"),
+        (lambda: quantize_model(small(), "gptq4", torch.zeros(0, 5, dtype=torch.long)), "B ≥ 1"),
+        (lambda: quantize_model(small(), "gptq4", torch.zeros(2, 5)), "must be integers"),
+        (lambda: quantize_model(small(), "gptq4", torch.full((2, 5), 32)), "token id 32 is not"),
+        (lambda: quantize_model(small(), "gptq4", "text"), "must be a tensor, got str"),
+        (lambda: quantize_model(poisoned(math.nan), "int8"),
+         r"block 1 mlp.experts.down_proj.2: the weights hold NaN or infinite"),
+        (lambda: quantize_model(poisoned(math.inf), "fp8"), "hold NaN or infinite"),
+        (lambda: quantize_model(quantize_model(small(), "int8"), "int4"), "quantised already"),
+        (lambda: quantize_model(prepare_qat(small(), "int8"), "int8"), "prepared for QAT"),
+        (lambda: quantize_model(small(), Scheme(bits=4, group_size=48)),
+         r"block 0 self_attn.q_a_proj: group_size=48 must divide 64"),
+        (lambda: Scheme(bits=9), "bits=9 must be from 2 to 8"),
+        (lambda: Scheme(bits=1), "bits=1 must be from 2 to 8"),
+        (lambda: Scheme(group_size=0), "group_size=0 must be a number above 0"),
+        (lambda: Scheme("w8a8", bits=4), "has 8 bits, whole rows"),
+        (lambda: Scheme("llm_int8", method="gptq"), "no gptq"),
+        (lambda: Scheme("weights", method="smooth"), "'smooth' is for layer='w8a8'"),
+        (lambda: Scheme("int8"), "layer='int8' must be one of"),
+        (lambda: Scheme(method="best"), "method='best' must be one of"),
+        (lambda: prepare_qat(small(), "gptq4"), "QAT is for schemes that round weights to nearest"),
+        (lambda: prepare_qat(small(), "w8a8"), "QAT is for schemes"),
+        (lambda: prepare_qat(prepare_qat(small(), "int4"), "int4"), "prepared for QAT"),
+        (lambda: prepare_qat(small(), Scheme(bits=4, group_size=48)), "must divide the row of 64"),
+        (lambda: convert_qat(small()), "was not prepared by prepare_qat"),
+        (lambda: prepare_fp8_training(quantize_model(small(), "int8")), "quantised already"),
+        (lambda: quantize_cache(small(), 9), "bits=9 must be from 2 to 8, or None"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_rows_of_zeros_in_a_model_stay_zero():
+    model = small()
+    with torch.no_grad():
+        model.layers[0].mlp.down_proj.weight[5] = 0.0
+    for scheme in SCHEMES:
+        layer = quantize_model(model, scheme, calibration()).layers[0].mlp.down_proj
+        assert layer.weight[5].eq(0).all() and layer.weight.isfinite().all()
+        assert layer(torch.randn(3, 128))[:, 5].eq(0).all()
+
+
+def test_calibrated_blocks_see_the_rounded_blocks_before_them(monkeypatch):
+    seen = []
+    right = q.input_statistics
+
+    def watched(model, ids, linears):
+        seen.append(
+            [isinstance(b.self_attn.o_proj, QuantizedLinear) for b in q.model_blocks(model)]
+        )
+        return right(model, ids, linears)
+
+    monkeypatch.setattr(q, "input_statistics", watched)
+    quantize_model(small(), "gptq4", calibration())
+    assert seen == [[False] * 3, [True, False, False], [True, True, False]]
+
+
+@pytest.mark.integration
+def test_gptq_costs_a_trained_model_less_than_rounding():
+    model = q.small_quantizable_model()
+    q.train(model, 120)
+    base = q.held_out_loss(model.eval())
+    ids = calibration(64, 64)
+    losses = {
+        method: q.held_out_loss(quantize_model(model, Scheme(bits=3, method=method), ids))
+        for method in ("nearest", "gptq")
+    }
+    assert losses["gptq"] - base < 0.5 * (losses["nearest"] - base)
+    assert abs(q.held_out_loss(quantize_model(model, "int8")) / base - 1) < 0.005
+    assert abs(q.held_out_loss(quantize_model(model, "fp8")) / base - 1) < 0.0025
+
+
+# QAT
+@pytest.mark.parametrize("scheme", ["int8", "int4", Scheme(bits=3)])
+def test_qat_sees_the_weights_that_the_integer_layers_hold(scheme):
+    model = small()
+    rounded = prepare_qat(model, scheme)
+    real = use_reference(convert_qat(rounded))
+    for fake_block, real_block in zip(q.model_blocks(rounded), q.model_blocks(real), strict=True):
+        for name in ("self_attn.q_b_proj", "self_attn.kv_b_proj", "self_attn.o_proj"):
+            fake = fake_block.get_submodule(name).weight
+            assert torch.equal(fake, real_block.get_submodule(name).weight)
+    fake = rounded.layers[1].mlp.experts.gate_up_proj
+    real_experts = real.layers[1].mlp.experts.gate_up_proj
+    assert torch.equal(fake, torch.stack([expert.weight for expert in real_experts]))
+    ids = calibration(2, 12)
+    torch.testing.assert_close(rounded(ids), real(ids), atol=1e-4, rtol=1e-4)
+    # absorption reads the rounded kv_b_proj, too
+    torch.testing.assert_close(rounded(ids, path="absorbed"), rounded(ids), atol=1e-4, rtol=1e-4)
+
+
+def test_qat_gradient_goes_straight_through():
+    weight = torch.randn(8, 64, requires_grad=True)
+    upstream = torch.randn(8, 64)
+    rounded = q.StraightThrough.apply(weight, 4, 32)
+    rounded.backward(upstream)
+    assert torch.equal(weight.grad, upstream)
+    codes, scale = absmax_quantize(weight.detach().view(8, 2, 32), 4, -1, torch.bfloat16)
+    assert torch.equal(rounded, (codes * scale.float()).view(8, 64))
+
+
+def test_qat_trains_every_matrix_and_leaves_its_argument_alone():
+    model = small(depth=0)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    rounded = prepare_qat(model, "int4")
+    q.train(rounded, 2)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    names = [name for name, _ in rounded.named_parameters()]
+    assert sum("parametrizations" in name for name in names) == 2 * 5 + 2 + 4
+    for name, parameter in rounded.named_parameters():
+        assert parameter.grad is not None, name
+        if name.endswith("original"):
+            old = before[name.replace("parametrizations.", "").removesuffix(".original")]
+            assert not torch.equal(parameter, old)
+    assert not any("gate.parametrizations" in n or "lm_head.p" in n for n in names)
+
+
+@pytest.mark.integration
+def test_qat_recovers_what_rounding_costs():
+    model = q.small_quantizable_model()
+    q.train(model, 120)
+    scheme = Scheme(bits=2)
+    control, rounded = copy.deepcopy(model), prepare_qat(model, scheme)
+    for trained in (control, rounded):
+        q.train(trained, 60, rate=1e-3, seed=1)
+    unrounded = q.held_out_loss(control)
+    lost = q.held_out_loss(quantize_model(control, scheme)) - unrounded
+    left = q.held_out_loss(convert_qat(rounded)) - unrounded
+    assert left < 0.5 * lost
+
+
+# FP8 training
+def test_fp8_training_rounds_the_operands_of_all_three_products():
+    x = torch.randn(2, 100, 200, requires_grad=True)
+    weight = torch.randn(150, 200, requires_grad=True)
+    upstream = torch.randn(2, 100, 150)
+    output = q.Fp8Product.apply(x, weight)
+    output.backward(upstream)
+    rows, gradient = x.detach().flatten(0, 1), upstream.flatten(0, 1)
+    blocks = block_dequantize(*block_quantize(weight.detach(), 128), 128)
+    torch.testing.assert_close(output.flatten(0, 1), tile_rounded(rows) @ blocks.T)
+    torch.testing.assert_close(x.grad.flatten(0, 1), tile_rounded(gradient) @ blocks)
+    # the sum over tokens: tiles of 128 tokens in either factor
+    expected = tile_rounded(gradient.T.contiguous()) @ tile_rounded(rows.T.contiguous()).T
+    torch.testing.assert_close(weight.grad, expected)
+    exact = gradient.T @ rows
+    assert 0.005 < (weight.grad - exact).norm() / exact.norm() < 0.06
+
+
+def test_fp8_training_reaches_every_matrix_and_no_other():
+    model = prepare_fp8_training(small())
+    linears = [m for block in q.model_blocks(model) for m in q.linears_of(block).values()]
+    assert all(type(linear) is q.Fp8TrainingLinear for linear in linears) and len(linears) > 20
+    assert type(model.lm_head) is Linear and type(model.mtp[0].eh_proj) is Linear
+    assert not any(
+        isinstance(m, Experts) and not isinstance(m, q.ExpertList) for m in model.modules()
+    )
+    model.layers[1].mlp.gate.e_score_correction_bias.copy_(torch.tensor([9.0, 9.0, 0.0, 0.0]))
+    loss = q.next_token_loss(model(calibration(2, 16)), calibration(2, 16))
+    loss.backward()  # two experts without a token
+    assert all(
+        linear.weight.grad.isfinite().all() for linear in q.linears_of(model.layers[0]).values()
+    )
+
+
+@pytest.mark.integration
+def test_fp8_training_follows_the_training_in_fp32():
+    losses = []
+    for prepare in (lambda model: model, prepare_fp8_training):
+        torch.manual_seed(0)
+        losses.append(q.train(prepare(q.small_quantizable_model()), 40))
+    exact, rounded = (sum(values[-10:]) / 10 for values in losses)
+    assert losses[0] != losses[1] and abs(rounded / exact - 1) < 0.01
+
+
+# The latent cache
+@pytest.mark.performance
+@pytest.mark.parametrize(("bits", "size"), [(8, 112 + 4), (6, 84 + 4), (4, 56 + 4)])
+def test_bytes_of_the_cache_with_their_scales(bits, size):
+    cache = QuantizedLatentCache(20, bits=bits, latent_width=96)
+    cache.append(torch.randn(3, 5, 112))
+    assert cache.used_bytes() == 3 * 5 * size
+    assert cache.allocated_bytes() == 3 * 20 * size
+
+
+def test_cached_numbers_are_within_half_a_step_and_parts_have_their_own_scale():
+    memory = torch.randn(2, 7, 40)
+    memory[..., 32:] *= 100
+    for bits in (8, 6):
+        cache = QuantizedLatentCache(bits=bits, latent_width=32)
+        back = cache.append(memory)
+        for part, exact in ((back[..., :32], memory[..., :32]), (back[..., 32:], memory[..., 32:])):
+            step = exact.abs().amax(dim=-1, keepdim=True) / (2 ** (bits - 1) - 1)
+            # half a step, or what the BF16 scale cuts off the largest
+            assert ((part - exact).abs() <= step * (0.51 + 2 ** (bits - 10))).all()
+    assert QuantizedLatentCache(bits=8, latent_width=40).append(memory).shape == memory.shape
+
+
+def test_cache_appends_overwrites_and_rolls_back():
+    memory, cache = torch.randn(2, 9, 40), QuantizedLatentCache(bits=6, latent_width=32)
+    whole = QuantizedLatentCache(bits=6, latent_width=32).append(memory)
+    cache.append(memory[:, :4])
+    assert cache.length == 4
+    torch.testing.assert_close(cache.append(memory[:, 4:6]), whole[:, :6])
+    cache.truncate(2)
+    torch.testing.assert_close(cache.append(memory[:, 2:9]), whole)
+    torch.testing.assert_close(cache.append(memory[:, 3:5], start=3), whole[:, :5])
+    places = torch.tensor([3, 5])
+    ragged = cache.append(torch.stack([memory[0, 3:4], memory[1, 5:6]]), places)
+    torch.testing.assert_close(ragged[0, :4], whole[0, :4])
+    torch.testing.assert_close(ragged[1, :6], whole[1, :6])
+    with pytest.raises(ValueError, match="gap"):
+        cache.append(memory[:, :1], start=20)
+
+
+@pytest.mark.parametrize("bits", [8, 6])
+def test_generation_with_a_quantised_cache(bits):
+    model = quantize_cache(small(), bits)
+    ids = small_language(9, seed=5)[None]
+    text = model.generate(ids, 12)
+    assert torch.equal(model.generate(ids, 12, speculative=True), text)
+    assert torch.equal(model.generate(ids, 12, prefill_chunk=2), text)
+    caches = model.new_caches()
+    assert all(isinstance(cache, QuantizedLatentCache) for cache in caches)
+    # one pass through the caches sees what token by token saw
+    logits = model(text[:, :-1], caches=caches)
+    pieces, caches = [], model.new_caches()
+    for token in text[:, :-1].split(1, dim=1):
+        pieces.append(model(token, caches=caches, path="absorbed"))
+    torch.testing.assert_close(torch.cat(pieces, dim=1), logits, atol=1e-4, rtol=1e-4)
+    assert not torch.equal(logits, model(text[:, :-1]))
+    assert (logits - model(text[:, :-1])).norm() < 0.1 * logits.norm()
+    quantize_cache(model, None)
+    torch.testing.assert_close(model(text, caches=model.new_caches()), model(text))
+
+
+@pytest.mark.integration
+def test_script(check_script):
+    check_script(
+        "quantization_coded.py", ["--steps", 20], ["--bits", 9], "--bits=9 from 2 to 4"
+    )  # fmt: skip
