@@ -813,19 +813,20 @@ def small_model(mtp_class=MultiTokenPredictor, depth=0, width=48):
     return model
 
 
-def train_small(model, steps, weight, device, seed=0):
+def train_small(model, steps, weight, device, seed=0, rate=4e-3, precision=torch.float32):
     """Trains on the small language; returns the held-out (main loss, loss of depth 1 or None)."""
     training_text = small_language(40_000, seed=1)
     held_out = small_language(8_192, seed=2).view(-1, 64).to(device)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         starts = torch.randint(len(training_text) - 64, (16,), generator=generator)
         ids = torch.stack([training_text[start : start + 64] for start in starts]).to(device)
-        hidden = model.hidden_states(ids)
-        loss = next_token_loss(model.lm_head(hidden), ids)
-        loss = loss + mtp_loss(model.mtp_logits(hidden, ids), ids, weight).to(device)
+        with torch.autocast(ids.device.type, precision, enabled=precision != torch.float32):
+            hidden = model.hidden_states(ids)
+            loss = next_token_loss(model.lm_head(hidden), ids)
+            loss = loss + mtp_loss(model.mtp_logits(hidden, ids), ids, weight).to(device)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
