@@ -1112,8 +1112,10 @@ def show_whole_model(demo, model, bits, steps):
                max(abs(losses[name] / base - 1) for name in ("int8", "fp8")) < 0.005)  # fmt: skip
     nearest, by_gptq = (losses[f"{bits} bits a row, {name}"] - base for name in ("nearest", "gptq"))
     beyond_noise = bits < 4 and steps >= 50
-    demo.check(f"GPTQ loses less than rounding at {bits} bits", "nats a token",
-               f"{nearest:+.4f} → {by_gptq:+.4f}", by_gptq < nearest or not beyond_noise)  # fmt: skip
+    demo.check(
+        f"GPTQ loses less than rounding at {bits} bits", "nats a token",
+        f"{nearest:+.4f} → {by_gptq:+.4f}", by_gptq < nearest or not beyond_noise,
+    )  # fmt: skip
     for cache_bits in (8, 6, 4):
         cached = quantize_cache(copy.deepcopy(model), cache_bits)
         loss = held_out_loss(cached, caches=True)
