@@ -831,6 +831,21 @@ def test_the_whole_training_step_runs_on_rounded_weights(prepare):
     assert losses[-1] < losses[0]
 
 
+def test_calibration_texts_are_drawn_from_all_of_the_text_by_a_seed(small_run, tmp_path):
+    _, options = small_run
+    run = TrainingRun(tmp_path / "run", RunOptions(**options, steps=1), "cpu")
+
+    def draw(sequences, length, seed):
+        return full.calibration_ids(run.tokenizer, run.corpus.train, sequences, length, seed)
+
+    assert torch.equal(draw(5, 16, 0), draw(5, 16, 0)) and draw(5, 16, 0).shape == (5, 16)
+    assert not torch.equal(draw(5, 16, 0), draw(5, 16, 1))
+    everything = draw(10**9, 16, 0)
+    ids, _ = corpus.token_stream(run.tokenizer, run.corpus.train)
+    assert torch.equal(everything.flatten().sort()[0], ids[: everything.numel()].sort()[0])
+    assert torch.equal(draw(5, 10**9, 0), ids[None])  # a text shorter than one piece
+
+
 def test_the_score_goes_through_a_quantised_cache(small_run, tmp_path):
     _, options = small_run
     run = TrainingRun(tmp_path / "run", RunOptions(**options, steps=1), "cpu")
