@@ -464,19 +464,20 @@ def load_quantized(config, directory):
         raise ValueError(f"{where} ({method}): of these, only {QUANT_METHOD} loads")
     try:
         cache_bits, scheme = settings.pop("cache_bits"), Scheme(**settings)
+        config.quantization_config = None
+        model = quantize_cache(quantized_skeleton(DeepSeekModel(config), scheme), cache_bits)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{where}, but its quantization_config is damaged: {error}") from None
-    config.quantization_config = None
-    model = quantized_skeleton(DeepSeekModel(config), scheme)
     files = checkpoint.tensor_files(directory, QUANTIZED_WEIGHTS)
     wanted = quantized_tensors(model)
     check_names(files, wanted, directory)
     state = dict(fitting_tensors(files, wanted, directory))
-    for name, tensor in state.items():
-        if tensor.dtype != wanted[name].dtype:
-            raise ValueError(f"{directory}: {name} is {tensor.dtype}, want {wanted[name].dtype}")
+    for name, tensor in state.items():  # weights may have another precision, codes may not
+        held = wanted[name].dtype
+        if tensor.dtype != held and not name.endswith((".weight", ".bias", "correction_bias")):
+            raise ValueError(f"{directory}: {name} is {tensor.dtype}, want {held}")
     model.load_state_dict(state, strict=False)  # MTP's shared parts are not stored twice
-    return quantize_cache(model, cache_bits)
+    return model
 
 
 # %% The cost of a configuration
@@ -532,7 +533,10 @@ def build_optimizers(model, peak_rate, muon=True):
     is a few rows: they stay with AdamW, and so do the experts, whose many matrices would make a
     step 40 % longer. Gate and up count as one matrix. Norms and the router do not decay.
     """
-    named, spared = dict(model.named_parameters()), (".gate.", "embed_tokens", "lm_head")
+    named, spared = (
+        dict(model.named_parameters()),
+        (".gate.", "embed_tokens", "lm_head", ".experts."),
+    )
     matrices = {
         name: p for name, p in named.items()
         if muon and p.dim() == 2 and not any(part in name for part in spared)
@@ -1007,6 +1011,8 @@ def evaluate_command(arguments):
             print(f"note: the text has changed since training, held-out parts may have been seen "
                   f"(hash {text.fingerprint}, was {run['corpus']})", file=sys.stderr)  # fmt: skip
         documents, part = text.part(arguments.part), f"{arguments.part} part"
+    if arguments.cache_bits is not None:
+        quantize_cache(model, arguments.cache_bits)
     if model.quantization is not None:
         print(describe_quantization(model))
     scores = score(model, tokenizer, documents)
@@ -1033,16 +1039,22 @@ def quantize_command(arguments):
             f"--calibration-sequences={arguments.calibration_sequences} must be at least 1"
         )
     calibration = None
-    if SCHEMES[arguments.scheme].method != "nearest":
+    if SCHEMES[arguments.scheme].method == "nearest":
+        if arguments.data:
+            raise ValueError(f"--data is for schemes that calibrate, {arguments.scheme} does not")
+    else:
         run = read_run(directory) if (directory / "run.json").is_file() else {}
         data = arguments.data or run.get("options", {}).get("data")
+        if not run and not arguments.data:
+            print("note: no run.json tells what the model was trained on: calibrating on the "
+                  "standard library", file=sys.stderr)  # fmt: skip
         calibration = calibration_ids(
             tokenizer, corpus.load_corpus(data).train, arguments.calibration_sequences,
             model.max_positions, arguments.seed,
         ).to(arguments.device)  # fmt: skip
+    quantize_cache(model, arguments.cache_bits)  # the copy has it, too
     quantized = quantize_model(model, arguments.scheme, calibration)
-    quantize_cache(quantized, arguments.cache_bits)
-    with checkpoint.replaced_directory(out) as fresh:
+    with checkpoint.new_directory(out) as fresh:
         quantized.save_pretrained(fresh)
         for name in ("tokenizer.json", "run.json"):
             if (directory / name).is_file():
@@ -1070,6 +1082,8 @@ def generate_command(arguments):
     separator = tokenizer.token_to_id(corpus.SEPARATOR)
     prompt = [separator, *corpus.encode(tokenizer, arguments.prompt)]
     text = corpus.TextStream(tokenizer, functools.partial(print, end="", flush=True))
+    if arguments.cache_bits is not None:
+        quantize_cache(model, arguments.cache_bits)
     if arguments.depth is not None and not arguments.speculative:
         raise ValueError("--depth is for --speculative")
     cut = arguments.top_k is not None or arguments.top_p is not None
@@ -1138,6 +1152,7 @@ def build_parser():
     evaluate.add_argument("--data", nargs="+", metavar="FILE", help="score all of these files")
     evaluate.add_argument("--part", default="test", choices=["train", "validation", "test"],
                           help="part of the training run's text, without --data")  # fmt: skip
+    evaluate.add_argument("--cache-bits", type=int, metavar="N", help=CACHE_HELP)
     evaluate.add_argument("--device", help="cuda, mps or cpu")
     evaluate.set_defaults(command=evaluate_command)
 
@@ -1152,6 +1167,7 @@ def build_parser():
     generate.add_argument("--depth", type=int, help="drafts a pass (default: one more than held)")
     generate.add_argument("--prefill-chunk", type=int, help="read the prompt N tokens at a time")
     generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--cache-bits", type=int, metavar="N", help=CACHE_HELP)
     generate.add_argument("--device", help="cuda, mps or cpu")
     generate.set_defaults(command=generate_command)
 
@@ -1161,11 +1177,14 @@ def build_parser():
     return parser
 
 
+CACHE_HELP = "latent cache of 2 to 8 bits a number (default: as the model has it)"
+
+
 def add_quantize_flags(parser):
     parser.add_argument("--checkpoint", required=True, metavar="DIR")
     parser.add_argument("--scheme", required=True, choices=list(SCHEMES))
     parser.add_argument("--out", required=True, metavar="DIR", help="directory of the new model")
-    parser.add_argument("--cache-bits", type=int, metavar="N", help="latent cache of 2 to 8 bits")
+    parser.add_argument("--cache-bits", type=int, metavar="N", help=CACHE_HELP)
     parser.add_argument(
         "--calibration-sequences", type=int, default=128, metavar="N",
         help="pieces of text, as long as the context, for methods that look at inputs (default: "

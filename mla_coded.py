@@ -189,14 +189,14 @@ class MultiHeadLatentAttention(nn.Module):
         k_BHSK = torch.cat([k_nope_BHSN, k_rope_BHSR], dim=-1)
         return attend(q_BHTK, k_BHSK, v_BHSV, mask, scale=self.softmax_scale, causal=True)
 
-    def up_projections(self):
+    def up_projections(self, dtype):
         """The two halves of `kv_b_proj`: W_UK (H, N, C) and W_UV (H, V, C)."""
-        rows = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))
+        rows = self.kv_b_proj.weight.to(dtype).unflatten(0, (self.num_heads, -1))
         return rows.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
 
     def _absorbed(self, q_nope_BHTN, q_rope_BHTR, memory, mask):
         """Moves W_UK to the queries and W_UV to the outputs: multi-query attention on latents."""
-        w_uk_HNC, w_uv_HVC = self.up_projections()
+        w_uk_HNC, w_uv_HVC = self.up_projections(memory.dtype)
         H, T = q_nope_BHTN.shape[1:3]
         query = torch.cat([q_nope_BHTN @ w_uk_HNC, q_rope_BHTR], dim=-1)  # (B, H, T, C + R)
         if T > 1:
@@ -214,7 +214,7 @@ class MultiHeadLatentAttention(nn.Module):
     def _naive(self, q_nope_BHTN, q_rope_BHTR, memory, mask):
         """Equations 9–19 head by head; content and position scores are added, then scaled."""
         latent_BSC, k_rope_BSR = self._split_memory(memory)
-        w_uk_HNC, w_uv_HVC = self.up_projections()
+        w_uk_HNC, w_uv_HVC = self.up_projections(memory.dtype)
         B, H, T, _ = q_nope_BHTN.shape
         allowed = causal_mask(T, memory.shape[1], device=memory.device)
         allowed = (allowed if mask is None else mask & allowed).expand(B, H, T, memory.shape[1])

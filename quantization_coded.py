@@ -1,6 +1,6 @@
 """Phase 8: quantisation, a model in fewer bits and what it costs.
 
-A weight needs no 32 bits. Rounded to a grid of 255 or of 15 steps it takes a quarter or an eighth
+A weight needs no 32 bits. Rounded to one of 255 or of 15 values it takes a quarter or an eighth
 of the bytes, and decoding, which mostly waits for weights, gets faster by about as much. What goes
 wrong is the grid, not the bits: one large number stretches it for all that share its scale. So the
 ladder here is a ladder of who shares a scale (tensor, row, group, tile), of what happens to the
@@ -11,7 +11,8 @@ with rounded weights). All of it applies to the whole model, experts and latent 
     W8A8          y_ij = s_i s_j Σ_k q_ik q_jk                           (integers inside the sum)
     LLM.int8()    columns with an |x| ≥ 6 apart, in high precision, the others as W8A8
     SmoothQuant   x W = (x / σ)(σ W),  σ_j = max|X_j|^α / max|W_j|^(1−α),  α = ½
-    GPTQ          round column i; w_j −= (w_i − ŵ_i) [H⁻¹]_ij / [H⁻¹]_ii for j > i,  H = X Xᵀ
+    GPTQ          round column i; w_j −= (w_i − ŵ_i) [H⁻¹]_ij / [H⁻¹]_ii for j > i
+                  with H = X Xᵀ of the columns from i on
     AWQ           Ŵ = round(σ W) / σ,  σ_j = mean|X_j|^α,  α by search
     FP8 (V3)      E4M3, 1×128 tiles of x and 128×128 blocks of W, s = max|·| / 448
     QAT           forward ŵ, backward ∂w = ∂ŵ                            (straight-through)
@@ -61,12 +62,20 @@ def absmax_quantize(x, bits=8, dim=None, scale_dtype=torch.float32):
     Returns: codes (int8, within ±(2^(bits−1) − 1)) and scale (x's shape, 1 along `dim`), rounded to
         `scale_dtype` before the codes are chosen. All-zero x comes back exactly.
     """
-    limit = 2 ** (bits - 1) - 1
+    limit = _largest_code(bits)
+    x = x if x.dtype == torch.float64 else x.float()
     largest = x.abs().amax() if dim is None else x.abs().amax(dim, keepdim=True)
     scale = (largest / limit).to(scale_dtype)
     scale = torch.where(scale == 0, 1, scale)
     codes = (x / scale).round_().clamp_(-limit, limit)
     return codes.to(torch.int8), scale
+
+
+def _largest_code(bits):
+    """The end of the symmetric grid, 2^(bits−1) − 1."""
+    if type(bits) is not int or not 2 <= bits <= 8:
+        raise ValueError(f"bits={bits!r} must be from 2 to 8")
+    return 2 ** (bits - 1) - 1
 
 
 def zero_point_quantize(x, bits=8, dim=None):
@@ -75,7 +84,7 @@ def zero_point_quantize(x, bits=8, dim=None):
     Returns: codes and zero (uint8, 0 … 2^bits − 1) and scale. The range always includes 0, which
         is represented exactly.
     """
-    limit = 2**bits - 1
+    limit, x = 2 * _largest_code(bits) + 1, x.float()
     options = dict() if dim is None else dict(dim=dim, keepdim=True)
     low, high = x.amin(**options).clamp(max=0), x.amax(**options).clamp(min=0)
     scale = (high - low) / limit
@@ -95,7 +104,7 @@ def grouped(x, group_size):
 
 def rounding_and_clipping(x, bits, largest):
     """Mean squared error of a grid that ends at `largest`: (of what lies within, of the rest)."""
-    limit = 2 ** (bits - 1) - 1
+    limit = _largest_code(bits)
     scale = largest / limit
     error = (x - (x / scale).round().clamp(-limit, limit) * scale) ** 2
     inside = x.abs() <= largest
@@ -205,14 +214,16 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
-        self.register_buffer("input_scale", torch.ones(in_features) if scaled_input else None)
+        self.register_buffer(
+            "input_scale", torch.ones(in_features).bfloat16() if scaled_input else None
+        )
 
     def rounded_weight(self):
         """Ŵ (out, in), FP32."""
         raise NotImplementedError
 
     def product(self, rows):
-        """(M, in) → (M, out), without input scale and bias."""
+        """(M, in) → (M, out), without input scale and bias: the reference."""
         return F.linear(rows, self.rounded_weight().to(rows.dtype))
 
     @property
@@ -221,22 +232,42 @@ class QuantizedLinear(nn.Module):
         return rounded if self.input_scale is None else rounded / self.input_scale
 
     def forward(self, x):
-        rows = x.reshape(-1, self.in_features)
+        rows = x.reshape(-1, self.in_features).contiguous()
         if self.input_scale is not None:
-            rows = rows / self.input_scale
+            rows = (rows / self.input_scale).to(x.dtype)
         if not len(rows):  # an expert without tokens
             return x.new_zeros(*x.shape[:-1], self.out_features)
-        output = self.product(rows).to(x.dtype)
+        output = RoundedProduct.apply(rows, self)
         if self.bias is not None:
-            output = output + self.bias
+            output = output + self.bias.to(x.dtype)
         return output.view(*x.shape[:-1], self.out_features)
 
     def weight_bytes(self):
         """What stands for the matrix: codes, scales and input scale."""
         return sum(b.nbytes for name, b in self.named_buffers() if name != "bias")
 
+    def _apply(self, function, recurse=True):
+        """Moves to another device and keeps the types: a cast must not touch codes and scales."""
+        for name, buffer in self.named_buffers(recurse=False):
+            device = function(torch.empty(0, device=buffer.device)).device
+            setattr(self, name, buffer.to(device))
+        return self
+
     def extra_repr(self):
         return f"{self.in_features}, {self.out_features}"
+
+
+class RoundedProduct(torch.autograd.Function):
+    """A quantised layer's product; the input gets the gradient of the unrounded one, ∂y Ŵ."""
+
+    @staticmethod
+    def forward(context, rows, layer):
+        context.layer = layer
+        return layer.product(rows).to(rows.dtype)
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient @ context.layer.rounded_weight().to(gradient.dtype), None
 
 
 class IntegerLinear(QuantizedLinear):
@@ -248,25 +279,30 @@ class IntegerLinear(QuantizedLinear):
     BF16. Scales are BF16 in both.
     """
 
-    scale_dtype = torch.bfloat16
-
     def __init__(self, in_features, out_features, bias=False, scaled_input=False, bits=8,
                  group_size=None, kernel=True):  # fmt: skip
         super().__init__(in_features, out_features, bias, scaled_input)
         self.bits, self.group_size, self.kernel = bits, group_size or in_features, kernel
         self.kernel_layout = False
-        codes = torch.zeros(out_features, in_features, dtype=torch.int8)
-        self.register_buffer("codes", codes if bits == 8 else pack_bits(codes, bits))
-        groups = in_features // self.group_size
-        self.register_buffer("scale", torch.ones(out_features, groups, dtype=self.scale_dtype))
+        self.register_buffer("codes", None)
+        self.register_buffer("scale", None)
+        self.fill_nearest(torch.zeros(out_features, in_features))
 
     def fill(self, codes, scale, input_scale=None):
-        """codes (out, in), int8; scale (out, groups)."""
+        """codes (out, in), int8; scale (out, groups), BF16; input_scale (in,), BF16."""
+        groups = self.in_features // self.group_size
+        shapes = (self.out_features, self.in_features), (self.out_features, groups)
+        if (codes.shape, scale.shape) != shapes:
+            got = tuple(codes.shape), tuple(scale.shape)
+            raise ValueError(f"codes and scale must be {shapes[0]} and {shapes[1]}, got {got}")
         with self.row_layout():
             self.codes = codes if self.bits == 8 else pack_bits(codes, self.bits)
-            self.scale = scale.to(self.scale_dtype)
-            self.input_scale = input_scale
+            self.scale, self.input_scale = scale, input_scale
         return self
+
+    def fill_nearest(self, weight):
+        """weight (out, in), rounded to nearest."""
+        return self.fill(*round_nearest(weight, self.bits, self.group_size))
 
     def set_kernel(self, wanted):
         with self.row_layout():
@@ -283,29 +319,29 @@ class IntegerLinear(QuantizedLinear):
         return groups.mul_(scale.float().unsqueeze(-1)).flatten(1)
 
     def product(self, rows):
-        usable = self.kernel and rows.device.type == "cpu" and not rows.requires_grad
+        usable = self.kernel and rows.device.type == "cpu" and rows.dtype != torch.float64
         if usable and self.kernel_layout:
             return torch.ops.aten._weight_int4pack_mm_for_cpu(
                 rows.bfloat16(), self.codes, self.group_size, self.scale
             )
         # Reading 16 numbers at a time, the kernel for 8 bits runs past the end of other widths.
         whole_rows = self.group_size == self.in_features and self.in_features % 16 == 0
-        if usable and self.bits == 8 and whole_rows and self.scale.dtype == torch.bfloat16:
+        if usable and self.bits == 8 and whole_rows:
             return torch._weight_int8pack_mm(rows.bfloat16(), self.codes, self.scale[:, 0])
         return super().product(rows)
 
     # The kernel for 4 bits wants the codes in an order of its own, which depends on the processor.
-    # Only one order is kept; whatever leaves the layer (files, other devices) is in rows.
+    # Only one order is kept; a state dict, and what goes to another device, is in rows.
     @contextlib.contextmanager
     def row_layout(self):
         """Within it, codes and scale are in rows; after it, in the kernel's order if it fits."""
         if self.kernel_layout:
-            codes, scale = self._kernel_codes(), self.scale[..., 0].T.contiguous()
+            codes, scale = self._kernel_codes().contiguous(), self.scale[..., 0].T.contiguous()
             self.codes, self.scale, self.kernel_layout = pack_bits(codes, 4), scale, False
         yield
         fits = self.bits == 4 and self.out_features % 16 == 0
         fits = fits and self.group_size in (32, 64, 128, 256) and self.codes.device.type == "cpu"
-        if fits and self.kernel and self.scale.dtype == torch.bfloat16:
+        if fits and self.kernel:
             codes = unpack_bits(self.codes, 4, self.in_features).int() + 8
             self.codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
             scale = self.scale.T  # the kernel takes (groups, out) pairs of scale and zero
@@ -349,10 +385,9 @@ class W8A8Linear(IntegerLinear):
     bytes more), and the outliers themselves are never rounded.
     """
 
-    scale_dtype = torch.float32
-
-    def __init__(self, *sizes, outlier_threshold=None, **options):
-        super().__init__(*sizes, **options)
+    def __init__(self, in_features, out_features, bias=False, scaled_input=False,
+                 outlier_threshold=None, kernel=True):  # fmt: skip
+        super().__init__(in_features, out_features, bias, scaled_input, kernel=kernel)
         self.outlier_threshold = outlier_threshold
 
     def product(self, rows):
@@ -361,12 +396,14 @@ class W8A8Linear(IntegerLinear):
         outliers = (rows.abs() >= self.outlier_threshold).any(dim=0)
         output = self._integer_product(rows.masked_fill(outliers, 0.0))
         columns = outliers.nonzero().squeeze(1)
-        weight = self.codes[:, columns] * self.scale
+        weight = self.codes[:, columns] * self.scale.float()
         return output + F.linear(rows[:, columns].float(), weight)
 
     def _integer_product(self, rows):
         codes, scale = absmax_quantize(rows.float(), dim=-1)
-        if self.kernel and rows.device.type == "cpu" and int_mm_is_exact():
+        # A single column is another case that the product gets wrong.
+        usable = self.kernel and rows.device.type == "cpu" and self.in_features > 1
+        if usable and int_mm_is_exact():
             return torch._int_mm(codes, self.codes.T) * (scale * self.scale.T)
         return F.linear(codes * scale, self.rounded_weight())
 
@@ -385,6 +422,11 @@ class Fp8Linear(QuantizedLinear):
         codes = torch.zeros(out_features, in_features, dtype=torch.float8_e4m3fn)
         self.register_buffer("codes", codes)
         self.register_buffer("weight_scale_inv", torch.ones(blocks))
+
+    def fill_nearest(self, weight):
+        """weight (out, in), rounded in its blocks."""
+        self.codes, self.weight_scale_inv = block_quantize(weight, 128)
+        return self
 
     def rounded_weight(self):
         return block_dequantize(self.codes, self.weight_scale_inv, 128)
@@ -416,9 +458,9 @@ def output_error(weight, rounded, hessian):
     return ((difference @ hessian) * difference).sum().item()
 
 
-def round_nearest(weight, bits, group_size=None, scale_dtype=torch.bfloat16):
-    """The plain way: codes (out, in) and scale (out, groups), each weight on its own."""
-    codes, scale = absmax_quantize(grouped(weight, group_size), bits, -1, scale_dtype)
+def round_nearest(weight, bits, group_size=None):
+    """The plain way: codes (out, in) and BF16 scale (out, groups), each weight on its own."""
+    codes, scale = absmax_quantize(grouped(weight, group_size), bits, -1, torch.bfloat16)
     return codes.flatten(-2), scale.squeeze(-1)
 
 
@@ -436,7 +478,7 @@ def gptq_by_inverses(weight, hessian, bits, group_size=None, dampening=0.01):
 
 
 def gptq(weight, hessian, bits, group_size=None, block_size=128, dampening=0.01,
-         activation_order=True, scale_dtype=torch.bfloat16):  # fmt: skip
+         activation_order=True):  # fmt: skip
     """Rounds column by column and lets the columns not yet rounded make up for each error.
 
     The rows of one Cholesky factor U of H⁻¹ (H⁻¹ = Uᵀ U) hold all that the inverses above would
@@ -445,9 +487,9 @@ def gptq(weight, hessian, bits, group_size=None, block_size=128, dampening=0.01,
     together when `activation_order` takes the columns with the largest inputs first.
 
     Args: weight (out, in); hessian Σ x xᵀ (in, in); dampening: share of the mean of H's diagonal
-        that is added to it. Returns: codes (out, in) and scale (out, groups).
+        that is added to it. Returns: codes (out, in) and BF16 scale (out, groups).
     """
-    codes, scale = round_nearest(weight, bits, group_size, scale_dtype)
+    codes, scale = round_nearest(weight, bits, group_size)
     column_scale, weight = _columns(scale, weight), weight.clone()
     hessian = _dampened(hessian.double(), dampening)
     width = weight.shape[1]
@@ -475,7 +517,7 @@ def _columns(scale, weight):
 
 
 def _nearest_codes(column, scale, bits):
-    limit = 2 ** (bits - 1) - 1
+    limit = _largest_code(bits)
     return (column / scale).round().clamp(-limit, limit).to(torch.int8)
 
 
@@ -506,10 +548,16 @@ def awq_input_scale(weight, statistics, bits, group_size=None, steps=20):
 
 
 def smoothing_scale(weight, largest_input, alpha=0.5):
-    """SmoothQuant's σ (in,): moves large inputs into the weights, half of the way at α = ½."""
+    """SmoothQuant's σ (in,): moves large inputs into the weights, half of the way at α = ½.
+
+    A column small in the few inputs that an expert saw need not stay so: max|X_j| counts as a
+    tenth of the columns' mean at least. A column of zeros has σ = 1.
+    """
     largest_weight = weight.abs().amax(dim=0)
+    unused, floor = largest_input == 0, largest_input.mean() / 10
+    largest_input = largest_input.clamp(min=floor)
     scale = largest_input**alpha / largest_weight.clamp(min=1e-12) ** (1 - alpha)
-    return torch.where((largest_input > 0) & (largest_weight > 0), scale, 1.0)
+    return torch.where(unused | (largest_weight == 0), 1.0, scale)
 
 
 # %% The whole model
@@ -536,14 +584,14 @@ class Scheme:
             raise ValueError(f"layer={self.layer!r} must be one of {', '.join(LAYERS)}")
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r} must be one of {', '.join(METHODS)}")
-        if type(self.bits) is not int or not 2 <= self.bits <= 8:
-            raise ValueError(f"bits={self.bits!r} must be from 2 to 8")
+        _largest_code(self.bits)
         size = self.group_size
         if size not in (None, "auto") and (type(size) is not int or size < 1):
             raise ValueError(f"group_size={size!r} must be a number above 0, None or 'auto'")
-        fixed = self.bits == 8 and self.group_size is None
-        if self.layer != "weights" and not (fixed and self.method in ("nearest", "smooth")):
-            raise ValueError(f"layer={self.layer!r} has 8 bits, whole rows and no {self.method}")
+        if self.layer != "weights" and (self.bits, self.group_size) != (8, None):
+            raise ValueError(f"layer={self.layer!r} takes bits=8 and group_size=None")
+        if self.layer != "weights" and self.method in ("gptq", "awq"):
+            raise ValueError(f"method={self.method!r} is for layer='weights'")
         if self.method == "smooth" and self.layer != "w8a8":
             raise ValueError("method='smooth' is for layer='w8a8'")
 
@@ -570,7 +618,7 @@ def scheme_of(scheme):
     """The `Scheme` of that name, or the `Scheme` itself."""
     if isinstance(scheme, Scheme):
         return scheme
-    if scheme not in SCHEMES:
+    if not isinstance(scheme, str) or scheme not in SCHEMES:
         raise ValueError(f"scheme={scheme!r} must be one of {', '.join(SCHEMES)}")
     return SCHEMES[scheme]
 
@@ -581,7 +629,11 @@ class ExpertList(Experts):
     def __init__(self, experts):
         nn.Module.__init__(self)
         for name in ("gate_up_proj", "down_proj"):
-            setattr(self, name, nn.ModuleList(map(_linear_of, getattr(experts, name))))
+            setattr(self, name, nn.ModuleList())
+            for weight in getattr(experts, name):
+                linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+                linear.weight = nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
+                getattr(self, name).append(linear)
 
     def _one_expert(self, e, x, linear=None):
         gate, up = self.gate_up_proj[e](x).chunk(2, dim=-1)
@@ -589,12 +641,6 @@ class ExpertList(Experts):
 
     def grouped(self, x_MD, routing):
         return self.loop(x_MD, routing)
-
-
-def _linear_of(weight):
-    layer = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
-    layer.weight = nn.Parameter(weight.detach())
-    return layer
 
 
 def model_blocks(model):
@@ -605,9 +651,16 @@ def model_blocks(model):
 def listed_experts(model):
     """The model itself, each expert now in layers of its own (an `ExpertList`)."""
     for block in model_blocks(model):
-        if isinstance(block.mlp, MixtureOfExperts):
-            block.mlp.experts = ExpertList(block.mlp.experts)
+        moe = block.mlp if isinstance(block.mlp, MixtureOfExperts) else None
+        if moe is not None and not isinstance(moe.experts, ExpertList):
+            moe.experts = ExpertList(moe.experts)
     return model
+
+
+def copied(model):
+    """A copy; what a training pass left behind for its step, a loss with its graph, stays here."""
+    moes = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
+    return copy.deepcopy(model, {id(moe.last_balance_loss): None for moe in moes})
 
 
 def linears_of(block):
@@ -635,14 +688,14 @@ def quantize_model(model, scheme, calibration=None):
     _check_model(model)
     if scheme.method != "nearest":
         _check_calibration(model, calibration, scheme)
-    quantized = listed_experts(copy.deepcopy(model).eval().requires_grad_(False))
+    quantized = listed_experts(copied(model).eval().requires_grad_(False))
     for number, block in enumerate(model_blocks(quantized)):
         linears, statistics = linears_of(block), {}
         if scheme.method != "nearest":
             statistics = input_statistics(quantized, calibration, linears)
         for name, linear in linears.items():
             where = f"block {number} {name}"
-            layer = _quantized_linear(linear, scheme, where, statistics.get(name))
+            layer = quantized_linear(linear, scheme, where, statistics.get(name))
             block.set_submodule(name, layer)
     quantized.quantization = asdict(scheme)
     return quantized
@@ -690,6 +743,9 @@ def input_statistics(model, calibration, linears, batch_size=8):
     finally:
         for hook in hooks:
             hook.remove()
+    for name, seen in statistics.items():
+        if not seen.hessian.isfinite().all():
+            raise ValueError(f"{name}: NaN or infinite inputs while reading the calibration text")
     return statistics
 
 
@@ -706,32 +762,27 @@ def empty_layer(scheme, name, in_features, out_features, bias=False):
     return IntegerLinear(*sizes, scaled, scheme.bits, scheme.groups(in_features), not absorbed)
 
 
-def _quantized_linear(linear, scheme, name, statistics):
+def quantized_linear(linear, scheme, name, statistics=None):
+    """The layer that replaces `linear`, filled; `statistics` of its inputs, if the method asks."""
     weight = linear.weight.detach().float()
     if not weight.isfinite().all():
         raise ValueError(f"{name}: the weights hold NaN or infinite numbers")
-    if scheme.layer != "fp8" and weight.shape[1] % scheme.groups(weight.shape[1]):
+    if weight.shape[1] % scheme.groups(weight.shape[1]):
         raise ValueError(f"{name}: group_size={scheme.group_size} must divide {weight.shape[1]}")
     layer = empty_layer(scheme, name, *weight.shape[::-1], linear.bias is not None)
     layer = layer.to(weight.device)
     if linear.bias is not None:
         layer.bias = linear.bias.detach().clone()
-    if scheme.layer == "fp8":
-        layer.codes, layer.weight_scale_inv = block_quantize(weight, 128)
-        return layer
-    settings = (layer.bits, layer.group_size)
-    input_scale = None
-    if layer.input_scale is not None and scheme.method == "smooth":
-        input_scale = smoothing_scale(weight, statistics.largest)
-    elif layer.input_scale is not None:
-        input_scale = awq_input_scale(weight, statistics, *settings)
-    if input_scale is not None:
-        weight = weight * input_scale
     if scheme.method == "gptq":
-        codes, scale = gptq(weight, statistics.hessian, *settings)
+        return layer.fill(*gptq(weight, statistics.hessian, layer.bits, layer.group_size))
+    if layer.input_scale is None:
+        return layer.fill_nearest(weight)
+    if scheme.method == "smooth":
+        sigma = smoothing_scale(weight, statistics.largest)
     else:
-        codes, scale = round_nearest(weight, *settings, layer.scale_dtype)
-    return layer.fill(codes, scale, input_scale)
+        sigma = awq_input_scale(weight, statistics, layer.bits, layer.group_size)
+    sigma = sigma.bfloat16()
+    return layer.fill(*round_nearest(weight * sigma, layer.bits, layer.group_size), sigma)
 
 
 def quantized_skeleton(model, scheme):
@@ -767,8 +818,9 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(context, weight, bits, group_size):
-        codes, scale = round_nearest(weight, bits, group_size)
-        return (grouped(codes, group_size) * scale.unsqueeze(-1).to(weight.dtype)).flatten(-2)
+        codes, scale = round_nearest(weight.float(), bits, group_size)
+        rounded = grouped(codes, group_size) * scale.float().unsqueeze(-1)
+        return rounded.flatten(-2).to(weight.dtype)
 
     @staticmethod
     def backward(context, gradient):
@@ -795,10 +847,10 @@ def prepare_qat(model, scheme):
     if scheme.layer != "weights" or scheme.method != "nearest":
         raise ValueError("QAT is for schemes that round weights to nearest: int8 and int4")
     _check_model(model)
-    model = copy.deepcopy(model)
+    model = copied(model)
     for module in [module for block in model_blocks(model) for module in block.modules()]:
         names = ["weight"] if isinstance(module, nn.Linear) else []
-        if isinstance(module, Experts):
+        if isinstance(module, Experts) and not isinstance(module, ExpertList):
             names = ["gate_up_proj", "down_proj"]
         for name in names:
             parametrize.register_parametrization(module, name, FakeQuantize(scheme))
@@ -807,7 +859,7 @@ def prepare_qat(model, scheme):
 
 def convert_qat(model):
     """The integer model (a copy) that `prepare_qat`'s model has been trained to be."""
-    model, scheme = copy.deepcopy(model), None
+    model, scheme = copied(model), None
     for module in filter(parametrize.is_parametrized, list(model.modules())):
         found = dict(module.parametrizations.items())
         # remove_parametrizations would change the class, which the copy shares with its original.
@@ -839,7 +891,7 @@ class Fp8Product(torch.autograd.Function):
     def backward(context, gradient):
         x, weight = context.saved_tensors
         rounded = block_dequantize(*block_quantize(weight, 128), 128)
-        gradient_rows, rows = gradient.flatten(0, -2), x.flatten(0, -2)
+        gradient_rows, rows = (t.reshape(-1, t.shape[-1]) for t in (gradient, x))
         weight_gradient = tile_rounded(gradient_rows.T) @ tile_rounded(rows.T).T
         return tile_rounded(gradient) @ rounded, weight_gradient
 
@@ -859,7 +911,7 @@ def prepare_fp8_training(model):
     The projections around attention do: what V3 keeps is the attention operator itself.
     """
     _check_model(model)
-    model = listed_experts(copy.deepcopy(model))
+    model = listed_experts(copied(model))
     for block in model_blocks(model):
         for linear in linears_of(block).values():
             linear.__class__ = Fp8TrainingLinear
@@ -913,10 +965,12 @@ class QuantizedLatentCache:
 
 def quantize_cache(model, bits):
     """The model itself, from now on with latent caches of `bits` (2 to 8; None: as they were)."""
-    if bits is not None and (type(bits) is not int or not 2 <= bits <= 8):
-        raise ValueError(f"bits={bits!r} must be from 2 to 8, or None")
+    if bits is not None:
+        _largest_code(bits)
     for block in model_blocks(model):
         attention = block.self_attn
+        if not isinstance(attention, MultiHeadLatentAttention):
+            raise ValueError(f"{type(attention).__name__} has no latent cache")
         attention.cache_type = LatentCache if bits is None else functools.partial(
             QuantizedLatentCache, bits=bits, latent_width=attention.kv_lora_rank
         )  # fmt: skip
@@ -987,28 +1041,19 @@ def show_number_formats(demo, device):
     demo.check("576 numbers of 6 bits, packed and back", "bytes", f"{packed.shape[-1]}", same)
 
 
-def filled(layer, weight, scheme=None):
-    """`layer`, holding `weight` rounded to nearest."""
-    codes, scale = round_nearest(weight, layer.bits, layer.group_size, layer.scale_dtype)
-    return layer.fill(codes.cpu(), scale.cpu()).to(weight.device)
-
-
 def show_layers(demo, device):
     """PyTorch's kernels against the reference, and FP8 blocks against its own scaled product."""
     weight, x = torch.randn(96, 256, device=device) / 16, torch.randn(5, 256, device=device)
     kinds = {"INT8": IntegerLinear(256, 96), "INT4": IntegerLinear(256, 96, bits=4, group_size=128),
              "W8A8": W8A8Linear(256, 96)}  # fmt: skip
     for name, layer in kinds.items():
-        layer = filled(layer, weight)
-        with_kernel = layer(x)
+        layer = layer.to(device).fill_nearest(weight)
+        with_kernel, share = layer(x), layer.weight_bytes() / 4 / 96 / 256
         layer.set_kernel(False)
-        reference = layer(x)
-        error, share = relative_error(with_kernel, reference), layer.weight_bytes() / 4 / 96 / 256
+        error = relative_error(with_kernel, layer(x))
         demo.check(f"{name}: kernel = reference", "(M, in) → (M, out)",
                    f"difference {error:.1e}, {share:.4f} × FP32's bytes", error < 4e-3)  # fmt: skip
-    fp8 = Fp8Linear(256, 96).to(device)
-    fp8.codes, fp8.weight_scale_inv = block_quantize(weight, 128)
-    exact, by_blocks = F.linear(x, weight), fp8(x)
+    exact, by_blocks = F.linear(x, weight), Fp8Linear(256, 96).fill_nearest(weight)(x)
     by_rows, note = None, "F.scaled_mm not available on this device"
     with contextlib.suppress(RuntimeError, NotImplementedError, ValueError, AttributeError):
         by_rows = scaled_mm_by_rows(x, *fp8_rows(weight))
@@ -1044,13 +1089,12 @@ def show_outliers(demo, device):
     statistics = InputStatistics(256, device)
     statistics.add(x)
     sigma = smoothing_scale(weight, statistics.largest)
-    smooth = W8A8Linear(256, 256)
-    layers = {
-        "W8A8, a scale a row": filled(W8A8Linear(256, 256), weight)(x),
-        "LLM.int8()": filled(W8A8Linear(256, 256, outlier_threshold=6.0), weight)(x),
-        "SmoothQuant": filled(smooth, weight * sigma)(x / sigma),
+    outputs = {
+        "absmax, a scale a tensor": F.linear(x_codes * x_scale, w_codes * w_scale),
+        "W8A8, a scale a row": W8A8Linear(256, 256).fill_nearest(weight)(x),
+        "LLM.int8()": W8A8Linear(256, 256, outlier_threshold=6.0).fill_nearest(weight)(x),
+        "SmoothQuant": W8A8Linear(256, 256).fill_nearest(weight * sigma)(x / sigma),
     }
-    outputs = {"absmax, a scale a tensor": F.linear(x_codes * x_scale, w_codes * w_scale), **layers}
     # What the outliers drown: the part of the output that the other columns make.
     ordinary = torch.ones(256, dtype=torch.bool, device=device)
     ordinary[[3, 77, 200]] = False

@@ -75,8 +75,10 @@ def turn(x, turns):
     against 392 for 32 heads of 256 tokens, forward and backward.
     """
     exact = x if x.dtype == torch.float64 else x.float()
-    pairs = torch.view_as_complex(exact.unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
+    pairs = exact.unflatten(-1, (-1, 2)).contiguous()
+    if pairs.storage_offset() % 2:  # a slice that starts in the middle of a pair's place
+        pairs = pairs.clone()
+    return torch.view_as_real(torch.view_as_complex(pairs) * turns).flatten(-2).type_as(x)
 
 
 def rotate_complex(x, positions, thetas):

@@ -103,6 +103,19 @@ def replaced_directory(directory):
     shutil.rmtree(old, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def new_directory(directory):
+    """Yields a directory to fill under a private name; on success it gets its own, else it goes."""
+    directory = pathlib.Path(directory)
+    private = directory.with_name(f".{directory.name}.{os.getpid()}.new")
+    private.mkdir(parents=True)
+    try:
+        yield private
+        os.rename(private, directory)
+    finally:
+        shutil.rmtree(private, ignore_errors=True)
+
+
 def recover_directory(directory):
     """Finishes a `replaced_directory` that was killed between its two renames."""
     directory = pathlib.Path(directory)

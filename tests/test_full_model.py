@@ -754,6 +754,26 @@ def test_a_quantised_model_comes_back_from_its_files(scheme, sizes, calibration,
     assert content["quant_method"] == "quantization_coded" and content["cache_bits"] == 6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_quantised_model_that_was_cast_comes_back_in_fp32(scheme, dtype, calibration, tmp_path):
+    model = quantize_model(build("v3", **WIDE).to(dtype), scheme, calibration).to(dtype)
+    model.save_pretrained(tmp_path)
+    again, ids = DeepSeekModel.from_pretrained(tmp_path), ids_of(2, 9)
+    assert again.lm_head.weight.dtype == torch.float32
+    torch.testing.assert_close(again(ids), model.float()(ids))
+
+
+def test_wrong_types_of_codes_are_named(tmp_path):
+    quantize_model(build("v3", **WIDE), "int8").save_pretrained(tmp_path)
+    file = tmp_path / "quantized.safetensors"
+    tensors = dict(checkpoint.read_tensors(checkpoint.tensor_files(tmp_path, file.name)))
+    tensors["layers.0.mlp.down_proj.scale"] = tensors["layers.0.mlp.down_proj.scale"].float()
+    checkpoint.write_tensors(file, tensors)
+    with pytest.raises(ValueError, match=r"down_proj\.scale is torch.float32, want torch.bfloat16"):
+        DeepSeekModel.from_pretrained(tmp_path)
+
+
 @pytest.mark.performance
 def test_quantised_files_hold_little_more_than_what_is_in_memory(calibration, tmp_path):
     model = quantize_model(build("v3", **WIDE), "int4", calibration)
@@ -772,9 +792,9 @@ def test_quantised_files_hold_little_more_than_what_is_in_memory(calibration, tm
         (lambda c: c.update(bits=1), "damaged: bits=1 must be from 2 to 8"),
         (lambda c: c.pop("cache_bits"), "damaged: 'cache_bits'"),
         (lambda c: c.update(speed=3), "damaged: .*unexpected keyword argument 'speed'"),
-        (lambda c: c.update(cache_bits=64), "bits=64 must be from 2 to 8"),
+        (lambda c: c.update(cache_bits=64), "config is damaged: bits=64 must be from 2 to 8"),
         (lambda c: c.update(bits=4), "holds unexpected|has shape|is torch.int8"),
-        (lambda c: c.update(layer="w8a8"), "is torch.bfloat16, want torch.float32"),
+        (lambda c: c.update(layer="fp8"), "lacks|is torch.int8"),
     ],
 )
 def test_damaged_quantised_checkpoints_are_named(change, message, tmp_path):
@@ -1032,6 +1052,18 @@ def test_quantize_from_the_command_line(small_run, tmp_path, capsys, monkeypatch
     assert "--calibration-sequences=0 must be at least 1" in refused(
         *quantize, "awq4", "--out", "x", "--calibration-sequences", 0
     )
+    assert "--data is for schemes that calibrate" in refused(
+        *quantize, "int8", "--out", "x", "--data", "nowhere.txt"
+    )
+    cached = main("evaluate", "--checkpoint", "small", "--cache-bits", 2)
+    assert float(cached.split("this model")[1].split()[0]) != rates[1]
+    for command in (("evaluate", "--checkpoint", "small"), ("generate", "--checkpoint", "small")):
+        assert "bits=1 must be from 2 to 8" in refused(*command, "--cache-bits", 1)
+    (tmp_path / "run").rename("x.old")  # no other directory is touched
+    main("quantize", "--checkpoint", "x.old", "--scheme", "int8", "--out", "x")
+    assert (tmp_path / "x.old" / "checkpoint" / "run.json").is_file()
+    (tmp_path / "x.old").rename("run")
+    shutil.rmtree("x")
     shutil.copytree("small", "resumed/checkpoint")
     assert "is quantised: it cannot be trained" in refused("train", "--resume", "resumed")
     assert {path.name for path in tmp_path.iterdir()} == {"run", "small", "eight", "resumed"}

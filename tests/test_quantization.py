@@ -1,6 +1,7 @@
 """Phase 8: number formats, layers, calibration methods, whole models, QAT, FP8 training, cache."""
 
 import copy
+import functools
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 import quantization_coded as q
 from mla_coded import MultiHeadLatentAttention
-from moe_coded import Experts, Routing
+from moe_coded import Experts, Routing, balance_over_batch
 from mtp_coded import CausalLM, small_language, train_small
 from multihead_attention_coded import Linear
 from quantization_coded import (
@@ -26,7 +27,6 @@ from quantization_coded import (
     block_dequantize,
     block_quantize,
     convert_qat,
-    filled,
     float8_grid,
     gptq,
     gptq_by_inverses,
@@ -280,7 +280,7 @@ def kernel_cases():
 def test_kernel_and_reference_give_the_same(name, sizes, options, rows):
     width, out = sizes
     layer = (W8A8Linear if name == "w8a8" else IntegerLinear)(width, out, **options)
-    layer = filled(layer, torch.randn(out, width))
+    layer = layer.fill_nearest(torch.randn(out, width))
     x = torch.randn(rows, width)
     with_kernel = layer(x)
     layer.set_kernel(False)
@@ -293,16 +293,43 @@ def test_kernel_and_reference_give_the_same(name, sizes, options, rows):
 
 
 def test_int4_with_a_width_for_the_kernel_uses_it_and_others_do_not():
-    assert filled(IntegerLinear(64, 48, bits=4, group_size=32), torch.randn(48, 64)).kernel_layout
+    assert (
+        IntegerLinear(64, 48, bits=4, group_size=32).fill_nearest(torch.randn(48, 64)).kernel_layout
+    )
     for sizes, options in (((64, 40), dict(group_size=32)), ((96, 48), dict(group_size=96)),
                            ((64, 48), dict(group_size=32, kernel=False))):  # fmt: skip
-        layer = filled(IntegerLinear(*sizes, bits=4, **options), torch.randn(sizes[1], sizes[0]))
+        layer = IntegerLinear(*sizes, bits=4, **options).fill_nearest(
+            torch.randn(sizes[1], sizes[0])
+        )
         assert not layer.kernel_layout
+
+
+def test_shapes_that_do_not_fit_a_layer_are_refused():
+    layer = IntegerLinear(64, 48, bits=4, group_size=32)
+    codes, scale = round_nearest(torch.randn(48, 64), 4)
+    with pytest.raises(ValueError, match=r"must be \(48, 64\) and \(48, 2\), got"):
+        layer.fill(codes, scale)
+    with pytest.raises(ValueError, match="group_size=48 must divide the row of 64"):
+        IntegerLinear(64, 48, group_size=48)
+    for bits in (1, 9, 4.0):
+        for call in (lambda b: IntegerLinear(64, 48, bits=b), lambda b: absmax_quantize(scale, b),
+                     lambda b: zero_point_quantize(scale, b)):  # fmt: skip
+            with pytest.raises(ValueError, match=f"bits={bits} must be from 2 to 8"):
+                call(bits)
+
+
+def test_half_precision_inputs_are_rounded_in_full():
+    for dtype, size in ((torch.float16, 1e-6), (torch.bfloat16, 1.0)):
+        x = (torch.randn(8, 64) * size).to(dtype)
+        codes, scale = absmax_quantize(x, dim=-1)
+        assert ((codes * scale - x.float()).abs() <= scale * 0.501).all()
+        codes, scale, zero = zero_point_quantize(x)
+        assert (((codes.float() - zero) * scale - x.float()).abs() <= scale * 0.501).all()
 
 
 def test_the_kernels_order_is_undone_exactly():
     weight = torch.randn(112, 256)
-    layer = filled(IntegerLinear(256, 112, bits=4, group_size=64), weight)
+    layer = IntegerLinear(256, 112, bits=4, group_size=64).fill_nearest(weight)
     codes, scale = round_nearest(weight, 4, 64)
     expected = (codes.view(112, 4, 64) * scale.float().unsqueeze(-1)).flatten(1)
     assert layer.kernel_layout and torch.equal(layer.weight, expected)
@@ -317,21 +344,56 @@ def test_the_kernels_order_is_undone_exactly():
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
 
 
-def test_casting_a_layer_leaves_the_kernel():
-    layer = filled(IntegerLinear(64, 48, bits=4, group_size=32), torch.randn(48, 64))
-    weight, x = layer.weight, torch.randn(2, 64, dtype=torch.float64)
-    layer.double()
-    assert not layer.kernel_layout
-    torch.testing.assert_close(layer(x), F.linear(x, weight.double()))
-    in_eights = filled(IntegerLinear(64, 48), torch.randn(48, 64)).double()
-    torch.testing.assert_close(in_eights(x), F.linear(x, in_eights.weight.double()))
+@pytest.mark.parametrize("kind", ["int8", "int4", "w8a8", "llm_int8", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_casts_leave_codes_and_scales_alone(kind, dtype):
+    weight, x = torch.randn(48, 64), torch.randn(3, 64)
+    layer = layers_of(64, 48)[kind].fill_nearest(weight)
+    layer.bias = torch.randn(48)
+    expected, before = layer(x), {name: b.clone() for name, b in layer.state_dict().items()}
+    layer.to(dtype)
+    for name, buffer in layer.state_dict().items():
+        assert buffer.dtype == before[name].dtype
+        assert torch.equal(buffer.float(), before[name].float())
+    output = layer(x.to(dtype))
+    assert output.dtype == dtype
+    assert (output.float() - expected).norm() < 0.02 * expected.norm()
+    if dtype == torch.float64 and kind in ("int8", "int4"):  # BF16 kernels are not for FP64
+        exact = F.linear(x.double(), layer.weight.double(), layer.bias.double())
+        torch.testing.assert_close(output, exact)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_gradients_reach_the_input(bits):
-    layer = filled(IntegerLinear(64, 48, bits=bits, group_size=32), torch.randn(48, 64))
+def layers_of(width, out):
+    return {
+        "int8": IntegerLinear(width, out),
+        "int4": IntegerLinear(width, out, bits=4, group_size=32),
+        "int3": IntegerLinear(width, out, bits=3),
+        "w8a8": W8A8Linear(width, out),
+        "llm_int8": W8A8Linear(width, out, outlier_threshold=6.0),
+        "fp8": Fp8Linear(width, out),
+    }
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "w8a8", "llm_int8", "fp8"])
+def test_inputs_that_are_not_contiguous(kind):
+    layer = layers_of(64, 48)[kind].fill_nearest(torch.randn(48, 64))
+    for x in (torch.randn(64, 3).T, torch.randn(3, 128)[:, 64:], torch.randn(2, 64, 3).mT):
+        torch.testing.assert_close(layer(x), layer(x.contiguous()))
+        torch.testing.assert_close(layer(x.bfloat16()), layer(x.contiguous().bfloat16()))
+
+
+def test_a_single_column_is_multiplied_right():
+    x, weight = torch.randn(5, 1), torch.randn(32, 1)
+    output = W8A8Linear(1, 32).fill_nearest(weight)(x)
+    torch.testing.assert_close(output, x @ weight.T, rtol=0.01, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "w8a8", "llm_int8", "fp8"])
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+def test_the_input_gets_the_gradient_of_the_weight_that_the_layer_stands_for(kind, size):
+    layer = layers_of(64, 48)[kind].fill_nearest(torch.randn(48, 64))
     x = torch.randn(3, 64, requires_grad=True)
-    upstream = torch.randn(3, 48)
+    upstream = torch.randn(3, 48) * size
     layer(x).backward(upstream)
     torch.testing.assert_close(x.grad, upstream @ layer.weight)
 
@@ -339,18 +401,7 @@ def test_gradients_reach_the_input(bits):
 @pytest.mark.parametrize("kind", ["int8", "int4", "int3", "w8a8", "llm_int8", "fp8"])
 def test_shapes_bias_and_no_tokens(kind):
     weight, bias = torch.randn(48, 64), torch.randn(48)
-    layer = {
-        "int8": lambda: IntegerLinear(64, 48, True),
-        "int4": lambda: IntegerLinear(64, 48, True, bits=4, group_size=32),
-        "int3": lambda: IntegerLinear(64, 48, True, bits=3),
-        "w8a8": lambda: W8A8Linear(64, 48, True),
-        "llm_int8": lambda: W8A8Linear(64, 48, True, outlier_threshold=6.0),
-        "fp8": lambda: Fp8Linear(64, 48, True),
-    }[kind]()
-    if kind == "fp8":
-        layer.codes, layer.weight_scale_inv = block_quantize(weight, 128)
-    else:
-        filled(layer, weight)
+    layer = layers_of(64, 48)[kind].fill_nearest(weight)
     x = torch.randn(2, 3, 64)
     without = layer(x)
     layer.bias = bias
@@ -373,7 +424,7 @@ def test_biases_are_kept():
 def test_input_scale_divides_the_input_and_the_weight_that_others_read():
     weight, sigma = torch.randn(48, 64), torch.rand(64) + 0.5
     codes, scale = round_nearest(weight * sigma, 8)
-    layer = IntegerLinear(64, 48, kernel=False).fill(codes, scale, sigma)
+    layer = IntegerLinear(64, 48, kernel=False).fill(codes, scale, sigma.bfloat16())
     x = torch.randn(3, 64)
     torch.testing.assert_close(layer(x), F.linear(x, layer.weight))
     assert (layer.weight - weight).abs().max() < 0.05
@@ -381,21 +432,22 @@ def test_input_scale_divides_the_input_and_the_weight_that_others_read():
 
 # W8A8 and LLM.int8()
 def test_integer_product_by_hand():
-    layer = filled(W8A8Linear(3, 2), torch.tensor([[1.27, -0.5, 0.0], [0.0, 2.54, 1.0]]))
-    # weight steps 0.01 and 0.02, input steps 0.1 and 1
+    layer = W8A8Linear(3, 2).fill_nearest(torch.tensor([[1.27, -0.5, 0.0], [0.0, 2.54, 1.0]]))
+    # weight steps 0.01 and 0.02, rounded to BF16; input steps 0.1 and 1
     output = layer(torch.tensor([[12.7, -1.0, 0.2], [127.0, 3.0, 5.0]]))
     rows = [[127, -10, 2], [127, 3, 5]]
     columns = [[127, -50, 0], [0, 127, 50]]
+    steps = torch.tensor([0.01, 0.02]).bfloat16().tolist()
     expected = [
         [sum(a * b for a, b in zip(row, column, strict=True)) * s * t
-         for column, t in zip(columns, (0.01, 0.02), strict=True)]
+         for column, t in zip(columns, steps, strict=True)]
         for row, s in zip(rows, (0.1, 1.0), strict=True)
     ]  # fmt: skip
     torch.testing.assert_close(output, torch.tensor(expected))
 
 
 def test_each_row_of_inputs_has_its_own_scale():
-    layer = filled(W8A8Linear(64, 48), torch.randn(48, 64))
+    layer = W8A8Linear(64, 48).fill_nearest(torch.randn(48, 64))
     x = torch.randn(4, 64)
     alone = layer(x[:1])
     x[1:] *= 1000
@@ -403,7 +455,7 @@ def test_each_row_of_inputs_has_its_own_scale():
 
 
 def test_an_inexact_int_mm_is_not_used(monkeypatch):
-    layer, x = filled(W8A8Linear(64, 48), torch.randn(48, 64)), torch.randn(4, 64)
+    layer, x = W8A8Linear(64, 48).fill_nearest(torch.randn(48, 64)), torch.randn(4, 64)
     expected = layer(x)
     monkeypatch.setattr(q, "int_mm_is_exact", lambda: False)
     monkeypatch.setattr(torch, "_int_mm", lambda a, b: 1 / 0)
@@ -426,7 +478,7 @@ def test_an_overflowing_int_mm_is_found_out(monkeypatch):
 def test_outlier_columns_are_found_in_every_input_and_never_rounded():
     weight = torch.randint(-127, 128, (48, 64)).float()
     weight[:, 0] = 127.0  # steps of 1: the codes are the weights
-    layer = filled(W8A8Linear(64, 48, outlier_threshold=6.0), weight)
+    layer = W8A8Linear(64, 48, outlier_threshold=6.0).fill_nearest(weight)
     for column in (5, 40):  # another column each time
         for largest in (6.0, -77.77):  # the threshold itself counts
             x = torch.randint(0, 2, (3, 64)) * 2.0 - 1  # ±1: codes ±127, exact
@@ -442,8 +494,8 @@ def test_outlier_columns_are_found_in_every_input_and_never_rounded():
 
 def test_outliers_do_not_stretch_the_grid_of_the_others():
     weight, x = torch.randn(48, 64), torch.randn(8, 64)
-    mixed = filled(W8A8Linear(64, 48, outlier_threshold=6.0), weight)
-    plain = filled(W8A8Linear(64, 48), weight)
+    mixed = W8A8Linear(64, 48, outlier_threshold=6.0).fill_nearest(weight)
+    plain = W8A8Linear(64, 48).fill_nearest(weight)
     with_outlier = x.clone()
     with_outlier[:, 9] = 500.0
     without = x.clone()
@@ -457,9 +509,9 @@ def test_outliers_do_not_stretch_the_grid_of_the_others():
 @pytest.mark.performance
 def test_outlier_columns_take_no_second_copy():
     weight = torch.randn(256, 256)
-    mixed = filled(W8A8Linear(256, 256, outlier_threshold=6.0), weight)
-    assert mixed.weight_bytes() == filled(W8A8Linear(256, 256), weight).weight_bytes()
-    assert mixed.weight_bytes() == 256 * 256 + 4 * 256
+    mixed = W8A8Linear(256, 256, outlier_threshold=6.0).fill_nearest(weight)
+    assert mixed.weight_bytes() == W8A8Linear(256, 256).fill_nearest(weight).weight_bytes()
+    assert mixed.weight_bytes() == 256 * 256 + 2 * 256
 
 
 def test_few_large_columns_break_absmax_and_neither_llm_int8_nor_smoothquant():
@@ -471,9 +523,9 @@ def test_few_large_columns_break_absmax_and_neither_llm_int8_nor_smoothquant():
     size = F.linear(x[:, others], weight[:, others]).norm()
     sigma = q.smoothing_scale(weight, x.abs().amax(dim=0))
     outputs = {
-        "rows": filled(W8A8Linear(256, 256), weight)(x),
-        "mixed": filled(W8A8Linear(256, 256, outlier_threshold=6.0), weight)(x),
-        "smooth": filled(W8A8Linear(256, 256), weight * sigma)(x / sigma),
+        "rows": W8A8Linear(256, 256).fill_nearest(weight)(x),
+        "mixed": W8A8Linear(256, 256, outlier_threshold=6.0).fill_nearest(weight)(x),
+        "smooth": W8A8Linear(256, 256).fill_nearest(weight * sigma)(x / sigma),
     }
     errors = {name: ((y - F.linear(x, weight)).norm() / size) for name, y in outputs.items()}
     assert errors["rows"] > 0.15 and errors["mixed"] < 0.06 and errors["smooth"] < 0.06
@@ -485,6 +537,8 @@ def test_smoothing_scale_by_hand():
     scale = q.smoothing_scale(weight, largest)
     torch.testing.assert_close(scale, torch.tensor([2.0, 10.0, 1.0, 1.0]))
     assert q.smoothing_scale(weight, largest, alpha=1.0)[1] == 50.0
+    floor = torch.tensor([10.0, 1e-6, 10.0, 10.0])  # a column that calibration hardly saw
+    assert q.smoothing_scale(weight, floor, alpha=1.0)[1] == pytest.approx(floor.mean() / 10)
 
 
 # FP8 layers
@@ -661,7 +715,7 @@ def test_the_reference_gives_the_same_model(scheme):
     reference = use_reference(quantized)(ids)
     assert not any(getattr(m, "kernel_layout", False) for m in quantized.modules())
     # BF16 inputs and outputs of the kernels; W8A8 rounds what the kernels of before gave it
-    assert (kernels - reference).norm() < 0.03 * reference.norm()
+    assert (kernels - reference).norm() < 0.1 * reference.norm()
 
 
 @EVERY_SCHEME
@@ -708,6 +762,54 @@ def test_cached_generation_is_the_full_pass(scheme):
     assert torch.equal(drafted, text)
 
 
+@EVERY_SCHEME
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_models_of_other_precisions_generate(scheme, dtype):
+    ids = small_language(9, seed=5)[None]
+    for model in (quantize_model(small().to(dtype), scheme, calibration()),
+                  quantize_model(small(), scheme, calibration()).to(dtype)):  # fmt: skip
+        assert model.generate(ids, 4, speculative=True).shape == (1, 13)
+        assert model(ids).dtype == dtype and model(ids, path="absorbed").dtype == dtype
+
+
+def test_models_prepared_for_fp8_training_are_quantised_like_others():
+    model = small()
+    trained = prepare_fp8_training(prepare_fp8_training(model))
+    ids = calibration(2, 12)
+    for scheme in ("fp8", "int8"):
+        expected = quantize_model(model, scheme)(ids)
+        torch.testing.assert_close(quantize_model(trained, scheme)(ids), expected)
+    rounded = prepare_qat(trained, "int8")
+    torch.testing.assert_close(convert_qat(rounded)(ids), expected)
+    frozen = prepare_fp8_training(small().requires_grad_(False))
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    model = prepare_fp8_training(small(depth=0))
+    model(ids[:1, :3]).sum().backward()  # few tokens go expert by expert, one row each
+    assert model.layers[0].mlp.down_proj.weight.grad.isfinite().all()
+
+
+def test_a_model_straight_from_a_training_pass_is_copied():
+    model = small(depth=0)
+    moe = model.layers[1].mlp
+    moe.balance_loss = functools.partial(balance_over_batch, 0.01)
+    ids = calibration(2, 12)
+    q.next_token_loss(model.train()(ids), ids).backward()
+    kept = moe.last_balance_loss
+    assert kept.grad_fn is not None
+    for prepare in (lambda m: quantize_model(m, "int8"), lambda m: prepare_qat(m, "int8"),
+                    prepare_fp8_training):  # fmt: skip
+        assert prepare(model).layers[1].mlp.last_balance_loss is None
+    assert moe.last_balance_loss is kept
+
+
+def test_qat_of_a_bf16_model_trains_the_weights_that_it_converts_to():
+    rounded = prepare_qat(small().bfloat16(), "int8")
+    real = convert_qat(rounded)
+    fake = rounded.layers[0].self_attn.q_b_proj.weight
+    held = real.layers[0].self_attn.q_b_proj.weight
+    assert torch.equal(fake, held.bfloat16())
+
+
 @pytest.mark.parametrize("scheme", ["w8a8", "llm_int8", "smoothquant", "int4"])
 def test_kernels_generate(scheme):
     quantized = quantize_model(small(), scheme, calibration())
@@ -742,6 +844,18 @@ def test_an_expert_without_calibration_tokens_is_rounded_all_the_same(scheme):
 
 
 @pytest.mark.performance
+@pytest.mark.parametrize("scheme", ["int8", "llm_int8", "w8a8", "smoothquant"])
+def test_eight_bits_from_width_64_on(scheme):
+    def block(feed_forward):
+        return q.TransformerBlock(MultiHeadLatentAttention(64, 4, 64, 16, 8, 16), feed_forward)
+
+    experts = q.MixtureOfExperts(64, 64, q.TopKRouter(64, 4, 2), n_shared_experts=1)
+    model = CausalLM(32, 64, [block(q.SwiGLU(64, 64)), block(experts)])
+    stored, before = matrix_bytes(quantize_model(model, scheme, calibration(2, 16)))
+    assert stored <= 0.27 * before
+
+
+@pytest.mark.performance
 @pytest.mark.parametrize(
     ("scheme", "limit"), [("int8", 0.27), ("llm_int8", 0.27), ("w8a8", 0.27), ("smoothquant", 0.27),
                           ("int4", 0.15), ("gptq4", 0.15), ("awq4", 0.15), ("fp8", 0.27)],
@@ -770,12 +884,12 @@ def test_bytes_of_the_matrices_are_counted_and_small(scheme, limit):
 @pytest.mark.performance
 def test_bytes_of_one_layer_by_hand():
     weight = torch.randn(48, 256)
-    assert filled(IntegerLinear(256, 48), weight).weight_bytes() == 48 * (256 + 2)
-    four = filled(IntegerLinear(256, 48, bits=4, group_size=128), weight)
+    assert IntegerLinear(256, 48).fill_nearest(weight).weight_bytes() == 48 * (256 + 2)
+    four = IntegerLinear(256, 48, bits=4, group_size=128).fill_nearest(weight)
     assert four.kernel_layout and four.weight_bytes() == 48 * (128 + 2 * 4)  # scale and zero
     four.set_kernel(False)
     assert four.weight_bytes() == 48 * (128 + 2 * 2)
-    three = filled(IntegerLinear(256, 48, bits=3), weight)
+    three = IntegerLinear(256, 48, bits=3).fill_nearest(weight)
     assert three.weight_bytes() == 48 * (96 + 2)
     assert Fp8Linear(300, 200).weight_bytes() == 200 * 300 + 4 * 2 * 3
 
@@ -795,6 +909,13 @@ def test_other_widths_of_codes_work(bits):
     assert errors[1] < errors[0]
 
 
+def unreadable():
+    model = small()
+    with torch.no_grad():
+        model.embed_tokens.weight[calibration()[0, 5]] = math.nan
+    return model
+
+
 def poisoned(value):
     model = small()
     with torch.no_grad():
@@ -805,6 +926,7 @@ def poisoned(value):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: quantize_model(small(), ["int8"]), r"scheme=\['int8'\] must be one of"),
         (lambda: quantize_model(small(), "int5"), "scheme='int5' must be one of int8, llm_int8"),
         (lambda: quantize_model(nn.Linear(2, 2), "int8"), "must be a CausalLM, got Linear"),
         (lambda: quantize_model(small(), "gptq4"), "method 'gptq' needs calibration"),
@@ -819,6 +941,8 @@ def poisoned(value):
         (lambda: quantize_model(small(), "gptq4", "text"), "must be a tensor, got str"),
         (lambda: quantize_model(poisoned(math.nan), "int8"),
          r"block 1 mlp.experts.down_proj.2: the weights hold NaN or infinite"),
+        (lambda: quantize_model(unreadable(), "gptq4", calibration()),
+         "self_attn.q_a_proj: NaN or infinite inputs while reading the calibration"),
         (lambda: quantize_model(poisoned(math.inf), "fp8"), "hold NaN or infinite"),
         (lambda: quantize_model(quantize_model(small(), "int8"), "int4"), "quantised already"),
         (lambda: quantize_model(prepare_qat(small(), "int8"), "int8"), "prepared for QAT"),
@@ -827,8 +951,8 @@ def poisoned(value):
         (lambda: Scheme(bits=9), "bits=9 must be from 2 to 8"),
         (lambda: Scheme(bits=1), "bits=1 must be from 2 to 8"),
         (lambda: Scheme(group_size=0), "group_size=0 must be a number above 0"),
-        (lambda: Scheme("w8a8", bits=4), "has 8 bits, whole rows"),
-        (lambda: Scheme("llm_int8", method="gptq"), "no gptq"),
+        (lambda: Scheme("w8a8", bits=4), "takes bits=8 and group_size=None"),
+        (lambda: Scheme("llm_int8", method="gptq"), "'gptq' is for layer='weights'"),
         (lambda: Scheme("weights", method="smooth"), "'smooth' is for layer='w8a8'"),
         (lambda: Scheme("int8"), "layer='int8' must be one of"),
         (lambda: Scheme(method="best"), "method='best' must be one of"),
@@ -838,7 +962,7 @@ def poisoned(value):
         (lambda: prepare_qat(small(), Scheme(bits=4, group_size=48)), "must divide the row of 64"),
         (lambda: convert_qat(small()), "was not prepared by prepare_qat"),
         (lambda: prepare_fp8_training(quantize_model(small(), "int8")), "quantised already"),
-        (lambda: quantize_cache(small(), 9), "bits=9 must be from 2 to 8, or None"),
+        (lambda: quantize_cache(small(), 9), "bits=9 must be from 2 to 8"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named(call, message):

@@ -227,3 +227,8 @@ def test_rotated_attention_trains_after_inference_on_the_same_positions():
         attention(x, positions)
     attention(x, positions).sum().backward()
     assert attention.o_proj.weight.grad.norm() > 0
+
+
+def test_slices_at_odd_places_are_turned():
+    memory, turns = torch.randn(1, 5, 27), torch.polar(torch.ones(5, 4), torch.rand(5, 4))
+    torch.testing.assert_close(turn(memory[..., 19:], turns), turn(memory[..., 19:].clone(), turns))
