@@ -237,7 +237,10 @@ class QuantizedLinear(nn.Module):
             rows = (rows / self.input_scale).to(x.dtype)
         if not len(rows):  # an expert without tokens
             return x.new_zeros(*x.shape[:-1], self.out_features)
-        output = RoundedProduct.apply(rows, self)
+        if rows.requires_grad:
+            output = RoundedProduct.apply(rows, self)
+        else:
+            output = self.product(rows).to(x.dtype)
         if self.bias is not None:
             output = output + self.bias.to(x.dtype)
         return output.view(*x.shape[:-1], self.out_features)
@@ -284,9 +287,9 @@ class IntegerLinear(QuantizedLinear):
         super().__init__(in_features, out_features, bias, scaled_input)
         self.bits, self.group_size, self.kernel = bits, group_size or in_features, kernel
         self.kernel_layout = False
-        self.register_buffer("codes", None)
-        self.register_buffer("scale", None)
-        self.fill_nearest(torch.zeros(out_features, in_features))
+        codes, scale = round_nearest(torch.zeros(out_features, in_features), bits, group_size)
+        self.register_buffer("codes", codes if bits == 8 else pack_bits(codes, bits))
+        self.register_buffer("scale", scale)
 
     def fill(self, codes, scale, input_scale=None):
         """codes (out, in), int8; scale (out, groups), BF16; input_scale (in,), BF16."""

@@ -708,6 +708,41 @@ def test_every_matrix_is_quantised_and_nothing_else(scheme):
     assert not torch.equal(rounded, exact)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_each_scheme_fills_its_layers_by_its_own_method(scheme):
+    model = small(depth=0)
+    layer = quantize_model(model, scheme, calibration()).layers[0].self_attn.q_a_proj
+    linear = model.layers[0].self_attn.q_a_proj
+    statistics = InputStatistics(64)
+    with torch.no_grad():
+        statistics.add(model.layers[0].input_layernorm(model.embed_tokens(calibration())))
+    weight, sigma = linear.weight.detach(), None
+    if scheme == "awq4":
+        sigma = q.awq_input_scale(weight, statistics, 4, 64).bfloat16()
+    if scheme == "smoothquant":
+        sigma = q.smoothing_scale(weight, statistics.largest).bfloat16()
+    if sigma is not None:
+        assert torch.equal(layer.input_scale, sigma) and sigma.unique().numel() > 1
+        expected = round_nearest(weight * sigma, layer.bits, layer.group_size)
+    elif scheme == "gptq4":
+        expected = gptq(weight, statistics.hessian, 4, 64)
+    elif scheme == "fp8":
+        assert torch.equal(layer.weight, block_dequantize(*block_quantize(weight, 128), 128))
+        return
+    else:
+        expected = round_nearest(weight, layer.bits, layer.group_size)
+    if sigma is None:
+        assert layer.input_scale is None
+    use_reference(nn.ModuleList([layer]))
+    codes = layer.codes if layer.bits == 8 else unpack_bits(layer.codes, 4, 64)
+    # GPTQ's Hessian is summed in another order: a code may sit on the edge
+    assert (codes != expected[0]).float().mean() <= (0.01 if scheme == "gptq4" else 0)
+    assert torch.equal(layer.scale, expected[1])
+    assert (layer.outlier_threshold if scheme in ("w8a8", "llm_int8") else None) == (
+        6.0 if scheme == "llm_int8" else None
+    )
+
+
 @EVERY_SCHEME
 def test_the_reference_gives_the_same_model(scheme):
     quantized, ids = quantize_model(small(), scheme, calibration()), calibration(2, 12)
