@@ -156,7 +156,7 @@ def block_quantize(x, rows, columns=128):
     blocks = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
     scale = blocks.abs().amax(dim=(1, 3), keepdim=True) / E4M3_MAX
     scale = torch.where(scale == 0, 1, scale)
-    # The clamp matters for blocks so small that their scale is itself rounded coarsely.
+    # Beyond the end: blocks so small that their scale is rounded coarsely; not all casts saturate.
     codes = (blocks / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return codes.flatten(2).flatten(0, 1)[:height, :width].contiguous(), scale[:, 0, :, 0]
 
@@ -821,7 +821,7 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(context, weight, bits, group_size):
-        codes, scale = round_nearest(weight.float(), bits, group_size)
+        codes, scale = round_nearest(weight, bits, group_size)
         rounded = grouped(codes, group_size) * scale.float().unsqueeze(-1)
         return rounded.flatten(-2).to(weight.dtype)
 
