@@ -448,12 +448,10 @@ QUANTIZED_WEIGHTS = "quantized.safetensors"  # a name under which no one else lo
 
 def quantized_tensors(model):
     """The state of a quantised model by its own names; what MTP modules share stands there once."""
-    shared = tuple(f"mtp.{k}.{part}." for k in range(len(model.mtp)) for part in SHARED_PARTS)
+    mtp = range(len(model.mtp))
+    shared = tuple(f"mtp.{k}.{part}." for k in mtp for part in ("embedding", "head"))
     state = model.state_dict()
     return {name: tensor for name, tensor in state.items() if not name.startswith(shared)}
-
-
-SHARED_PARTS = ("embedding", "head")
 
 
 def load_quantized(config, directory):
@@ -533,10 +531,8 @@ def build_optimizers(model, peak_rate, muon=True):
     is a few rows: they stay with AdamW, and so do the experts, whose many matrices would make a
     step 40 % longer. Gate and up count as one matrix. Norms and the router do not decay.
     """
-    named, spared = (
-        dict(model.named_parameters()),
-        (".gate.", "embed_tokens", "lm_head", ".experts."),
-    )
+    named = dict(model.named_parameters())
+    spared = (".gate.", "embed_tokens", "lm_head", ".experts.")
     matrices = {
         name: p for name, p in named.items()
         if muon and p.dim() == 2 and not any(part in name for part in spared)
@@ -1015,6 +1011,8 @@ def evaluate_command(arguments):
         quantize_cache(model, arguments.cache_bits)
     if model.quantization is not None:
         print(describe_quantization(model))
+    elif model.cache_bits:
+        print(f"latent cache in {model.cache_bits} bits")
     scores = score(model, tokenizer, documents)
     print_scores(scores, documents, tokenizer, part)
 
