@@ -360,7 +360,7 @@ def fp8_training(trained, steps):
 
 # %% The picture
 def draw(schemes, path):
-    """Bytes of the matrices against what is lost, and speed, one mark a scheme."""
+    """Bytes of the matrices against what is lost (± 2 standard errors), and speed, by scheme."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -374,7 +374,7 @@ def draw(schemes, path):
         left.errorbar(scheme["matrices"], 1e3 * scheme["change"], 1e3 * error, fmt="o", label=name)
     left.axhline(0, color="gray", linewidth=0.8)
     left.set(xlabel="bytes of the matrices over FP32's",
-             ylabel="bits per byte over FP32 / 1000, ± 2 std. errors")  # fmt: skip
+             ylabel="thousandths of a bit per byte over FP32")  # fmt: skip
     left.legend()
     places = range(len(names))
     for shift, what in ((-0.2, "decode"), (0.2, "prefill")):
