@@ -229,7 +229,7 @@ class CausalLM(nn.Module):
 
     @torch.inference_mode()
     def _generate(self, prompts, lengths, new_tokens, sampling, eos_token_id, pad_token_id, stream,
-                  prefill_chunk, figures):  # fmt: skip
+                  prefill_chunk, figures, logprobs=None):  # fmt: skip
         """Token by token. prompts (B, T) at the left of their rows, lengths (B,) → (B, new)."""
         head = decoding_head(self.lm_head, new_tokens)
         caches = self.new_caches(capacity=prompts.shape[1] + new_tokens - 1)
@@ -241,7 +241,10 @@ class CausalLM(nn.Module):
         output = prompts.new_full((len(prompts), new_tokens), pad_token_id)
         finished = torch.zeros_like(lengths, dtype=torch.bool)
         for i in range(new_tokens):
-            fresh = sampling.choose(head(hidden[:, 0]))
+            logits = head(hidden[:, 0])
+            fresh = sampling.choose(logits)
+            if logprobs is not None:
+                logprobs.append(sampling.logprobs(logits, fresh))
             output[:, i] = fresh.masked_fill(finished, pad_token_id)
             if stream is not None:
                 stream([[] if done else [token] for done, token in
@@ -259,7 +262,7 @@ class CausalLM(nn.Module):
     def generate(
         self, input_ids, max_new_tokens, temperature=0.0, speculative=False, attention_mask=None,
         eos_token_id=None, pad_token_id=0, generator=None, top_k=None, top_p=None, depth=None,
-        prefill_chunk=None, stream=None, figures=None,
+        prefill_chunk=None, stream=None, figures=None, logprobs=None,
     ):  # fmt: skip
         """Continues each prompt with the latent cache: (B, T) → (B, T + new).
 
@@ -277,6 +280,8 @@ class CausalLM(nn.Module):
             figures: a dict to be filled: `forwards` passes of the main model (the prompts are one),
                 `tokens` of the longest continuation, `cache_bytes` of the latent caches; see
                 `speculative_generate`.
+            logprobs: a list to be filled with each pass's (B,) log-probabilities of the tokens it
+                chose (after a row's end they mean nothing). Not with drafts.
 
         Raises: ValueError if prompt and new tokens exceed the context, before any work is done.
         """
@@ -286,6 +291,8 @@ class CausalLM(nn.Module):
             raise ValueError(f"pad_token_id={pad_token_id} is not within the vocabulary")
         if depth is not None and not speculative:
             raise ValueError(f"depth={depth} is for speculative=True")
+        if logprobs is not None and speculative:
+            raise ValueError("logprobs are those of plain decoding: not with speculative=True")
         figures = {} if figures is None else figures
         figures.update(forwards=0, drafted=0, accepted=0, tokens=0, cache_bytes=0)
         input_ids = input_ids.long()
@@ -299,7 +306,9 @@ class CausalLM(nn.Module):
         if speculative:
             new = _speculate(self, prompts, lengths, max_new_tokens, sampling, depth, **options)
         else:
-            new = self._generate(prompts, lengths, max_new_tokens, sampling, **options)
+            new = self._generate(
+                prompts, lengths, max_new_tokens, sampling, logprobs=logprobs, **options
+            )
         return torch.cat([input_ids, new.clone()], dim=1)  # a clone may enter later training
 
     def _check_generation(self, input_ids, max_new_tokens, attention_mask, prefill_chunk=None):
@@ -365,6 +374,12 @@ class Sampling:
     def draw(self, probabilities):
         """(B, W) → (B,)."""
         return torch.multinomial(probabilities, 1, generator=self.generator).squeeze(1)
+
+    def logprobs(self, logits, tokens):
+        """(B, W), (B,) → (B,): how likely `tokens` were to be drawn; 0 where there is no choice."""
+        if self.greedy:
+            return torch.zeros_like(logits[:, 0], dtype=torch.float32)
+        return self.probabilities(logits).gather(1, tokens[:, None]).squeeze(1).log()
 
     def choose(self, logits):
         """(B, W) → (B,)."""
