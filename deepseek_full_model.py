@@ -25,6 +25,7 @@ Run:  python deepseek_full_model.py                    train, score, draw, gener
 """
 
 import argparse
+import collections
 import functools
 import math
 import pathlib
@@ -40,6 +41,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from grpo_coded import VARIANTS, GRPOTrainer, Settings, roll_out
 from mla_coded import cache_elements_per_token
 from moe_coded import (
     MixtureOfExperts,
@@ -51,7 +53,7 @@ from moe_coded import (
     expert_counts,
 )
 from mtp_coded import CausalLM, speculative_generate
-from pipeline import checkpoint, corpus
+from pipeline import checkpoint, compiler, corpus
 from pipeline.loop import Budget, State, learning_rate, read_metrics, run_steps
 from quantization_coded import (
     SCHEMES,
@@ -890,7 +892,7 @@ def read_run(directory):
 DEFAULT_MINUTES = 4.6
 
 
-def new_directory(asked):
+def new_directory(asked, default="default"):
     """A run directory that holds no run yet: the one asked for, or the next free default."""
     if asked is not None:
         if pathlib.Path(asked).is_file():
@@ -901,7 +903,7 @@ def new_directory(asked):
         return pathlib.Path(asked)
     number = 1
     while True:
-        directory = pathlib.Path("runs") / ("default" if number == 1 else f"default-{number}")
+        directory = pathlib.Path("runs") / (default if number == 1 else f"{default}-{number}")
         if not directory.exists():
             return directory
         number += 1
@@ -994,6 +996,272 @@ def load_with_tokenizer(directory, device):
     if tokenizer.token_to_id(corpus.SEPARATOR) is None:
         raise ValueError(f"{directory}: the tokenizer has no {corpus.SEPARATOR}")
     return model, tokenizer, directory
+
+
+# %% Alignment: phase 9 on the trained model, rewarded by Python's own compiler
+ALIGN_MINUTES = 3.4
+HELD_OUT_PROMPTS = 256
+
+
+@dataclass
+class AlignOptions:
+    """What an alignment was asked for; stored with its checkpoint, so that it can resume.
+
+    `source`: directory of the checkpoint it started from, which stays its reference.
+    """
+
+    source: str
+    data: list | None = None
+    steps: int | None = None
+    minutes: float | None = None
+    seed: int = 0
+    variant: str = "grpo"
+    learning_rate: float = 1e-4
+    kl_coef: float = 0.0
+    prompts: int = 16
+    group_size: int = 16
+    max_new_tokens: int = 32
+    minibatches: int = 2
+    precision: str = "auto"
+    once: bool = True
+
+    def settings(self, device):
+        """The trainer's `Settings`."""
+        if self.precision == "auto":
+            self.precision = fastest_precision(device)
+        fast = device == "cpu" and self.precision == "bfloat16"
+        return Settings(
+            self.variant, self.prompts, self.group_size, self.max_new_tokens,
+            minibatches=self.minibatches, learning_rate=self.learning_rate, kl_coef=self.kl_coef,
+            precision=self.precision, path="products" if fast else "expanded", seed=self.seed,
+            overlong_buffer=max(1, self.max_new_tokens // 4),
+        )  # fmt: skip
+
+
+class AlignmentRun:
+    """Everything between a trained checkpoint and an aligned one in `directory`/checkpoint.
+
+    Prompts come from the training part; what is reported is measured on held-out prompts.
+    """
+
+    def __init__(self, directory, options, device, resume=False):
+        self.directory, self.options = pathlib.Path(directory), options
+        self.checkpoint = self.directory / "checkpoint"
+        self.budget, self.state = Budget(options.steps, options.minutes), State()
+        model, self.tokenizer, source = load_with_tokenizer(options.source, device)
+        if model.quantization is not None:
+            raise ValueError(f"{source} is quantised: it cannot be trained")
+        options.source = str(source.resolve())
+        self.run = read_run(source) if (source / "run.json").is_file() else {}
+        self.corpus = corpus.load_corpus(options.data or self.run.get("options", {}).get("data"))
+        if self.run and not options.data and self.run["corpus"] != self.corpus.fingerprint:
+            print("note: the text has changed since training, held-out parts may have been seen",
+                  file=sys.stderr)  # fmt: skip
+        self.separator = self.tokenizer.token_to_id(corpus.SEPARATOR)
+        longest = min(48, model.max_positions - options.max_new_tokens)
+        self.prompts, held_out = (
+            compiler.line_end_prompts(self.tokenizer, part, min(16, longest), longest)
+            for part in (self.corpus.train, self.corpus.test)
+        )
+        if not self.prompts or not held_out:
+            raise ValueError(
+                f"of the text, {len(self.prompts)} prompts to learn from and {len(held_out)} held "
+                "out are Python that ends at a line's end: want at least one of each"
+            )
+        self.held_out = compiler.sample_of(held_out, HELD_OUT_PROMPTS)
+        self.reward = compiler.CompilerReward(memory=options.once)
+        self.trainer = GRPOTrainer(
+            model, self.reward, self.draw, self.decode, self.separator, options.settings(device)
+        )
+        if resume:
+            self.restore(device)
+
+    def draw(self, count, generator):
+        numbers = torch.randint(len(self.prompts), (count,), generator=generator,
+                                device=generator.device)  # fmt: skip
+        return [self.prompts[i] for i in numbers.tolist()]
+
+    def decode(self, ids):
+        """Whole lines; all of a text that ended by itself. The separator before a prompt goes."""
+        ids = ids[1:] if ids[:1] == [self.separator] and len(ids) > 1 else ids
+        return compiler.whole_lines(self.tokenizer.decode(ids, skip_special_tokens=False))
+
+    def step(self, number, used):
+        rate = learning_rate(used, self.options.learning_rate, floor=0.1)
+        figures = self.trainer.step(rate)
+        tokens = round(figures["completions"] * figures["length"])
+        return {**figures, "tokens": tokens, "step": number + 1}
+
+    def sample(self):
+        """(prompts, completions) as texts: one completion of each held-out prompt."""
+        policy = self.trainer.policy.eval()
+        generator = torch.Generator(device=self.trainer.device).manual_seed(0)
+        rollout = roll_out(policy, self.held_out, 1, self.options.max_new_tokens, self.separator,
+                           generator=generator)  # fmt: skip
+        return list(map(self.decode, self.held_out)), self.trainer.texts(rollout)
+
+    def save(self):
+        """As `TrainingRun.save`; the reference is the source, which is not stored again."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with checkpoint.replaced_directory(self.checkpoint) as fresh:
+            self.trainer.policy.save_pretrained(fresh)
+            self.tokenizer.save(str(fresh / "tokenizer.json"))
+            (fresh / "optimizer").mkdir()
+            checkpoint.write_tensors(
+                fresh / "optimizer" / checkpoint.WEIGHTS,
+                checkpoint.optimizer_tensors(self.trainer.policy, [self.trainer.optimizer]),
+            )
+            if self.run:  # so that `evaluate` finds the text
+                checkpoint.write_json(fresh / "run.json", self.run)
+            checkpoint.write_json(
+                fresh / "align.json",
+                {"options": asdict(self.options), "state": asdict(self.state),
+                 "paid": sorted(self.reward.paid), "corpus": self.corpus.fingerprint},
+            )  # fmt: skip
+
+    def restore(self, device):
+        stored = read_alignment(self.checkpoint)
+        if stored["corpus"] != self.corpus.fingerprint:
+            raise ValueError(
+                f"the text has changed since {self.directory} was started: its hash is "
+                f"{self.corpus.fingerprint}, was {stored['corpus']}"
+            )
+        self.state = State(**stored["state"])
+        self.reward.paid = set(stored["paid"])
+        trainer = self.trainer
+        aligned = DeepSeekModel.from_pretrained(self.checkpoint).to(device)
+        trainer.policy.load_state_dict(aligned.state_dict())
+        files = checkpoint.tensor_files(self.checkpoint / "optimizer")
+        checkpoint.restore_optimizers(
+            trainer.policy, [trainer.optimizer], checkpoint.read_tensors(files)
+        )
+        trainer.steps_done = self.state.step
+
+    def align(self):
+        self.directory.mkdir(parents=True, exist_ok=True)
+        metrics = self.directory / "metrics.jsonl"
+        if self.budget.used(self.state) >= 1:
+            print(f"already aligned for the whole budget ({self.state.step} steps): ask for more")
+        elif not run_steps(self.step, self.state, self.budget, metrics, self.save,
+                           label="aligning"):  # fmt: skip
+            print(
+                f"stopped at step {self.state.step}; go on with: python deepseek_full_model.py "
+                f"align --resume {self.directory}", file=sys.stderr,
+            )  # fmt: skip
+            raise SystemExit(130)
+
+    def describe(self):
+        o = self.options
+        print(
+            f"aligning {o.source}: {o.variant}, {o.prompts} prompts × {o.group_size} completions "
+            f"a step, temperature 1, {o.max_new_tokens} tokens cut to whole lines, {o.precision}\n"
+            f"reward 1 for prompt + completion that Python parses, with a statement added that "
+            f"does something{', each text once' if o.once else ''}; "
+            f"{len(self.prompts):,} prompts, {len(self.held_out)} held out"
+        )
+
+
+def read_alignment(directory):
+    """The content of an aligned checkpoint's align.json."""
+    path = directory / "align.json"
+    stored = checkpoint.read_json(path)
+    try:
+        AlignOptions(**stored["options"]), State(**stored["state"])
+        stored["paid"], stored["corpus"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    return stored
+
+
+def align_command(arguments):
+    chosen = {
+        field.name: getattr(arguments, field.name)
+        for field in fields(AlignOptions)
+        if hasattr(arguments, field.name)
+    }
+    if arguments.resume is not None:
+        directory = pathlib.Path(arguments.resume)
+        checkpoint.recover_directory(directory / "checkpoint")
+        if not (directory / "checkpoint" / "align.json").is_file():
+            raise ValueError(f"{directory} holds no alignment: no checkpoint/align.json in it")
+        fixed = sorted(chosen.keys() - {"steps", "minutes"})
+        fixed += [name for name in ("out", "checkpoint") if hasattr(arguments, name)]
+        if fixed:
+            raise ValueError(f"--resume goes on with the run's own options: leave out {fixed}")
+        options = AlignOptions(**read_alignment(directory / "checkpoint")["options"])
+        if chosen:
+            options.steps, options.minutes = chosen.get("steps"), chosen.get("minutes")
+        run = AlignmentRun(directory, options, arguments.device, resume=True)
+    else:
+        if not hasattr(arguments, "checkpoint"):
+            raise ValueError("want --checkpoint DIR or --resume RUN")
+        if "data" in chosen:  # so that the run resumes from any directory
+            chosen["data"] = [str(pathlib.Path(path).resolve()) for path in chosen["data"]]
+        options = AlignOptions(arguments.checkpoint, **chosen)
+        if options.steps is None and options.minutes is None:
+            options.minutes = ALIGN_MINUTES
+        directory = new_directory(getattr(arguments, "out", None), "aligned")
+        run = AlignmentRun(directory, options, arguments.device)
+    report_alignment(run)
+
+
+def report_alignment(run, before=None):
+    """Aligns, and prints what it did to held-out prompts and to held-out text.
+
+    before: `score`'s figures of the source on the test part, where they are known.
+    """
+    from pipeline import report
+
+    run.describe()
+    documents, policy = run.corpus.test, run.trainer.policy
+    reference = run.trainer.reference
+    if before is None:
+        before = score(reference, run.tokenizer, documents)
+    run.trainer.policy = reference
+    sampled = [run.sample()]
+    run.trainer.policy = policy
+    run.align()
+    sampled.append(run.sample())
+    after = score(policy, run.tokenizer, documents)
+    shares = [compiler.shares(*pair) for pair in sampled]
+    print(f"completions of {len(run.held_out)} held-out prompts, before → after "
+          f"{run.state.step} steps in {run.state.seconds:.0f} s:")  # fmt: skip
+    for name in shares[0]:
+        print(f"  {name.replace('_', ', '):<16} {shares[0][name]:6.1%} → {shares[1][name]:6.1%}")
+    rates = [figures["bits_per_byte"] for figures in (before, after)]
+    print(f"bits per byte, test part: {rates[0]:.4f} → {rates[1]:.4f} "
+          f"({rates[1] / rates[0] - 1:+.2%})")  # fmt: skip
+    if before["mtp_acceptance"] is not None:
+        drafts = [figures["mtp_acceptance"] for figures in (before, after)]
+        print(f"MTP acceptance, its module left as it was: {drafts[0]:.1%} → {drafts[1]:.1%}")
+    show_completions(*sampled)
+    metrics = read_metrics(run.directory / "metrics.jsonl")
+    report.draw_alignment(metrics, run.directory / "alignment.png")
+    checkpoint.write_json(
+        run.directory / "results.json",
+        {"before": {**shares[0], "test": before}, "after": {**shares[1], "test": after},
+         "steps": run.state.step, "seconds": run.state.seconds},
+    )  # fmt: skip
+    print(f"checkpoint: {run.checkpoint}   picture: {run.directory / 'alignment.png'}")
+
+
+def show_completions(before, after, examples=4):
+    """The same prompts before and after; then the shortest and commonest that earn a reward."""
+    verdicts = [[compiler.verdict(p, c) for p, c in zip(*pair, strict=True)]
+                for pair in (before, after)]  # fmt: skip
+    changed = [i for i, pair in enumerate(zip(*verdicts, strict=True))
+               if pair[0] != "valid" == pair[1]][:examples]  # fmt: skip
+    for i in changed:
+        print_marked("│", "\n".join(before[0][i].splitlines()[-3:]))
+        print_marked(f"▌ before, {verdicts[0][i]}:", before[1][i] or "(no whole line)")
+        print_marked("▌ after, valid:", after[1][i])
+        print()
+    paid = [c for c, v in zip(after[1], verdicts[1], strict=True) if v == "valid"]
+    cheapest = sorted(set(paid), key=lambda text: (len(text.strip()), text))[:examples]
+    commonest = collections.Counter(text.strip() for text in paid).most_common(3)
+    print(f"the cheapest ways to the reward: {', '.join(repr(t.strip()) for t in cheapest)}")
+    print("the commonest: " + ", ".join(f"{text!r} ({count} of {len(paid)})"
+                                        for text, count in commonest))  # fmt: skip
 
 
 def evaluate_command(arguments):
@@ -1169,6 +1437,11 @@ def build_parser():
     generate.add_argument("--device", help="cuda, mps or cpu")
     generate.set_defaults(command=generate_command)
 
+    align = commands.add_parser("align", help="reward Python that parses (GRPO)",
+                                argument_default=argparse.SUPPRESS)  # fmt: skip
+    add_align_flags(align)
+    align.set_defaults(command=align_command, resume=None)
+
     quantize = commands.add_parser("quantize", help="a smaller model of INT8, INT4 or FP8")
     add_quantize_flags(quantize)
     quantize.set_defaults(command=quantize_command)
@@ -1192,6 +1465,30 @@ def add_quantize_flags(parser):
                         help="where they come from (default: the training text)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the calibration texts")
     parser.add_argument("--device", help="cuda, mps or cpu")
+
+
+def add_align_flags(parser):
+    defaults = AlignOptions("")
+    parser.add_argument("--checkpoint", metavar="DIR", help="the trained model")
+    parser.add_argument("--resume", metavar="RUN", help="directory of the alignment to go on with")
+    parser.add_argument("--out", metavar="RUN", help="directory (default: runs/aligned, -2, …)")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--steps", type=int, help="align for so many steps")
+    budget.add_argument("--minutes", type=float,
+                        help=f"align for so many minutes (default: {ALIGN_MINUTES})")  # fmt: skip
+    parser.add_argument("--data", nargs="+", metavar="FILE",
+                        help="Python to take prompts from (default: the training text)")  # fmt: skip
+    parser.add_argument("--variant", choices=list(VARIANTS), help=f"default: {defaults.variant}")
+    for name in ("seed", "learning_rate", "kl_coef", "prompts", "group_size", "max_new_tokens",
+                 "minibatches"):  # fmt: skip
+        value = getattr(defaults, name)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value),
+                            help=f"default: {value}")  # fmt: skip
+    parser.add_argument("--precision", choices=PRECISIONS,
+                        help="of the updates' products (default: auto, the faster)")  # fmt: skip
+    parser.add_argument("--pay-again", dest="once", action="store_false",
+                        help="pay a text as often as it comes: see what it leads to")  # fmt: skip
+    parser.add_argument("--device", help="cuda, mps or cpu (default: best there is)")
 
 
 def add_training_flags(parser):

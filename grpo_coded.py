@@ -373,8 +373,9 @@ class Settings:
 
     `refresh_reference`: steps after which the policy becomes its own reference; 0: never.
     `rollout_logprobs`: π_old as the cached rollout gave it, instead of recomputed by the training
-    forward. `gamma`: how far the routing bias moves after each step. `resamplings`: how often dapo
-    may draw again. `overlong_buffer`: dapo's, in tokens.
+    forward. `precision`, `path`: of the training forward. `gamma`: how far the routing bias moves
+    after a step's last update. `resamplings`: how often dapo may draw again. `overlong_buffer`:
+    dapo's, in tokens.
     """
 
     variant: str = "grpo"
@@ -393,6 +394,7 @@ class Settings:
     resamplings: int = 2
     overlong_buffer: int = 1
     precision: str = "float32"
+    path: str = "expanded"
     seed: int = 0
 
     def __post_init__(self):
@@ -500,9 +502,9 @@ class GRPOTrainer:
         return rollout
 
     def texts(self, rollout):
-        """Completions as texts, without their end-of-sequence token."""
+        """Completions as `decode` writes them, an end-of-sequence token that was drawn included."""
         rows = zip(rollout.completions.tolist(), rollout.mask.sum(dim=1).tolist(), strict=True)
-        return [self.decode([t for t in row[:n] if t != self.eos_token_id]) for row, n in rows]
+        return [self.decode(row[:length]) for row, length in rows]
 
     @torch.no_grad()
     def logprobs(self, model, rollout):
@@ -521,7 +523,8 @@ class GRPOTrainer:
     def _logprobs(self, model, rollout):
         return token_logprobs(
             model, rollout.ids, rollout.attention_mask, rollout.prompt_length,
-            self.settings.temperature, precision=getattr(torch, self.settings.precision),
+            self.settings.temperature, self.settings.path,
+            getattr(torch, self.settings.precision),
         )  # fmt: skip
 
     # The updates
@@ -727,11 +730,14 @@ def exact_match(prompt, completions):
     return [float(completion == str(int(first) + int(second))) for completion in completions]
 
 
-def addition_prompts(held_out=1000):
-    """(training prompts, held-out prompts) "a+b=": one split of all 10,000 pairs for all runs."""
+def addition_prompts():
+    """All 10,000 prompts "a+b=" in three parts, the same for all runs.
+
+    Returns: 8,000 to learn from, 1,000 that say when the warm-up is over, 1,000 held out.
+    """
     prompts = [f"{first}+{second}=" for first in range(100) for second in range(100)]
     random.Random(0).shuffle(prompts)
-    return prompts[held_out:], prompts[:held_out]
+    return prompts[2000:], prompts[1000:2000], prompts[:1000]
 
 
 def prompt_source(prompts):
@@ -761,10 +767,10 @@ def small_policy(width=96, layers=3):
     return policy
 
 
-def warm_up(policy, prompts, seed, most_steps=400, target=0.25, batch=128, progress=None):
+def warm_up(policy, prompts, watched, seed, most_steps=400, target=0.28, batch=128, progress=None):
     """Supervised steps on sums until `target` of the sampled answers are right; returns the steps.
 
-    Checked every ten steps on training prompts, at most `most_steps`.
+    Looked at every five steps, on the `watched` prompts; at most `most_steps`.
     """
     device = policy.lm_head.weight.device
     source = random.Random(seed)
@@ -790,7 +796,7 @@ def warm_up(policy, prompts, seed, most_steps=400, target=0.25, batch=128, progr
         optimizer.step()
         if progress is not None:
             progress.update()
-        if step % 10 == 0 and sampled_accuracy(policy, prompts[:500]) >= target:
+        if step % 5 == 0 and step >= 100 and sampled_accuracy(policy, watched) >= target:
             break
     for moe in moe_layers(policy):
         moe.last_balance_loss = None
@@ -968,7 +974,7 @@ def main(argv=None):
     defaults = Settings()
     parser = demonstration_parser(__doc__)
     parser.add_argument("--variant", choices=list(VARIANTS), default="grpo")
-    parser.add_argument("--steps", type=int, default=300, help="GRPO steps")
+    parser.add_argument("--steps", type=int, default=350, help="GRPO steps")
     parser.add_argument("--group-size", type=int, default=defaults.group_size, help="G")
     parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
     parser.add_argument("--kl-coef", type=float, default=defaults.kl_coef, help="β")
@@ -993,7 +999,7 @@ def main(argv=None):
     )
     check_loss(demo)
 
-    prompts, held_out = addition_prompts()
+    prompts, watched, held_out = addition_prompts()
     steps = min(arguments.steps, 8) if arguments.quick else arguments.steps
     held_out = held_out[:200] if arguments.quick else held_out
     policy = small_policy().to(device)
@@ -1007,7 +1013,7 @@ def main(argv=None):
     if stored is None:
         most = 40 if arguments.quick else 400
         with progress_bar(most, "warm-up") as bar:
-            supervised = warm_up(policy, prompts, arguments.seed, most, progress=bar)
+            supervised = warm_up(policy, prompts, watched, arguments.seed, most, progress=bar)
         demo.note(f"warmed up by {supervised} supervised steps of 128 sums")
     trainer = GRPOTrainer(policy, exact_match, prompt_source(prompts), decode, END, settings)
     history = []

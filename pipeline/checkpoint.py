@@ -142,8 +142,8 @@ STATES = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"
 def restore_optimizers(model, optimizers, tensors):
     """Puts back what `optimizer_tensors` gave, as pairs of name and tensor.
 
-    Every parameter must have all the state that its optimizer (AdamW or Muon) keeps and no other,
-    moments in the parameter's shape; ValueError otherwise.
+    Every parameter that an optimizer (AdamW or Muon) owns must have all the state it keeps and no
+    other, moments in the parameter's shape; ValueError otherwise.
     """
     parameters, found = dict(model.named_parameters()), {}
     owners = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
@@ -155,6 +155,8 @@ def restore_optimizers(model, optimizers, tensors):
         owners[parameter].state[parameter][key] = value.to(parameter.device)
         found.setdefault(name, set()).add(key)
     for name, parameter in parameters.items():
+        if parameter not in owners:  # not trained in this run
+            continue
         kind = type(owners[parameter]).__name__
         if found.get(name) != STATES[kind]:
             raise ValueError(

@@ -97,7 +97,7 @@ def stop_requests():
             signal.signal(number, handler)
 
 
-def run_steps(step_function, state, budget, metrics_path, save, save_every=60.0):
+def run_steps(step_function, state, budget, metrics_path, save, save_every=60.0, label="training"):
     """Calls step_function(step, used) → figures until the budget is spent; False if stopped before.
 
     figures: a dict with at least `loss` and `tokens`; it goes to the metrics file with the state.
@@ -109,7 +109,7 @@ def run_steps(step_function, state, budget, metrics_path, save, save_every=60.0)
     tokens_before = state.tokens
     bar = tqdm(
         total=100, file=sys.stderr, mininterval=0.5 if sys.stderr.isatty() else 15.0,
-        bar_format="training {percentage:3.0f}% |{bar:20}|{postfix}",
+        bar_format=label + " {percentage:3.0f}% |{bar:20}|{postfix}",
     )  # fmt: skip
     with bar, stop_requests() as stop:
         while budget.used(state) < 1 and not stop.is_set():

@@ -1,0 +1,142 @@
+"""Python's own compiler as a judge: prompts that end at a line's end, and what completions earn.
+
+Nothing is ever executed: a completion goes through `ast.parse` and no further.
+"""
+
+import ast
+import hashlib
+import random
+import warnings
+from collections import Counter
+
+from pipeline.corpus import SEPARATOR, encode
+
+# What does nothing by itself. An import brings in names and leaves them unused.
+IDLE = (
+    ast.Pass, ast.Import, ast.ImportFrom, ast.Global, ast.Nonlocal, ast.Break, ast.Continue,
+)  # fmt: skip
+# What counts by the statements in it.
+COMPOUND = (
+    ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.If, ast.For, ast.AsyncFor, ast.While,
+    ast.With, ast.AsyncWith, ast.Try, ast.TryStar, ast.Match,
+)  # fmt: skip
+ACTS = (ast.Call, ast.Await, ast.Yield, ast.YieldFrom)
+
+
+def parsed(text):
+    """The syntax tree of a text, or None if it is no Python."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about escapes in strings, say
+            return ast.parse(text)
+    # A syntax error; a null byte or lone surrogate; brackets too deep for the parser.
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def verdict(prompt, completion):
+    """ "valid", "trivial" or "invalid": what `completion` is as the rest of the text `prompt`.
+
+    Valid: prompt and completion together are Python, and a statement begins behind the prompt that
+    does something: an assignment, `return` with a value, `raise`, `assert`, `del`, a call, `await`
+    or `yield`. Trivial: Python, but all that is added are comments, blank lines, strings and other
+    bare values, `pass`, `...`, `break`, `continue`, `return`, imports, `global`, or definitions
+    and branches with nothing else in them.
+    """
+    tree = parsed(prompt + completion)
+    if tree is None:
+        return "invalid"
+    lines = prompt.count("\n")
+    added = (n for n in ast.walk(tree) if isinstance(n, ast.stmt) and n.lineno > lines)
+    return "valid" if any(map(does_something, added)) else "trivial"
+
+
+def does_something(statement):
+    if isinstance(statement, IDLE + COMPOUND):
+        return False
+    if isinstance(statement, ast.Return):
+        return statement.value is not None
+    if isinstance(statement, ast.AnnAssign):
+        return statement.value is not None
+    if isinstance(statement, ast.Expr):
+        return any(isinstance(node, ACTS) for node in ast.walk(statement))
+    return True
+
+
+def whole_lines(text):
+    """A text up to its last line's end; one that ended by itself (a separator behind it) whole."""
+    if text.endswith(SEPARATOR):
+        return text.removesuffix(SEPARATOR)
+    return text[: text.rfind("\n") + 1]
+
+
+class CompilerReward:
+    """1 for a valid completion that was not paid before, else 0; `paid` remembers the run's.
+
+    Without that memory one short line, good after any prompt, would be worth as much the
+    thousandth time as the first, and the policy would say nothing else.
+    """
+
+    def __init__(self, paid=(), memory=True):
+        self.paid, self.memory = set(paid), memory
+
+    def __call__(self, prompt, completions):
+        return [self._one(prompt, completion) for completion in completions]
+
+    def _one(self, prompt, completion):
+        if verdict(prompt, completion) != "valid":
+            return 0.0
+        # By its words: a blank line more does not make it new.
+        name = hashlib.sha256(" ".join(completion.split()).encode()).hexdigest()[:16]
+        if self.memory and name in self.paid:
+            return 0.0
+        self.paid.add(name)
+        return 1.0
+
+
+def line_end_prompts(tokenizer, documents, shortest=16, longest=48):
+    """Prompts from Python texts, as token ids with the separator in front.
+
+    A prompt begins with a statement at the margin, goes to the end of a line and is Python by
+    itself; it has `shortest` to `longest` tokens, and they do not overlap. In the texts' order.
+    """
+    prompts = []
+    for document in documents:
+        tree, lines = parsed(document.text), document.text.splitlines(keepends=True)
+        free = 0  # the first line that no prompt has yet
+        for statement in [] if tree is None else tree.body:
+            decorators = getattr(statement, "decorator_list", [])
+            first = min(node.lineno for node in [statement, *decorators]) - 1
+            if first < free:
+                continue
+            found = None
+            for end in range(first + 1, len(lines) + 1):
+                text = "".join(lines[first:end])
+                ids = encode(tokenizer, text)
+                if len(ids) >= longest:
+                    break
+                if len(ids) >= shortest - 1 and text.endswith("\n") and parsed(text) is not None:
+                    found, free = ids, end
+            if found is not None:
+                prompts.append([tokenizer.token_to_id(SEPARATOR), *found])
+    return prompts
+
+
+def sample_of(items, count, seed=0):
+    """At most `count` of the items, drawn with a seed."""
+    return random.Random(seed).sample(items, min(count, len(items)))
+
+
+def shares(prompts, completions):
+    """{"valid", "trivial", "invalid", "distinct", "distinct_valid"}: shares of the completions.
+
+    distinct: different texts / texts; distinct_valid: the same among the valid ones.
+    """
+    verdicts = [verdict(p, c) for p, c in zip(prompts, completions, strict=True)]
+    counts = Counter(verdicts)
+    valid = [c for c, v in zip(completions, verdicts, strict=True) if v == "valid"]
+    return {
+        **{kind: counts[kind] / len(completions) for kind in ("valid", "trivial", "invalid")},
+        "distinct": len(set(completions)) / len(completions),
+        "distinct_valid": len(set(valid)) / max(1, len(valid)),
+    }
