@@ -1477,7 +1477,7 @@ def add_align_flags(parser):
     budget.add_argument("--minutes", type=float,
                         help=f"align for so many minutes (default: {ALIGN_MINUTES})")  # fmt: skip
     parser.add_argument("--data", nargs="+", metavar="FILE",
-                        help="Python to take prompts from (default: the training text)")  # fmt: skip
+                        help="Python for prompts (default: the training text)")  # fmt: skip
     parser.add_argument("--variant", choices=list(VARIANTS), help=f"default: {defaults.variant}")
     for name in ("seed", "learning_rate", "kl_coef", "prompts", "group_size", "max_new_tokens",
                  "minibatches"):  # fmt: skip

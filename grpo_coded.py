@@ -18,7 +18,8 @@ and clipped where it has moved far enough. A penalty can hold it near a frozen r
 
 Papers: DeepSeekMath (2024), section 4.1, equations 3–4; Dr. GRPO: Liu et al. (2025); DAPO: Yu et
 al. (2025); GSPO: Zheng et al. (2025); the k3 estimator: Schulman (2020).
-Simplified: the task is small enough to learn in two minutes, sums of two numbers from 0 to 99.
+Simplified: the task is small enough to learn in two minutes, sums of two numbers from 0 to 99,
+written last digit first (12+34=64).
 
 Dimensions: B batch (all completions) · G completions of a prompt · L completion length · T query
 positions · A active experts per token · W vocabulary.
@@ -711,7 +712,7 @@ def routing_report(trainer, gamma=0.01):
     return figures
 
 
-# %% The task: sums of two numbers from 0 to 99, written as a pupil writes them
+# %% The task: sums of two numbers from 0 to 99, written down as on paper, last digit first
 CHARACTERS = "0123456789+="
 END = len(CHARACTERS)  # end of sequence, and padding
 
@@ -725,9 +726,14 @@ def decode(ids):
 
 
 def exact_match(prompt, completions):
-    """1 for the sum, 0 for anything else. prompt "12+34=", completions without their end."""
+    """1 for the sum, 0 for anything else. prompt "12+34=", completions without their end: "64"."""
+    return [float(completion == sum_of(prompt)) for completion in completions]
+
+
+def sum_of(prompt):
+    """The answer to "a+b=", its last digit first: so each digit needs one carry, not all."""
     first, second = prompt.rstrip("=").split("+")
-    return [float(completion == str(int(first) + int(second))) for completion in completions]
+    return str(int(first) + int(second))[::-1]
 
 
 def addition_prompts():
@@ -780,8 +786,7 @@ def warm_up(policy, prompts, watched, seed, most_steps=400, target=0.28, batch=1
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1.0, step / 20)
         chosen = source.sample(prompts, batch)
-        answers = [str(int(p.split("+")[0]) + int(p.split("+")[1][:-1])) for p in chosen]
-        rows = [(encode(p), [*encode(a), END]) for p, a in zip(chosen, answers, strict=True)]
+        rows = [(encode(prompt), [*encode(sum_of(prompt)), END]) for prompt in chosen]
         ids = torch.full((batch, 10), END)
         real = torch.zeros(batch, 10, dtype=torch.bool)
         for i, (prompt, answer) in enumerate(rows):  # the answers begin at 6, as in a rollout
@@ -974,7 +979,7 @@ def main(argv=None):
     defaults = Settings()
     parser = demonstration_parser(__doc__)
     parser.add_argument("--variant", choices=list(VARIANTS), default="grpo")
-    parser.add_argument("--steps", type=int, default=350, help="GRPO steps")
+    parser.add_argument("--steps", type=int, default=250, help="GRPO steps")
     parser.add_argument("--group-size", type=int, default=defaults.group_size, help="G")
     parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
     parser.add_argument("--kl-coef", type=float, default=defaults.kl_coef, help="β")
@@ -1040,10 +1045,11 @@ def main(argv=None):
     after = answers(policy, held_out[:6])
     demo.note(f"held-out sums, answer sampled before → after {steps} steps:")
     for prompt, one, other in zip(held_out, before, after, strict=False):
-        demo.note(f"    {prompt}{one} → {prompt}{other}")
+        demo.note(f"    {prompt}{one} → {prompt}{other} (right: {sum_of(prompt)})")
+    published = settings == Settings(seed=arguments.seed) and steps == parser.get_default("steps")
+    learnt = start <= 0.35 and end >= 0.85 if published else end > start or arguments.quick
     demo.check(f"held-out sums right, sampled ({len(held_out):,})", "T = 1",
-               f"{start:.1%} → {end:.1%} (greedy {greedy:.1%})",
-               arguments.quick or end > start)  # fmt: skip
+               f"{start:.1%} → {end:.1%} (greedy {greedy:.1%})", learnt)  # fmt: skip
     draw_run(history, arguments.picture)
     demo.note(f"reward, KL, entropy and length: {arguments.picture}")
     demo.finish(
