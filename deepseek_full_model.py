@@ -15,13 +15,14 @@ Simplified: one device; documents packed without attention masks between them.
 Dimensions: B batch · T query positions · D model width · E routed experts · A active experts per
 token · W vocabulary.
 
-Run:  python deepseek_full_model.py                    train, score, draw, generate: ~6 minutes
+Run:  python deepseek_full_model.py                    train, score, draw, generate, align: ~9 min
       python deepseek_full_model.py --steps 20         the same as a smoke test, under a minute
       python deepseek_full_model.py train --data my.txt --minutes 10 --out runs/mine
       python deepseek_full_model.py train --resume runs/mine
       python deepseek_full_model.py evaluate --checkpoint runs/mine/checkpoint
       python deepseek_full_model.py generate --checkpoint runs/mine/checkpoint --prompt "def "
       python deepseek_full_model.py quantize --checkpoint runs/mine --scheme int4 --out runs/int4
+      python deepseek_full_model.py align --checkpoint runs/mine --out runs/aligned
 """
 
 import argparse
@@ -939,6 +940,7 @@ def whole_pipeline(arguments):
     )  # fmt: skip
     show_continuation(model, run.tokenizer, run.corpus.test)
     print(f"checkpoint: {run.checkpoint}   pictures: {', '.join(map(str, pictures))}")
+    align_after_training(run, scores)
 
 
 def show_continuation(model, tokenizer, documents, prompt_tokens=96, new_tokens=96):
@@ -1016,8 +1018,8 @@ class AlignOptions:
     minutes: float | None = None
     seed: int = 0
     variant: str = "grpo"
-    learning_rate: float = 1e-4
-    kl_coef: float = 0.0
+    learning_rate: float = 2e-4
+    kl_coef: float = 0.02
     prompts: int = 16
     group_size: int = 16
     max_new_tokens: int = 32
@@ -1036,6 +1038,10 @@ class AlignOptions:
             precision=self.precision, path="products" if fast else "expanded", seed=self.seed,
             overlong_buffer=max(1, self.max_new_tokens // 4),
         )  # fmt: skip
+
+
+class NoPrompts(ValueError):
+    """The text is not Python, or too little of it."""
 
 
 class AlignmentRun:
@@ -1058,13 +1064,13 @@ class AlignmentRun:
             print("note: the text has changed since training, held-out parts may have been seen",
                   file=sys.stderr)  # fmt: skip
         self.separator = self.tokenizer.token_to_id(corpus.SEPARATOR)
-        longest = min(48, model.max_positions - options.max_new_tokens)
+        longest = min(40, model.max_positions - options.max_new_tokens)
         self.prompts, held_out = (
             compiler.line_end_prompts(self.tokenizer, part, min(16, longest), longest)
             for part in (self.corpus.train, self.corpus.test)
         )
         if not self.prompts or not held_out:
-            raise ValueError(
+            raise NoPrompts(
                 f"of the text, {len(self.prompts)} prompts to learn from and {len(held_out)} held "
                 "out are Python that ends at a line's end: want at least one of each"
             )
@@ -1171,6 +1177,22 @@ def read_alignment(directory):
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     return stored
+
+
+def align_after_training(run, scores):
+    """The last step of the main job, with as large a part of its budget as by default."""
+    steps, minutes = run.options.steps, run.options.minutes
+    options = AlignOptions(
+        str(run.checkpoint), run.options.data, steps and math.ceil(steps / 10),
+        minutes and minutes * ALIGN_MINUTES / DEFAULT_MINUTES, run.options.seed,
+        precision=run.options.precision,
+    )  # fmt: skip
+    try:
+        alignment = AlignmentRun(run.directory / "aligned", options, run.device)
+    except NoPrompts as error:
+        print(f"not aligned: {error}")
+        return
+    report_alignment(alignment, scores)
 
 
 def align_command(arguments):

@@ -773,7 +773,7 @@ def small_policy(width=96, layers=3):
     return policy
 
 
-def warm_up(policy, prompts, watched, seed, most_steps=400, target=0.28, batch=128, progress=None):
+def warm_up(policy, prompts, watched, seed, most_steps=400, target=0.25, batch=128, progress=None):
     """Supervised steps on sums until `target` of the sampled answers are right; returns the steps.
 
     Looked at every five steps, on the `watched` prompts; at most `most_steps`.
@@ -979,7 +979,7 @@ def main(argv=None):
     defaults = Settings()
     parser = demonstration_parser(__doc__)
     parser.add_argument("--variant", choices=list(VARIANTS), default="grpo")
-    parser.add_argument("--steps", type=int, default=250, help="GRPO steps")
+    parser.add_argument("--steps", type=int, default=300, help="GRPO steps")
     parser.add_argument("--group-size", type=int, default=defaults.group_size, help="G")
     parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
     parser.add_argument("--kl-coef", type=float, default=defaults.kl_coef, help="β")
