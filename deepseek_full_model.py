@@ -1065,10 +1065,17 @@ class AlignmentRun:
                   file=sys.stderr)  # fmt: skip
         self.separator = self.tokenizer.token_to_id(corpus.SEPARATOR)
         longest = min(40, model.max_positions - options.max_new_tokens)
+        if longest < 2:
+            raise ValueError(
+                f"max_new_tokens={options.max_new_tokens} leaves no room for a prompt in the "
+                f"context of {model.max_positions}"
+            )
         self.prompts, held_out = (
             compiler.line_end_prompts(self.tokenizer, part, min(16, longest), longest)
             for part in (self.corpus.train, self.corpus.test)
         )
+        known = set(map(tuple, self.prompts))  # a licence, say, stands in many files
+        held_out = [prompt for prompt in held_out if tuple(prompt) not in known]
         if not self.prompts or not held_out:
             raise NoPrompts(
                 f"of the text, {len(self.prompts)} prompts to learn from and {len(held_out)} held "

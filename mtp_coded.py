@@ -372,8 +372,16 @@ class Sampling:
         return probabilities / probabilities.sum(dim=-1, keepdim=True)
 
     def draw(self, probabilities):
-        """(B, W) → (B,)."""
-        return torch.multinomial(probabilities, 1, generator=self.generator).squeeze(1)
+        """(B, W), which need not sum to 1 → (B,), by where a uniform number falls in running sums.
+
+        One number a row: `torch.multinomial` draws one an entry (256 rows of 8,192: 29 ms of a
+        pass of 70).
+        """
+        sums = probabilities.cumsum(dim=-1)
+        total = sums[:, -1:]
+        place = torch.rand(total.shape, device=sums.device, generator=self.generator) * total
+        place = torch.minimum(place, torch.nextafter(total, torch.zeros_like(total)))
+        return torch.searchsorted(sums, place, right=True).squeeze(1)
 
     def logprobs(self, logits, tokens):
         """(B, W), (B,) → (B,): how likely `tokens` were to be drawn; 0 where there is no choice."""

@@ -13,6 +13,8 @@ from torch import nn
 import deepseek_full_model as full
 from deepseek_full_model import (
     HERE,
+    AlignmentRun,
+    AlignOptions,
     DeepSeekConfig,
     DeepSeekModel,
     RunOptions,
@@ -27,7 +29,7 @@ from deepseek_full_model import (
 )
 from mla_coded import LatentCache
 from moe_coded import MixtureOfExperts, TopKRouter
-from pipeline import checkpoint, corpus
+from pipeline import checkpoint, compiler, corpus
 from pipeline.loop import read_metrics
 from quantization_coded import (
     SCHEMES,
@@ -972,9 +974,12 @@ def test_whole_pipeline_from_the_command_line(small_run, run_script, tmp_path):
                      "the same text as plain greedy decoding"):  # fmt: skip
         assert promised in result.stdout
     run = tmp_path / "run"
-    assert {"metrics.jsonl", "loss.png", "expert_load.png", "results.json", "checkpoint"} == {
-        path.name for path in run.iterdir()
-    }
+    assert {
+        "metrics.jsonl", "loss.png", "expert_load.png", "results.json", "checkpoint", "aligned"
+    } == {path.name for path in run.iterdir()}  # fmt: skip
+    for promised in ("aligning ", "held-out prompts, before → after 1 steps", "the cheapest ways"):
+        assert promised in result.stdout
+    assert (run / "aligned" / "alignment.png").stat().st_size > 1000
     assert {path.name for path in (run / "checkpoint").iterdir()} == {
         "config.json", "model.safetensors", "tokenizer.json", "run.json", "optimizer",
     }  # fmt: skip
@@ -1006,6 +1011,132 @@ def test_whole_pipeline_from_the_command_line(small_run, run_script, tmp_path):
     assert "1 of 1 texts the same as plain" in compared.stdout
     again = run_script("deepseek_full_model.py", *flags(options), "--steps", 6, "--out", "run")
     assert again.returncode == 2 and "already holds a run" in again.stderr
+
+
+# Alignment
+@pytest.fixture
+def trained(small_run, tmp_path):
+    """A run of two steps."""
+    _, options = small_run
+    run = TrainingRun(tmp_path / "trained", RunOptions(**options, steps=2), "cpu")
+    run.train()
+    return run
+
+
+@pytest.fixture
+def any_line_is_valid(monkeypatch):
+    """A judge whose reward an untrained model finds."""
+    monkeypatch.setattr(
+        compiler, "verdict", lambda prompt, text: "valid" if len(text) % 2 else "invalid"
+    )
+
+
+ALIGN = dict(prompts=2, group_size=4, max_new_tokens=12, learning_rate=1e-3)
+
+
+@pytest.mark.integration
+def test_a_stopped_alignment_resumes_with_the_same_figures(
+    trained, tmp_path, monkeypatch, any_line_is_valid
+):
+    def options():
+        return AlignOptions(str(trained.checkpoint), **ALIGN, steps=5)
+
+    whole = AlignmentRun(tmp_path / "whole", options(), "cpu")
+    whole.align()
+    stopped = AlignmentRun(tmp_path / "stopped", options(), "cpu")
+    update = stopped.trainer.optimizer.step
+
+    def interrupted():
+        update()
+        if stopped.state.step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    stopped.trainer.optimizer.step = interrupted
+    with pytest.raises(SystemExit) as exit_info:
+        stopped.align()
+    assert exit_info.value.code == 130 and stopped.state.step == 3
+    monkeypatch.chdir(tmp_path / "stopped")
+    full.main(["align", "--resume", str(tmp_path / "stopped"), "--device", "cpu"])
+
+    one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "stopped"))
+    for line in one + two:
+        line.pop("seconds")
+    assert len(one) == 5 and one == two
+    assert any(line["reward"] > 0 for line in one) and one[-1]["kl"] > 0
+    ours = dict(checkpoint.read_tensors(checkpoint.tensor_files(whole.checkpoint)))
+    for name, tensor in checkpoint.read_tensors(checkpoint.tensor_files(stopped.checkpoint)):
+        assert torch.equal(tensor, ours[name]), name
+    paid = [checkpoint.read_json(run.checkpoint / "align.json")["paid"] for run in (whole, stopped)]
+    assert paid[0] == paid[1] != []
+
+
+@pytest.mark.integration
+def test_align_from_the_command_line(trained, tmp_path, capsys, monkeypatch, any_line_is_valid):
+    monkeypatch.chdir(tmp_path)
+    small = [part for name, value in ALIGN.items()
+             for part in (f"--{name.replace('_', '-')}", str(value))]  # fmt: skip
+    command = ["align", "--checkpoint", "trained", *small, "--steps", "2", "--out", "aligned"]
+    full.main(command)
+    printed = capsys.readouterr().out
+    for promised in ("valid  ", "distinct", "bits per byte, test part", "MTP acceptance",
+                     "the cheapest ways to the reward", "temperature 1, 12 tokens cut"):  # fmt: skip
+        assert promised in printed
+    results = checkpoint.read_json(tmp_path / "aligned" / "results.json")
+    assert results["steps"] == 2 and results["before"]["test"] != results["after"]["test"]
+    full.main(["evaluate", "--checkpoint", "aligned"])
+    rate = results["after"]["test"]["bits_per_byte"]
+    assert f"this model   {rate:.4f}" in capsys.readouterr().out
+    before = dict(checkpoint.read_tensors(checkpoint.tensor_files(trained.checkpoint)))
+    after = dict(checkpoint.read_tensors(checkpoint.tensor_files(tmp_path / "aligned/checkpoint")))
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    layer = "model.layers.2."  # the MTP module is left as it was, its copies are the main model's
+    copies = {f"{layer}embed_tokens.weight", f"{layer}shared_head.head.weight"}
+    assert {name for name in before if name.startswith(layer)} - copies <= same
+    assert not {name for name in same if name.startswith("model.layers.0.self_attn")}
+    full.main(["align", "--resume", "aligned"])
+    assert "already aligned for the whole budget (2 steps)" in capsys.readouterr().out
+    for arguments, message in (
+        (command, "--out aligned already holds a run"),
+        (["align"], "want --checkpoint DIR or --resume RUN"),
+        (["align", "--resume", "trained"], "trained holds no alignment"),
+        (["align", "--resume", "aligned", "--seed", "3"], "leave out ['seed']"),
+        (["align", "--checkpoint", "trained", "--steps", "0"], "budget must be above 0, got 0"),
+        (["align", "--checkpoint", "trained", "--group-size", "0"], "group_size=0 must be"),
+        (["align", "--checkpoint", "trained", "--max-new-tokens", "64"], "max_new_tokens=64"),
+        (["align", "--checkpoint", "nowhere"], "nowhere is no checkpoint"),
+    ):
+        with pytest.raises(SystemExit) as exit_info:
+            full.main(arguments)
+        error = capsys.readouterr().err
+        assert exit_info.value.code == 2 and message in error, error
+        assert error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.integration
+def test_alignment_needs_python_and_weights_that_learn(trained, tmp_path):
+    prose = tmp_path / "prose.txt"
+    prose.write_text("".join(f"This is line {i} of a text.\n" for i in range(2000)))
+    options = AlignOptions(str(trained.checkpoint), [str(prose)], steps=1, **ALIGN)
+    with pytest.raises(full.NoPrompts, match="0 prompts to learn from and 0 held out are Python"):
+        AlignmentRun(tmp_path / "run", options, "cpu")
+    full.main(["quantize", "--checkpoint", str(trained.checkpoint), "--scheme", "int8", "--out",
+               str(tmp_path / "int8")])  # fmt: skip
+    with pytest.raises(ValueError, match="int8 is quantised: it cannot be trained"):
+        AlignmentRun(tmp_path / "run", AlignOptions(str(tmp_path / "int8"), steps=1), "cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_prompts_to_learn_from_are_training_text(trained, tmp_path):
+    options = AlignOptions(str(trained.checkpoint), steps=1, **ALIGN)
+    run = AlignmentRun(tmp_path / "run", options, "cpu")
+    parts = {name: "".join(d.text for d in run.corpus.part(name)) for name in ("train", "test")}
+    assert all(run.decode(prompt) in parts["train"] for prompt in run.prompts)
+    assert all(run.decode(prompt) in parts["test"] for prompt in run.held_out)
+    assert not {*map(tuple, run.prompts)} & {*map(tuple, run.held_out)}
+    end = run.separator
+    assert run.decode([end, *corpus.encode(run.tokenizer, "a = 1\nb")]) == "a = 1\n"
+    assert run.decode([*corpus.encode(run.tokenizer, "a = 1\nb"), end]) == "a = 1\nb"
+    assert run.decode([end]) == ""
 
 
 @pytest.mark.integration

@@ -1,0 +1,738 @@
+"""Phase 9: group relative policy optimisation."""
+
+import math
+
+import pytest
+import torch
+
+import grpo_coded
+from grpo_coded import (
+    END,
+    VARIANTS,
+    GRPOTrainer,
+    Rollout,
+    Settings,
+    addition_prompts,
+    checked_rewards,
+    completion_mask,
+    decode,
+    encode,
+    exact_match,
+    group_advantages,
+    grpo_loss,
+    load_run,
+    naive_grpo_loss,
+    overlong_penalty,
+    prompt_source,
+    recorded_routing,
+    roll_out,
+    routing_flips,
+    routing_report,
+    sampled_accuracy,
+    save_run,
+    small_policy,
+    sum_of,
+    token_logprobs,
+    train,
+    warm_up,
+)
+
+EVERY_VARIANT = pytest.mark.parametrize("variant", VARIANTS)
+
+
+# Advantages
+def test_advantages_by_hand():
+    rewards = torch.tensor([1.0, 0.0, 0.0, 3.0, 5.0, 5.0, 5.0, 7.0])
+    with_std = group_advantages(rewards, 4)
+    root = math.sqrt(2)  # the sample variance of 1, 0, 0, 3 is 6/3; of 5, 5, 5, 7 it is 3/3
+    wanted = torch.tensor([0, -1 / root, -1 / root, 2 / root, -0.5, -0.5, -0.5, 1.5])
+    torch.testing.assert_close(with_std, wanted, atol=1e-5, rtol=0)  # the epsilon of the std
+    plain = group_advantages(rewards, 4, normalize_std=False)
+    assert plain.tolist() == [0, -1, -1, 2, -0.5, -0.5, -0.5, 1.5]
+
+
+@pytest.mark.parametrize("normalize_std", [True, False])
+@pytest.mark.parametrize("group_size", [1, 3])
+def test_equal_rewards_give_exactly_zero(group_size, normalize_std):
+    rewards = torch.full((6,), 0.1)  # whose mean of three is not 0.1 in FP32
+    assert group_advantages(rewards, group_size, normalize_std).tolist() == [0.0] * 6
+
+
+def test_shifting_and_scaling_rewards_changes_nothing():
+    rewards = torch.rand(12, dtype=torch.float64)
+    advantages = group_advantages(rewards, 4)
+    torch.testing.assert_close(group_advantages(rewards + 7, 4), advantages)
+    # Scaling: up to the epsilon beside a std of about 0.3.
+    torch.testing.assert_close(group_advantages(5 * rewards, 4), advantages, rtol=1e-4, atol=0)
+    plain = group_advantages(rewards, 4, normalize_std=False)
+    torch.testing.assert_close(group_advantages(rewards - 3, 4, normalize_std=False), plain)
+
+
+def test_integer_and_list_rewards_are_taken():
+    assert group_advantages(torch.tensor([1, 0]), 2, normalize_std=False).tolist() == [0.5, -0.5]
+    assert group_advantages([1, 0], 2, normalize_std=False).tolist() == [0.5, -0.5]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "group_size", "message"),
+    [
+        (torch.ones(6), 4, "6 rewards must be divisible by group_size=4"),
+        (torch.ones(6), 0, "group_size=0"),
+        (torch.ones(2, 3), 3, r"rewards must be \(B,\), got \(2, 3\)"),
+        (torch.tensor([1.0, math.nan]), 2, "rewards must be finite"),
+    ],
+)
+def test_wrong_rewards_are_named(rewards, group_size, message):
+    with pytest.raises(ValueError, match=message):
+        group_advantages(rewards, group_size)
+
+
+def test_overlong_penalty_by_hand():
+    lengths = torch.tensor([0, 6, 7, 8, 10])
+    assert overlong_penalty(lengths, 10, 4).tolist() == [0, 0, -0.25, -0.5, -1]
+    with pytest.raises(ValueError, match="buffer=11"):
+        overlong_penalty(lengths, 10, 11)
+
+
+# The loss by hand: two completions, of three tokens and of one
+def hand_case(ratios=((1.5, 1.0, 0.5), (1.1, 1.0, 1.0)), advantages=(1.0, -1.0)):
+    old_logp = torch.tensor([[-1.0, -2.0, -0.5], [-3.0, math.nan, math.inf]])
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    logp = (old_logp + torch.tensor(ratios).log()).requires_grad_()
+    return logp, old_logp, torch.tensor(advantages), mask
+
+
+@pytest.mark.parametrize(
+    ("variant", "max_length", "loss"),
+    [
+        # 1.5 is clipped to 1.2; (1.2 + 1 + 0.5)/3 and −1.1, then the mean of two completions
+        ("grpo", None, -(2.7 / 3 - 1.1) / 2),
+        # the sums, over two times the constant length
+        ("dr_grpo", None, -(2.7 - 1.1) / (2 * 3)),
+        ("dr_grpo", 4, -(2.7 - 1.1) / (2 * 4)),
+        # clipped to 1.28; all four tokens alike
+        ("dapo", None, -(1.28 + 1 + 0.5 - 1.1) / 4),
+        # (1.5 · 1 · 0.5)^(1/3) and 1.1; neither is on the side where the clip works
+        ("gspo", None, -(0.75 ** (1 / 3) - 1.1) / 2),
+    ],
+)
+def test_loss_by_hand(variant, max_length, loss):
+    logp, old_logp, advantages, mask = hand_case()
+    got, _ = grpo_loss(
+        logp, old_logp, None, advantages, mask, variant=variant, max_length=max_length
+    )
+    assert got.item() == pytest.approx(loss, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("variant", "loss", "low", "high"),
+    [
+        # 0.5 is clipped to 0.8 where Â < 0; 1.1 is within the clip
+        ("grpo", -((-1.5 - 1 - 0.8) / 3 + 1.1) / 2, 1 / 4, 0),
+        ("dr_grpo", -((-1.5 - 1 - 0.8) + 1.1) / 6, 1 / 4, 0),
+        ("dapo", -((-1.5 - 1 - 0.8) + 1.1) / 4, 1 / 4, 0),
+        # both completions are clipped, at 0.9997 and at 1.0004
+        ("gspo", -(-0.9997 + 1.0004) / 2, 1 / 2, 1 / 2),
+    ],
+)
+def test_clipping_below_by_hand(variant, loss, low, high):
+    logp, old_logp, advantages, mask = hand_case(advantages=(-1.0, 1.0))
+    got, figures = grpo_loss(logp, old_logp, None, advantages, mask, variant=variant)
+    assert got.item() == pytest.approx(loss, abs=1e-6)
+    assert figures["clip_low"] == pytest.approx(low)
+    assert figures["clip_high"] == pytest.approx(high)
+
+
+def test_figures_by_hand():
+    logp, old_logp, advantages, mask = hand_case()
+    ref_logp = logp.detach() + math.log(0.5)
+    _, figures = grpo_loss(logp, old_logp, ref_logp, advantages, mask)
+    assert figures["ratio"] == pytest.approx((1.5 + 1 + 0.5 + 1.1) / 4)
+    assert figures["clip_high"] == pytest.approx(1 / 4) and figures["clip_low"] == 0
+    assert figures["kl"] == pytest.approx(0.5 - math.log(0.5) - 1)
+    drawn = [-1 + math.log(1.5), -2, -0.5 + math.log(0.5), -3 + math.log(1.1)]
+    assert figures["entropy"] == pytest.approx(-sum(drawn) / 4)
+    _, figures = grpo_loss(logp, old_logp, None, advantages, mask, variant="gspo")
+    assert figures["ratio"] == pytest.approx((0.75 ** (1 / 3) + 1.1) / 2)
+    assert figures["kl"] is None
+
+
+@pytest.mark.parametrize(
+    ("variant", "average"), [("grpo", 1.0), ("dr_grpo", 4 / 6), ("dapo", 1.0), ("gspo", 1.0)]
+)
+def test_k3_by_hand(variant, average):
+    logp, _, _, mask = hand_case()
+    ref_logp = logp.detach() + math.log(0.5)  # π_ref/π = 1/2; upside down it would be 2 − ln 2 − 1
+    loss, _ = grpo_loss(
+        logp, logp.detach(), ref_logp, torch.zeros(2), mask, kl_coef=0.3, variant=variant
+    )
+    assert loss.item() == pytest.approx(0.3 * average * (0.5 - math.log(0.5) - 1), abs=1e-6)
+
+
+def test_k3_is_never_negative_and_zero_for_equals():
+    logp = -torch.rand(4, 5) * 3
+    mask = torch.ones(4, 5, dtype=torch.bool)
+    for _ in range(20):
+        ref_logp = -torch.rand(4, 5) * 3
+        _, figures = grpo_loss(logp, logp, ref_logp, torch.zeros(4), mask)
+        assert figures["kl"] > 0
+    assert grpo_loss(logp, logp, logp, torch.zeros(4), mask)[1]["kl"] == 0
+
+
+# The loss against two other derivations, and by finite differences
+def random_case(dtype=torch.float64, B=6, L=5):
+    mask = torch.arange(L) < torch.tensor([[5], [3], [1], [2], [4], [0]])
+    logp = (torch.randn(B, L, dtype=dtype) - 2).requires_grad_()
+    old_logp, ref_logp = (logp.detach() + 0.3 * torch.randn(B, L, dtype=dtype) for _ in range(2))
+    advantages = group_advantages(torch.randn(B, dtype=dtype), 3)
+    return logp, old_logp, ref_logp, advantages, mask
+
+
+def plain_python(logp, old, ref, advantages, mask, kl_coef, variant):
+    """Numbers and lists only, from the papers' formulas."""
+    low, high = {"grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2), "dapo": (0.2, 0.28),
+                 "gspo": (3e-4, 4e-4)}[variant]  # fmt: skip
+    per_completion, lengths = [], []
+    for row in range(len(advantages)):
+        tokens = [t for t, counts in enumerate(mask[row]) if counts]
+        gains = []
+        for t in tokens:
+            ratio = math.exp(logp[row][t] - old[row][t])
+            if variant == "gspo":
+                product = math.prod(math.exp(logp[row][u] - old[row][u]) for u in tokens)
+                ratio = product ** (1 / len(tokens))
+            bounded = max(1 - low, min(1 + high, ratio))
+            odds = math.exp(ref[row][t]) / math.exp(logp[row][t])
+            gain = min(ratio * advantages[row], bounded * advantages[row])
+            gains.append(gain - kl_coef * (odds - math.log(odds) - 1))
+        per_completion.append(sum(gains))
+        lengths.append(len(tokens))
+    if variant == "dapo":
+        return -sum(per_completion) / sum(lengths)
+    if variant == "dr_grpo":
+        return -sum(per_completion) / (len(advantages) * len(mask[0]))
+    means = [gain / max(1, n) for gain, n in zip(per_completion, lengths, strict=True)]
+    return -sum(means) / len(means)
+
+
+@EVERY_VARIANT
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+def test_loss_matches_plain_python(variant, kl_coef):
+    case = random_case()
+    loss, _ = grpo_loss(*case, kl_coef=kl_coef, variant=variant)
+    lists = [tensor.detach().tolist() for tensor in case]
+    assert loss.item() == pytest.approx(plain_python(*lists, kl_coef, variant), rel=1e-9)
+
+
+@EVERY_VARIANT
+def test_batched_loss_and_gradient_are_the_naive_ones(variant):
+    case = random_case()
+    setting = VARIANTS[variant]
+    loss, _ = grpo_loss(*case, kl_coef=0.1, variant=variant, max_length=7)
+    naive = naive_grpo_loss(*case, kl_coef=0.1, variant=variant, max_length=7,
+                            clip_low=setting.clip_low, clip_high=setting.clip_high)  # fmt: skip
+    torch.testing.assert_close(loss, naive)
+    gradients = [torch.autograd.grad(value, case[0])[0] for value in (loss, naive)]
+    torch.testing.assert_close(*gradients)
+
+
+@EVERY_VARIANT
+def test_gradients_by_finite_differences(variant):
+    logp, *rest = random_case()
+    assert torch.autograd.gradcheck(
+        lambda x: grpo_loss(x, *rest, kl_coef=0.1, variant=variant)[0], (logp,), eps=1e-7
+    )
+
+
+# Properties
+def test_at_ratio_one_the_loss_is_zero_and_its_gradient_is_not():
+    logp = torch.randn(6, 5, requires_grad=True)
+    advantages = group_advantages(torch.rand(6), 3)
+    loss, figures = grpo_loss(logp, logp.detach(), None, advantages, torch.ones(6, 5))
+    (gradient,) = torch.autograd.grad(loss, logp)
+    assert abs(loss.item()) < 1e-6 and figures["ratio"] == 1
+    # ∂loss/∂logp = −Â/(B·L) there
+    torch.testing.assert_close(gradient, (-advantages / 30).unsqueeze(1).expand(6, 5))
+
+
+@EVERY_VARIANT
+def test_equal_rewards_give_no_policy_gradient(variant):
+    logp, old_logp, _, _, mask = random_case()
+    advantages = group_advantages(torch.full((6,), 0.1, dtype=torch.float64), 3)
+    loss, _ = grpo_loss(logp, old_logp, None, advantages, mask, variant=variant)
+    assert torch.autograd.grad(loss, logp)[0].abs().max() == 0
+
+
+@EVERY_VARIANT
+@pytest.mark.parametrize("content", [0.0, -1e9, math.nan, math.inf])
+def test_padding_content_changes_nothing(variant, content):
+    logp, old_logp, ref_logp, advantages, mask = random_case()
+    results = []
+    for filled in (False, True):
+        tensors = [x.detach().clone() for x in (logp, old_logp, ref_logp)]
+        if filled:
+            for tensor in tensors:
+                tensor[~mask] = content
+        tensors[0].requires_grad_()
+        loss, figures = grpo_loss(*tensors, advantages, mask, kl_coef=0.1, variant=variant)
+        results.append((loss.detach(), torch.autograd.grad(loss, tensors[0])[0], figures))
+    torch.testing.assert_close(results[0][:2], results[1][:2], rtol=0, atol=0)
+    assert results[0][2] == results[1][2]
+
+
+@EVERY_VARIANT
+def test_no_gradient_reaches_old_and_reference(variant):
+    logp, old_logp, ref_logp, advantages, mask = random_case()
+    old_logp.requires_grad_()
+    ref_logp.requires_grad_()
+    loss, _ = grpo_loss(logp, old_logp, ref_logp, advantages, mask, kl_coef=0.1, variant=variant)
+    loss.backward()
+    assert old_logp.grad is None and ref_logp.grad is None
+
+
+@EVERY_VARIANT
+def test_nothing_that_counts_gives_zero_and_no_nan(variant):
+    logp, old_logp, ref_logp, _, mask = random_case()
+    for counted in (mask, torch.zeros_like(mask)):
+        advantages = group_advantages(torch.rand(6, dtype=torch.float64), 1)  # G = 1
+        loss, figures = grpo_loss(
+            logp, old_logp, ref_logp, advantages, counted, kl_coef=0.1, variant=variant
+        )
+        assert loss.isfinite() and torch.autograd.grad(loss, logp)[0].isfinite().all()
+        assert all(math.isfinite(value) for value in figures.values())
+    assert loss == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(variant="ppo"), "variant='ppo' must be one of grpo, dr_grpo, dapo, gspo"),
+        (dict(kl_coef=0.1, ref_logp=None), "kl_coef=0.1 needs ref_logp"),
+        (dict(kl_coef=-1.0), "kl_coef=-1.0"),
+        (dict(clip_low=1.5), "clip_low=1.5"),
+        (dict(clip_high=-0.1), "clip_high=-0.1"),
+        (dict(max_length=0), "max_length=0"),
+        (dict(mask=torch.ones(6, 4)), r"mask must be \(6, 5\), got \(6, 4\)"),
+        (dict(old_logp=torch.ones(6)), r"old_logp must be \(6, 5\)"),
+        (dict(advantages=torch.ones(5)), r"advantages must be \(6,\), got \(5,\)"),
+        (dict(logp=torch.ones(5)), r"logp must be \(B, L\), got \(5,\)"),
+    ],
+)
+def test_wrong_loss_arguments_are_named(changes, message):
+    names = ("logp", "old_logp", "ref_logp", "advantages", "mask")
+    arguments = {**dict(zip(names, random_case(), strict=True)), **changes}
+    with pytest.raises(ValueError, match=message):
+        grpo_loss(**arguments)
+
+
+# Which tokens count
+def test_tokens_after_the_first_end_never_count():
+    end = 9
+    completions = torch.tensor([[1, 9, 3, 9], [9, 9, 9, 9], [1, 2, 3, 4], [1, 2, 3, 9]])
+    wanted = [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
+    assert completion_mask(completions, end).long().tolist() == wanted
+
+
+@pytest.fixture(scope="module")
+def policy():
+    torch.manual_seed(0)
+    return small_policy(width=32, layers=2)
+
+
+def test_logprobs_are_those_of_each_sequence_alone(policy):
+    """Shifted by one, prompts left out, left padding without effect."""
+    policy.eval()
+    prompts = [encode("7+8="), encode("12+34="), encode("1+10=")]
+    rollout = roll_out(policy, prompts, 2, 5, END, generator=torch.Generator().manual_seed(1))
+    logp = token_logprobs(policy, rollout.ids, rollout.attention_mask, rollout.prompt_length)
+    assert logp.shape == rollout.mask.shape == (6, 5)
+    for i in range(6):
+        length = int(rollout.mask[i].sum())
+        prompt, completion = prompts[i // 2], rollout.completions[i, :length]
+        ids = torch.cat([torch.tensor(prompt), completion])[None]
+        log_p = policy(ids)[0].log_softmax(dim=-1)
+        alone = [log_p[len(prompt) - 1 + t, token] for t, token in enumerate(completion)]
+        torch.testing.assert_close(logp[i, :length], torch.stack(alone), atol=1e-5, rtol=1e-5)
+        # The cached decoding had the same.
+        torch.testing.assert_close(rollout.logp[i, :length], torch.stack(alone).detach(),
+                                   atol=1e-5, rtol=1e-5)  # fmt: skip
+
+
+def test_temperature_enters_logprobs(policy):
+    ids, mask = torch.randint(0, END, (2, 7)), torch.ones(2, 7, dtype=torch.bool)
+    log_p = (policy(ids)[:, 3:-1] / 0.5).log_softmax(dim=-1)
+    wanted = log_p.gather(2, ids[:, 4:, None]).squeeze(2)
+    torch.testing.assert_close(token_logprobs(policy, ids, mask, 4, temperature=0.5), wanted)
+
+
+def test_generation_gives_the_logprobs_of_what_it_drew(policy):
+    ids, given = torch.tensor([encode("1+2=")]), []
+    output = policy.generate(
+        ids, 4, 0.7, logprobs=given, generator=torch.Generator().manual_seed(3)
+    )
+    log_p = (policy(output)[0, 3:-1] / 0.7).log_softmax(dim=-1)
+    wanted = log_p.gather(1, output[0, 4:, None]).squeeze(1)
+    torch.testing.assert_close(torch.cat(given), wanted, atol=1e-5, rtol=1e-5)
+    given = []
+    policy.generate(ids, 2, logprobs=given)
+    assert torch.cat(given).tolist() == [0, 0]  # greedy: no choice
+    with pytest.raises(ValueError, match="logprobs"):
+        policy.generate(ids, 2, speculative=True, logprobs=[])
+
+
+def test_joined_rollouts_keep_their_rows(policy):
+    parts = [roll_out(policy, [encode(text)], 2, 3, END) for text in ("1+2=", "12+34=")]
+    for part in parts:
+        part.rewards = part.advantages = torch.arange(2.0)
+    both = Rollout.joined(parts)
+    assert both.ids.shape == (4, 9) and both.prompt_length == 6
+    for i, part in enumerate(parts):
+        rows = both.rows(torch.arange(2 * i, 2 * i + 2))
+        assert torch.equal(rows.completions, part.completions)
+        assert torch.equal(rows.mask, part.mask) and torch.equal(rows.logp, part.logp)
+        one, other = (
+            token_logprobs(policy, r.ids, r.attention_mask, r.prompt_length) for r in (rows, part)
+        )
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+# The reward
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (lambda prompt, texts: [1.0], r"gave 1 rewards for the 2 completions of prompt '1\+2='"),
+        (lambda prompt, texts: [1.0, math.nan], r"gave nan for prompt '1\+2=', completion 'b'"),
+        (lambda prompt, texts: 1 / 0, r"raised ZeroDivisionError .* for prompt '1\+2='"),
+        (lambda prompt, texts: None, r"raised TypeError .* for prompt '1\+2='"),
+        (lambda prompt, texts: ["x", "y"], r"raised ValueError .* for prompt '1\+2='"),
+    ],
+)
+def test_wrong_rewards_name_the_prompt(reward, message):
+    with pytest.raises(ValueError, match=message):
+        checked_rewards(reward, "1+2=", ["a", "b"])
+
+
+def test_exact_match_by_hand():
+    assert sum_of("12+34=") == "64" and sum_of("99+99=") == "891" and sum_of("0+0=") == "0"
+    assert exact_match("12+34=", ["64", "46", "640", "", "6"]) == [1, 0, 0, 0, 0]
+
+
+def test_the_three_parts_of_the_sums_do_not_meet():
+    parts = addition_prompts()
+    assert [len(part) for part in parts] == [8000, 1000, 1000]
+    assert len(set().union(*parts)) == 10_000
+    drawn = prompt_source(parts[0])(500, torch.Generator().manual_seed(0))
+    assert {decode(ids) for ids in drawn} <= set(parts[0])
+
+
+# The trainer
+def trainer_for(policy, reward=exact_match, prompts=("1+2=", "12+34=", "7+10="), **settings):
+    settings = Settings(**{**dict(prompts=4, group_size=4, minibatches=1), **settings})
+    torch.manual_seed(0)
+    return GRPOTrainer(policy, reward, prompt_source(list(prompts)), decode, END, settings)
+
+
+def likes_ones(prompt, completions):
+    """A reward that every policy can find."""
+    return [text.count("1") / 5 for text in completions]
+
+
+def recorded_losses(monkeypatch):
+    """Collects (logp, old_logp) of every update."""
+    calls = []
+
+    def record(logp, old_logp, *rest, **options):
+        calls.append((logp.detach().clone(), old_logp.clone()))
+        return grpo_loss(logp, old_logp, *rest, **options)
+
+    monkeypatch.setattr(grpo_coded, "grpo_loss", record)
+    return calls
+
+
+@pytest.mark.parametrize("minibatches", [1, 3])
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+def test_first_ratio_is_exactly_one_and_learns(monkeypatch, minibatches, kl_coef):
+    calls = recorded_losses(monkeypatch)
+    trainer = trainer_for(small_policy(32, 2), likes_ones, minibatches=minibatches, kl_coef=kl_coef)
+    before = [p.detach().clone() for p in trainer.policy.parameters()]
+    figures = trainer.step()
+    assert len(calls) == minibatches
+    assert torch.equal(*calls[0])
+    for later in calls[1:]:  # the policy has moved under them
+        assert not torch.equal(*later)
+    assert figures["gradient_norm"] > 0
+    moved = [
+        not torch.equal(p, q) for p, q in zip(before, trainer.policy.parameters(), strict=True)
+    ]
+    assert all(moved)
+
+
+def test_passes_go_over_the_same_rollout(monkeypatch):
+    calls = recorded_losses(monkeypatch)
+    trainer = trainer_for(small_policy(32, 2), likes_ones, minibatches=2, passes=3, kl_coef=0.1)
+    trainer.step()
+    assert len(calls) == 6
+    rows = [sorted(map(tuple, torch.cat([old for _, old in calls[i : i + 2]]).tolist()))
+            for i in (0, 2, 4)]  # fmt: skip
+    assert rows[0] == rows[1] == rows[2]
+
+
+def test_rollout_logprobs_can_be_kept(monkeypatch):
+    calls = recorded_losses(monkeypatch)
+    trainer = trainer_for(small_policy(32, 2), likes_ones, rollout_logprobs=True, kl_coef=0.1)
+    kept = []
+    monkeypatch.setattr(trainer, "collect", lambda: kept.append(GRPOTrainer.collect(trainer)) or
+                        kept[-1])  # fmt: skip
+    trainer.step()
+    rollout = kept[0][0]
+    drawn = sorted(map(tuple, rollout.logp.tolist()))
+    assert sorted(map(tuple, calls[0][1].tolist())) == drawn
+    assert not torch.equal(*calls[0])  # in the last bits
+
+
+def test_rows_without_signal_are_left_out_but_counted():
+    """The same gradient as with them."""
+
+    def gradients(skip):
+        torch.manual_seed(3)
+        trainer = trainer_for(
+            small_policy(32, 2), lambda p, texts: [float(p == "1+2=" and "1" in t) for t in texts],
+            prompts=("1+2=", "12+34="), kl_coef=0.0 if skip else 1e-12, learning_rate=1e-9,
+        )  # fmt: skip
+        for moe in grpo_coded.moe_layers(trainer.policy):  # its loss is over all rows
+            moe.balance_loss = None
+        rollout, _ = trainer.collect()
+        assert 0 < (rollout.advantages != 0).sum() < len(rollout.ids)
+        trainer.policy.train()
+        trainer.update(rollout, trainer.logprobs(trainer.reference, rollout))
+        return [p.grad for p in trainer.policy.parameters()]
+
+    for one, other in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+def test_dapo_draws_groups_without_signal_again():
+    """Only one of the two prompts can have signal: the other never enters the update."""
+
+    def reward(prompt, texts):
+        return [float(prompt == "1+2=") * i for i, _ in enumerate(texts)]
+
+    settings = Settings(variant="dapo", prompts=4, group_size=4, minibatches=1, resamplings=8,
+                        max_new_tokens=6)  # fmt: skip
+    trainer = GRPOTrainer(small_policy(32, 2), reward, prompt_source(["1+2=", "12+34="]), decode,
+                          END, settings)  # fmt: skip
+    rollout, drawn = trainer.collect()
+    assert len(rollout.ids) == 16 and len(drawn.ids) > 16
+    grpo = trainer_for(small_policy(32, 2), reward, prompts=("1+2=", "12+34="))
+    rollout, drawn = grpo.collect()
+    assert len(rollout.ids) == len(drawn.ids) == 16
+
+
+def test_dapo_punishes_completions_that_run_out_of_room():
+    policy = small_policy(32, 2)
+    with torch.no_grad():  # half of the completions end at once, half never
+        policy.lm_head.weight.zero_()
+    trainer = trainer_for(policy, lambda p, texts: [1.0] * len(texts), variant="dapo",
+                          group_size=16, resamplings=0)  # fmt: skip
+    rollout = trainer.judged([encode("1+2=")], torch.Generator().manual_seed(0))
+    full = rollout.mask.all(dim=1)
+    assert 0 < full.sum() < 16
+    assert (rollout.advantages[full] < 0).all() and (rollout.advantages[~full] > 0).all()
+    assert (rollout.rewards == 1).all()  # what is reported is the reward itself
+
+
+def test_variants_normalise_in_their_own_way():
+    rewards = {}
+    for variant in ("grpo", "dr_grpo"):
+        trainer = trainer_for(small_policy(32, 2), likes_ones, variant=variant)
+        rollout, _ = trainer.collect()
+        rewards[variant] = rollout.advantages
+        wanted = group_advantages(rollout.rewards, 4, normalize_std=variant == "grpo")
+        assert torch.equal(rollout.advantages, wanted)
+    assert not torch.equal(*rewards.values())
+
+
+def test_reference_is_frozen_until_it_is_refreshed():
+    trainer = trainer_for(small_policy(32, 2), likes_ones, refresh_reference=2, learning_rate=1e-2)
+    start = trainer.reference.lm_head.weight.clone()
+    trainer.step()
+    assert torch.equal(trainer.reference.lm_head.weight, start)
+    assert not torch.equal(trainer.policy.lm_head.weight, start)
+    trainer.step()
+    assert torch.equal(trainer.reference.lm_head.weight, trainer.policy.lm_head.weight)
+    assert not any(p.requires_grad for p in trainer.reference.parameters())
+
+
+def test_kl_pulls_back_to_the_reference():
+    trainer = trainer_for(small_policy(32, 2), lambda p, texts: [0.0] * len(texts), kl_coef=1.0,
+                          prompts=("1+2=",), group_size=32, learning_rate=3e-3)  # fmt: skip
+    with torch.no_grad():
+        trainer.policy.lm_head.weight += 0.3 * torch.randn_like(trainer.policy.lm_head.weight)
+    history = [trainer.step()["kl"] for _ in range(30)]
+    assert sum(history[-5:]) < 0.7 * sum(history[:5])
+
+
+def test_routing_bias_moves_after_the_updates_only(monkeypatch):
+    trainer = trainer_for(small_policy(32, 2), likes_ones, minibatches=2, gamma=0.5)
+    biases = []
+    monkeypatch.setattr(grpo_coded, "grpo_loss", lambda *a, **k: biases.append(
+        [m.gate.e_score_correction_bias.clone() for m in grpo_coded.moe_layers(trainer.policy)]
+    ) or grpo_loss(*a, **k))  # fmt: skip
+    trainer.step()
+    assert all((bias == 0).all() for step in biases for bias in step)
+    moved = [m.gate.e_score_correction_bias for m in grpo_coded.moe_layers(trainer.policy)]
+    assert all((bias.abs() == 0.5).any() for bias in moved)
+
+
+def test_trainer_improves_a_policy():
+    trainer = trainer_for(small_policy(32, 2), likes_ones, prompts=("1+2=", "3+4="), group_size=16,
+                          learning_rate=3e-3)  # fmt: skip
+    rewards = [trainer.step()["reward"] for _ in range(25)]
+    assert sum(rewards[:3]) / 3 < 0.15 and sum(rewards[-3:]) / 3 > 0.5
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [("", "prompt 0 is empty"), ("1+1+1+1+1+1+", r"prompt 0, '1\+1.*, has 12 tokens: with 5 new")],
+)
+def test_prompts_that_cannot_be_are_named(prompt, message):
+    trainer = trainer_for(small_policy(32, 2), prompts=(prompt,))
+    with pytest.raises(ValueError, match=message):
+        trainer.step()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(variant="ppo"), "variant='ppo'"),
+        (dict(group_size=0), "group_size=0 must be at least 1"),
+        (dict(minibatches=17), "minibatches=17 exceed the 16 completions"),
+        (dict(temperature=0.0), "temperature=0.0 must be a number above 0"),
+        (dict(learning_rate=math.nan), "learning_rate=nan"),
+        (dict(momentum=1.0), "momentum=1.0"),
+        (dict(kl_coef=math.inf), "kl_coef=inf"),
+    ],
+)
+def test_wrong_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**{**dict(prompts=4, group_size=4), **settings})
+
+
+# Stopping and going on
+def test_a_killed_run_goes_on_with_the_same_figures(tmp_path):
+    def fresh():
+        torch.manual_seed(0)
+        return trainer_for(small_policy(32, 2), likes_ones, minibatches=2, kl_coef=0.01, gamma=0.01,
+                           refresh_reference=3)  # fmt: skip
+
+    unbroken, whole = fresh(), []
+    train(unbroken, 6, whole)
+
+    class Killed(Exception):
+        pass
+
+    class Bar:
+        def set_postfix_str(self, *a, **k):
+            pass
+
+        def update(self):
+            if len(history) == 5:
+                raise Killed
+
+    killed, history, path = fresh(), [], tmp_path / "run.pt"
+    with pytest.raises(Killed):  # in step 5, after the file of step 4
+        train(killed, 6, history, path, every=2, progress=Bar())
+    stored = load_run(path)
+    assert len(stored["history"]) == 4
+    torch.manual_seed(99)  # nothing depends on the state of the global generator
+    other = trainer_for(small_policy(32, 2), likes_ones, minibatches=2, kl_coef=0.01, gamma=0.01,
+                        refresh_reference=3)  # fmt: skip
+    other.restore(stored["grpo"])
+    torch.manual_seed(7)
+    resumed = stored["history"]
+    train(other, 6, resumed, path, every=2)
+    assert resumed == whole
+    for one, two in zip(unbroken.policy.parameters(), other.policy.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_stored_runs_are_checked(tmp_path):
+    path = tmp_path / "run.pt"
+    trainer = trainer_for(small_policy(32, 2))
+    save_run(path, trainer, [], 3)
+    with pytest.raises(ValueError, match="the stored run has group_size=4, this one 8"):
+        trainer_for(small_policy(32, 2), group_size=8).restore(load_run(path)["grpo"])
+    path.write_bytes(b"something else")
+    with pytest.raises(ValueError, match="is no run of this script"):
+        load_run(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
+
+
+# Routing
+def test_routing_flips_by_hand():
+    one = torch.tensor([[[[0, 1], [0, 2], [1, 2]], [[0, 1], [0, 1], [0, 1]]]])  # (1, 2, 3, 2)
+    other = one.clone()
+    other[0, 0, 1] = torch.tensor([1, 3])
+    other[0, 1, 2] = torch.tensor([2, 3])  # followed by padding: does not count
+    mask = torch.tensor([[True, True, True, True], [True, True, False, False]])
+    assert routing_flips(one, other, mask) == (1, 4)
+    assert routing_flips(one[:, :, :2], other, mask) == (1, 3)
+
+
+def test_routing_is_the_same_decoded_and_trained(policy):
+    trainer = trainer_for(policy, prompts=("1+2=", "12+34="))
+    before = [p.clone() for p in policy.state_dict().values()]
+    report = routing_report(trainer, gamma=0.3)
+    flips = {name: figures[0] for name, figures in report.items()}
+    assert flips["cached rollout → training forward, FP32"] == 0
+    assert report["cached rollout → training forward, FP32"][3] < 1e-4
+    assert flips["routing bias moved by ±0.3"] > 0
+    assert report["routing bias moved by ±0.3"][2] > 1e-4  # and then ρ is not 1 any more
+    assert all(figures[1] > 0 for figures in report.values())
+    for one, other in zip(before, policy.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_recorded_routing_leaves_no_hooks(policy):
+    with pytest.raises(ZeroDivisionError), recorded_routing(policy) as seen:
+        policy(torch.tensor([encode("1+2=")]))
+        assert [passes[0].shape for passes in seen.values()] == [(4, 2), (4, 2)]
+        raise ZeroDivisionError
+    assert not any(moe._forward_hooks for moe in grpo_coded.moe_layers(policy))
+
+
+# The task and the script
+def test_warm_up_stops_at_its_target_and_leaves_no_load():
+    prompts, watched, _ = addition_prompts()
+    policy = small_policy(32, 2)
+    assert warm_up(policy, prompts, watched[:50], seed=0, most_steps=3) == 3
+    assert warm_up(policy, prompts, watched[:50], seed=0, most_steps=120, target=0.0) == 100
+    assert all(moe.gate.load.sum() == 0 for moe in grpo_coded.moe_layers(policy))
+    assert 0 <= sampled_accuracy(policy, watched[:50]) <= 0.5
+
+
+def test_warm_up_sees_training_prompts_only(monkeypatch):
+    prompts, watched, _ = addition_prompts()
+    seen = []
+    monkeypatch.setattr(grpo_coded, "sum_of", lambda p: seen.append(p) or sum_of(p))
+    warm_up(small_policy(32, 2), prompts, watched, seed=0, most_steps=2)
+    assert len(seen) == 256 and set(seen) <= set(prompts)
+
+
+@pytest.mark.integration
+def test_script(check_script):
+    check_script("grpo_coded.py", ["--quick"], ["--steps", "0"], "--steps=0 must be at least 1")
+
+
+@pytest.mark.integration
+def test_script_goes_on_from_its_checkpoint(run_script, tmp_path):
+    arguments = ("grpo_coded.py", "--quick", "--variant", "dapo", "--checkpoint", "run.pt")
+    first = run_script(*arguments)
+    assert first.returncode == 0, first.stderr
+    again = run_script(*arguments)
+    assert again.returncode == 0 and "goes on at step 8" in again.stdout
+    result = [line for line in first.stdout.splitlines() if "held-out sums right" in line]
+    assert result and result[0] in again.stdout
+    other = run_script("grpo_coded.py", "--quick", "--checkpoint", "run.pt")
+    assert other.returncode == 2 and "variant=dapo, this one grpo" in other.stderr
+    assert (tmp_path / "pictures" / "grpo.png").stat().st_size > 1000
