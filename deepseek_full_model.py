@@ -1018,11 +1018,11 @@ class AlignOptions:
     minutes: float | None = None
     seed: int = 0
     variant: str = "grpo"
-    learning_rate: float = 2e-4
-    kl_coef: float = 0.02
+    learning_rate: float = 1.4e-4
+    kl_coef: float = 0.03
     prompts: int = 16
     group_size: int = 16
-    max_new_tokens: int = 32
+    max_new_tokens: int = 24
     minibatches: int = 2
     precision: str = "auto"
     once: bool = True
@@ -1064,14 +1064,14 @@ class AlignmentRun:
             print("note: the text has changed since training, held-out parts may have been seen",
                   file=sys.stderr)  # fmt: skip
         self.separator = self.tokenizer.token_to_id(corpus.SEPARATOR)
-        longest = min(40, model.max_positions - options.max_new_tokens)
+        longest = min(32, model.max_positions - options.max_new_tokens)
         if longest < 2:
             raise ValueError(
                 f"max_new_tokens={options.max_new_tokens} leaves no room for a prompt in the "
                 f"context of {model.max_positions}"
             )
         self.prompts, held_out = (
-            compiler.line_end_prompts(self.tokenizer, part, min(16, longest), longest)
+            compiler.line_end_prompts(self.tokenizer, part, min(12, longest), longest)
             for part in (self.corpus.train, self.corpus.test)
         )
         known = set(map(tuple, self.prompts))  # a licence, say, stands in many files

@@ -1079,7 +1079,7 @@ def test_align_from_the_command_line(trained, tmp_path, capsys, monkeypatch, any
     full.main(command)
     printed = capsys.readouterr().out
     for promised in ("valid  ", "distinct", "bits per byte, test part", "MTP acceptance",
-                     "the cheapest ways to the reward", "temperature 1, 12 tokens cut"):  # fmt: skip
+                     "the cheapest ways to the reward", "temperature 1, 12 tokens"):  # fmt: skip
         assert promised in printed
     results = checkpoint.read_json(tmp_path / "aligned" / "results.json")
     assert results["steps"] == 2 and results["before"]["test"] != results["after"]["test"]

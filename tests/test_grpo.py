@@ -179,6 +179,21 @@ def test_k3_is_never_negative_and_zero_for_equals():
     assert grpo_loss(logp, logp, logp, torch.zeros(4), mask)[1]["kl"] == 0
 
 
+@pytest.mark.comparison
+def test_mean_k3_is_pytorchs_kl_divergence():
+    """Σ_x π(x) k3(x) = KL(π ‖ π_ref), over all tokens of a small vocabulary."""
+    log_p, log_ref = torch.randn(2, 7, dtype=torch.float64).log_softmax(dim=-1)
+    zeros, mask = torch.zeros(7, dtype=torch.float64), torch.ones(7, 1, dtype=torch.bool)
+    loss = [
+        grpo_loss(log_p[x, None, None], log_p[x, None, None], log_ref[x, None, None], zeros[:1],
+                  mask[:1], kl_coef=1.0)[0]
+        for x in range(7)
+    ]  # fmt: skip
+    mean = (log_p.exp() * torch.stack(loss)).sum()
+    policy, reference = (torch.distributions.Categorical(logits=x) for x in (log_p, log_ref))
+    torch.testing.assert_close(mean, torch.distributions.kl_divergence(policy, reference))
+
+
 # The loss against two other derivations, and by finite differences
 def random_case(dtype=torch.float64, B=6, L=5):
     mask = torch.arange(L) < torch.tensor([[5], [3], [1], [2], [4], [0]])
@@ -509,6 +524,28 @@ def test_rows_without_signal_are_left_out_but_counted():
 
     for one, other in zip(gradients(True), gradients(False), strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.performance
+def test_rows_without_signal_cost_no_training_pass():
+    def rows_trained(kl_coef):
+        trainer = trainer_for(
+            small_policy(32, 2), lambda p, texts: [float(p == "1+2=" and "1" in t) for t in texts],
+            prompts=("1+2=", "12+34="), kl_coef=kl_coef,
+        )  # fmt: skip
+        rollout, _ = trainer.collect()
+        rows = []
+        trainer.policy.layers[0].register_forward_hook(
+            lambda m, i, output: rows.append(len(output))
+        )
+        trainer.policy.train()
+        trainer.update(rollout, trainer.logprobs(trainer.reference, rollout))
+        return sum(rows), int((rollout.advantages != 0).sum()), len(rollout.ids)
+
+    trained, with_signal, _ = rows_trained(kl_coef=0.0)
+    assert trained == with_signal
+    trained, with_signal, drawn = rows_trained(kl_coef=0.1)
+    assert trained == drawn > with_signal
 
 
 def test_dapo_draws_groups_without_signal_again():
