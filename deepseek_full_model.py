@@ -42,7 +42,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from grpo_coded import VARIANTS, GRPOTrainer, Settings, roll_out
+from grpo_coded import VARIANTS, GRPOTrainer, Settings, draw_run, roll_out
 from mla_coded import cache_elements_per_token
 from moe_coded import (
     MixtureOfExperts,
@@ -1239,8 +1239,6 @@ def report_alignment(run, before=None):
 
     before: `score`'s figures of the source on the test part, where they are known.
     """
-    from pipeline import report
-
     run.describe()
     documents, policy = run.corpus.test, run.trainer.policy
     reference = run.trainer.reference
@@ -1265,7 +1263,7 @@ def report_alignment(run, before=None):
         print(f"MTP acceptance, its module left as it was: {drafts[0]:.1%} → {drafts[1]:.1%}")
     show_completions(*sampled)
     metrics = read_metrics(run.directory / "metrics.jsonl")
-    report.draw_alignment(metrics, run.directory / "alignment.png")
+    draw_run(metrics, run.directory / "alignment.png")
     checkpoint.write_json(
         run.directory / "results.json",
         {"before": {**shares[0], "test": before}, "after": {**shares[1], "test": after},
@@ -1282,8 +1280,10 @@ def show_completions(before, after, examples=4):
                if pair[0] != "valid" == pair[1]][:examples]  # fmt: skip
     for i in changed:
         print_marked("│", "\n".join(before[0][i].splitlines()[-3:]))
-        print_marked(f"▌ before, {verdicts[0][i]}:", before[1][i] or "(no whole line)")
-        print_marked("▌ after, valid:", after[1][i])
+        for when, judged, text in (("before", verdicts[0][i], before[1][i]),
+                                   ("after", verdicts[1][i], after[1][i])):  # fmt: skip
+            print(f"  {when}: {judged}")
+            print_marked("▌", text or "(no whole line)")
         print()
     paid = [c for c, v in zip(after[1], verdicts[1], strict=True) if v == "valid"]
     cheapest = sorted(set(paid), key=lambda text: (len(text.strip()), text))[:examples]

@@ -873,7 +873,7 @@ def draw_run(history, path):
     from matplotlib import pyplot
 
     panels = {
-        "reward": "mean reward (share of right answers)",
+        "reward": "mean reward",
         "kl": "KL to the reference (nats per token)",
         "entropy": "entropy (nats per token)",
         "length": "completion length (tokens)",
@@ -881,7 +881,10 @@ def draw_run(history, path):
     figure, axes = pyplot.subplots(2, 2, figsize=(9, 6), layout="constrained", sharex=True)
     steps = [line["step"] for line in history]
     for axis, (name, label) in zip(axes.flat, panels.items(), strict=True):
-        axis.plot(steps, [line[name] for line in history], linewidth=1)
+        values = [line[name] for line in history]
+        recent = [sum(values[max(0, i - 4) : i + 1]) / min(5, i + 1) for i in range(len(values))]
+        axis.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=0.8)
+        axis.plot(steps, recent, color="tab:blue")
         axis.set(title=label)
         axis.grid(alpha=0.3)
         if name != "length":
@@ -1046,8 +1049,8 @@ def main(argv=None):
     demo.note(f"held-out sums, answer sampled before → after {steps} steps:")
     for prompt, one, other in zip(held_out, before, after, strict=False):
         demo.note(f"    {prompt}{one} → {prompt}{other} (right: {sum_of(prompt)})")
-    published = settings == Settings(seed=arguments.seed) and steps == parser.get_default("steps")
-    learnt = start <= 0.35 and end >= 0.85 if published else end > start or arguments.quick
+    as_documented = settings == Settings(seed=arguments.seed) and steps == parser.get_default("steps")
+    learnt = start <= 0.35 and end >= 0.85 if as_documented else end > start or arguments.quick
     demo.check(f"held-out sums right, sampled ({len(held_out):,})", "T = 1",
                f"{start:.1%} → {end:.1%} (greedy {greedy:.1%})", learnt)  # fmt: skip
     draw_run(history, arguments.picture)

@@ -48,26 +48,3 @@ def draw_expert_load(metrics, path):
         axis.legend(ncols=2, fontsize=8)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
-
-
-def draw_alignment(metrics, path):
-    """Reward, KL, entropy and length against the steps of an alignment."""
-    panels = {
-        "reward": "mean reward",
-        "kl": "KL to the model it started from (nats per token)",
-        "entropy": "entropy (nats per token)",
-        "length": "completion length (tokens)",
-    }
-    steps = [line["step"] for line in metrics]
-    figure, axes = pyplot.subplots(2, 2, figsize=(9, 6), layout="constrained", sharex=True)
-    for axis, (name, title) in zip(axes.flat, panels.items(), strict=True):
-        values = [line[name] for line in metrics]
-        axis.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=0.8)
-        axis.plot(steps, _smooth(values, 5), color="tab:blue")
-        axis.set(title=title)
-        axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
-    for axis in axes[1]:
-        axis.set_xlabel("step")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)

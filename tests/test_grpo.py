@@ -513,6 +513,7 @@ def test_rows_without_signal_are_left_out_but_counted():
         trainer = trainer_for(
             small_policy(32, 2), lambda p, texts: [float(p == "1+2=" and "1" in t) for t in texts],
             prompts=("1+2=", "12+34="), kl_coef=0.0 if skip else 1e-12, learning_rate=1e-9,
+            group_size=16,
         )  # fmt: skip
         for moe in grpo_coded.moe_layers(trainer.policy):  # its loss is over all rows
             moe.balance_loss = None
@@ -531,7 +532,7 @@ def test_rows_without_signal_cost_no_training_pass():
     def rows_trained(kl_coef):
         trainer = trainer_for(
             small_policy(32, 2), lambda p, texts: [float(p == "1+2=" and "1" in t) for t in texts],
-            prompts=("1+2=", "12+34="), kl_coef=kl_coef,
+            prompts=("1+2=", "12+34="), kl_coef=kl_coef, group_size=16,
         )  # fmt: skip
         rollout, _ = trainer.collect()
         rows = []
@@ -625,7 +626,7 @@ def test_trainer_improves_a_policy():
     trainer = trainer_for(small_policy(32, 2), likes_ones, prompts=("1+2=", "3+4="), group_size=16,
                           learning_rate=3e-3)  # fmt: skip
     rewards = [trainer.step()["reward"] for _ in range(25)]
-    assert sum(rewards[:3]) / 3 < 0.15 and sum(rewards[-3:]) / 3 > 0.5
+    assert rewards[0] < 0.2 and sum(rewards[-3:]) / 3 > 0.8
 
 
 @pytest.mark.parametrize(
