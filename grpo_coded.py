@@ -897,6 +897,9 @@ def draw_run(history, path):
 
 
 # %% The demonstration
+STEPS = 300
+
+
 def check_loss(demo):
     """The batched loss is the naive one; what must be zero is zero."""
     B, L = 6, 5
@@ -982,10 +985,13 @@ def main(argv=None):
     defaults = Settings()
     parser = demonstration_parser(__doc__)
     parser.add_argument("--variant", choices=list(VARIANTS), default="grpo")
-    parser.add_argument("--steps", type=int, default=300, help="GRPO steps")
-    parser.add_argument("--group-size", type=int, default=defaults.group_size, help="G")
-    parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
-    parser.add_argument("--kl-coef", type=float, default=defaults.kl_coef, help="β")
+    parser.add_argument("--steps", type=int, help="GRPO steps (default: 300, to --compare 60)")
+    numbers = ("prompts", "group_size", "minibatches", "passes", "learning_rate", "momentum",
+               "kl_coef", "refresh_reference", "gamma")  # fmt: skip
+    for name in numbers:
+        value = getattr(defaults, name)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value,
+                            help=f"default: {value}, see `Settings`")  # fmt: skip
     parser.add_argument("--rollout-logprobs", action="store_true",
                         help="π_old as the cached rollout gave it")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="a smoke test of a few seconds")
@@ -994,12 +1000,16 @@ def main(argv=None):
                         help="store the run here, and go on from it if it is there")  # fmt: skip
     parser.add_argument("--picture", metavar="FILE", default="pictures/grpo.png")
     arguments = parse_arguments(parser, argv)
+    if arguments.steps is None:
+        arguments.steps = 60 if arguments.compare else STEPS
     if arguments.steps < 1:
         raise ValueError(f"--steps={arguments.steps} must be at least 1")
+    if arguments.quick:
+        arguments.prompts = min(arguments.prompts, 16)
     settings = Settings(
-        variant=arguments.variant, group_size=arguments.group_size, seed=arguments.seed,
-        learning_rate=arguments.learning_rate, kl_coef=arguments.kl_coef,
-        rollout_logprobs=arguments.rollout_logprobs, prompts=16 if arguments.quick else 128,
+        variant=arguments.variant, seed=arguments.seed,
+        rollout_logprobs=arguments.rollout_logprobs,
+        **{name: getattr(arguments, name) for name in numbers},
     )  # fmt: skip
     demo, device = (
         Demonstration("grpo_coded.py", arguments.device, arguments.seed),
@@ -1049,7 +1059,7 @@ def main(argv=None):
     demo.note(f"held-out sums, answer sampled before → after {steps} steps:")
     for prompt, one, other in zip(held_out, before, after, strict=False):
         demo.note(f"    {prompt}{one} → {prompt}{other} (right: {sum_of(prompt)})")
-    as_documented = settings == Settings(seed=arguments.seed) and steps == parser.get_default("steps")
+    as_documented = settings == Settings(seed=arguments.seed) and steps == STEPS
     learnt = start <= 0.35 and end >= 0.85 if as_documented else end > start or arguments.quick
     demo.check(f"held-out sums right, sampled ({len(held_out):,})", "T = 1",
                f"{start:.1%} → {end:.1%} (greedy {greedy:.1%})", learnt)  # fmt: skip
