@@ -510,6 +510,8 @@ class GRPOTrainer:
     @torch.no_grad()
     def logprobs(self, model, rollout):
         """(B, L) by the training forward, without gradient."""
+        if not len(rollout.ids):  # dapo, and no group has signal
+            return torch.zeros_like(rollout.logp)
         return torch.cat(
             [self._logprobs(model, rollout.rows(rows)) for rows in self.parts(rollout)]
         )
@@ -1011,10 +1013,8 @@ def main(argv=None):
         rollout_logprobs=arguments.rollout_logprobs,
         **{name: getattr(arguments, name) for name in numbers},
     )  # fmt: skip
-    demo, device = (
-        Demonstration("grpo_coded.py", arguments.device, arguments.seed),
-        arguments.device,
-    )
+    device = arguments.device
+    demo = Demonstration("grpo_coded.py", device, arguments.seed)
     check_loss(demo)
 
     prompts, watched, held_out = addition_prompts()

@@ -46,7 +46,7 @@ def verdict(prompt, completion):
     tree = parsed(prompt + completion)
     if tree is None:
         return "invalid"
-    lines = prompt.count("\n")
+    lines = prompt.replace("\r\n", "\n").replace("\r", "\n").count("\n")
     added = (n for n in ast.walk(tree) if isinstance(n, ast.stmt) and n.lineno > lines)
     return "valid" if any(map(does_something, added)) else "trivial"
 

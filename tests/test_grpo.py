@@ -629,6 +629,22 @@ def test_trainer_improves_a_policy():
     assert rewards[0] < 0.2 and sum(rewards[-3:]) / 3 > 0.8
 
 
+@EVERY_VARIANT
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+def test_a_step_without_any_signal_leaves_the_policy(variant, kl_coef):
+    """Groups of one, policy = reference."""
+    policy = small_policy(32, 2)
+    for moe in grpo_coded.moe_layers(policy):
+        moe.balance_loss = None
+    trainer = trainer_for(policy, lambda p, texts: [0.5] * len(texts), variant=variant,
+                          kl_coef=kl_coef, group_size=1)  # fmt: skip
+    before = [p.detach().clone() for p in policy.parameters()]
+    figures = trainer.step()
+    assert figures["signal"] == 0 and all(math.isfinite(f) for f in figures.values())
+    for one, other in zip(before, policy.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [("", "prompt 0 is empty"), ("1+1+1+1+1+1+", r"prompt 0, '1\+1.*, has 12 tokens: with 5 new")],

@@ -433,6 +433,8 @@ def test_verdicts(completion, wanted):
 def test_what_the_prompt_does_is_not_the_completions_merit():
     assert compiler.verdict("import os\nprint(os)\n", "# done\n") == "trivial"
     assert compiler.verdict("x = (1 +\n", "2)\n") == "trivial"  # begun in the prompt
+    assert compiler.verdict("x = 1\r\ny = 2\rz = 3\n", "# done\n") == "trivial"
+    assert compiler.verdict("x = 1\n\f\n", "y = 2\n") == "valid"
 
 
 def test_completions_are_never_executed(tmp_path, monkeypatch):
