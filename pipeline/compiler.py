@@ -94,7 +94,7 @@ class CompilerReward:
         return 1.0
 
 
-def line_end_prompts(tokenizer, documents, shortest=16, longest=48):
+def line_end_prompts(tokenizer, documents, shortest=12, longest=32):
     """Prompts from Python texts, as token ids with the separator in front.
 
     A prompt begins with a statement at the margin, goes to the end of a line and is Python by
@@ -102,7 +102,11 @@ def line_end_prompts(tokenizer, documents, shortest=16, longest=48):
     """
     prompts = []
     for document in documents:
-        tree, lines = parsed(document.text), document.text.splitlines(keepends=True)
+        text = document.text
+        if parsed(text) is None:  # a piece of a file, cut anywhere
+            text = between_margins(text)
+        tree, lines = parsed(text), text.split("\n")
+        lines = [line + "\n" for line in lines[:-1]]  # as the parser counts them
         free = 0  # the first line that no prompt has yet
         for statement in [] if tree is None else tree.body:
             decorators = getattr(statement, "decorator_list", [])
@@ -111,15 +115,22 @@ def line_end_prompts(tokenizer, documents, shortest=16, longest=48):
                 continue
             found = None
             for end in range(first + 1, len(lines) + 1):
-                text = "".join(lines[first:end])
-                ids = encode(tokenizer, text)
+                prompt = "".join(lines[first:end])
+                ids = encode(tokenizer, prompt)
                 if len(ids) >= longest:
                     break
-                if len(ids) >= shortest - 1 and text.endswith("\n") and parsed(text) is not None:
+                if len(ids) >= shortest - 1 and parsed(prompt) is not None:
                     found, free = ids, end
             if found is not None:
                 prompts.append([tokenizer.token_to_id(SEPARATOR), *found])
     return prompts
+
+
+def between_margins(text):
+    """A text from its first line that begins at the margin up to the last such line."""
+    lines = text.splitlines(keepends=True)
+    starts = [i for i, line in enumerate(lines) if line[0] not in " \t\r\n#)]}"]
+    return "".join(lines[starts[0] : starts[-1]]) if starts else ""
 
 
 def sample_of(items, count, seed=0):

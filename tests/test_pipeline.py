@@ -483,3 +483,13 @@ def test_prompts_are_python_and_end_at_a_line_end():
         place = whole.index(text, place) + len(text)  # in order, not overlapping
     assert compiler.sample_of(prompts, 5) == compiler.sample_of(prompts, 5)
     assert len(compiler.sample_of(prompts, 10_000)) == len(prompts)
+
+
+def test_prompts_come_from_pieces_of_files_too():
+    text = "".join(f"def f_{i}(x):\n    return x + {i}\n" for i in range(60))
+    tokenizer = corpus.train_tokenizer([corpus.Document("a.py", text)], 300)
+    piece = corpus.Document("a.py#1", text[text.index("    return x + 3") : text.rindex("    ")])
+    assert compiler.parsed(piece.text) is None
+    prompts = compiler.line_end_prompts(tokenizer, [piece], 12, 32)
+    assert len(prompts) > 20 and all(tokenizer.decode(p) in piece.text for p in prompts)
+    assert compiler.line_end_prompts(tokenizer, [corpus.Document("x", "a b c\n" * 99)]) == []
