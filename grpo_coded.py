@@ -31,13 +31,16 @@ Run:  python grpo_coded.py [--seed 1] [--variant dapo] [--steps 200]     under t
 
 import contextlib
 import functools
+import json
 import math
 import os
 import pathlib
 import random
 import sys
+import zipfile
 from dataclasses import asdict, dataclass, fields
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -599,23 +602,33 @@ class GRPOTrainer:
         }
 
     def state(self):
-        """All that a later run needs to go on: tensors and numbers."""
-        return {
-            "policy": self.policy.state_dict(), "reference": self.reference.state_dict(),
-            "optimizer": self.optimizer.state_dict(), "steps_done": self.steps_done,
-            "settings": asdict(self.settings),
-        }  # fmt: skip
+        """All that a later run needs to go on: (numbers and names, {name: tensor})."""
+        tensors = {
+            **{f"policy/{name}": t for name, t in self.policy.state_dict().items()},
+            **{f"reference/{name}": t for name, t in self.reference.state_dict().items()},
+        }
+        for i, values in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{i}/{name}": t for name, t in values.items()}
+        return {"settings": asdict(self.settings), "steps_done": self.steps_done}, tensors
 
-    def restore(self, state):
+    def restore(self, numbers, tensors):
         """Puts back what `state` gave; ValueError if it is that of another run."""
         for field in fields(self.settings):
-            mine, stored = getattr(self.settings, field.name), state["settings"].get(field.name)
+            mine, stored = getattr(self.settings, field.name), numbers["settings"].get(field.name)
             if mine != stored:
                 raise ValueError(f"the stored run has {field.name}={stored}, this one {mine}")
-        self.policy.load_state_dict(state["policy"])
-        self.reference.load_state_dict(state["reference"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.steps_done = state["steps_done"]
+        parts = {"policy": {}, "reference": {}, "optimizer": {}}
+        for full_name, tensor in tensors.items():
+            part, _, name = full_name.partition("/")
+            parts[part][name] = tensor
+        self.policy.load_state_dict(parts["policy"])
+        self.reference.load_state_dict(parts["reference"])
+        optimizer = self.optimizer.state_dict()
+        for full_name, tensor in parts["optimizer"].items():
+            i, _, name = full_name.partition("/")
+            optimizer["state"].setdefault(int(i), {})[name] = tensor
+        self.optimizer.load_state_dict(optimizer)
+        self.steps_done = numbers["steps_done"]
 
 
 def has_signal(advantages, group_size):
@@ -843,28 +856,30 @@ def train(trainer, steps, history, path=None, every=25, progress=None):
 
 
 def save_run(path, trainer, history, steps):
-    """Whole or not at all: a kill during the write leaves the last file."""
+    """As a NumPy archive, whole or not at all: a kill during the write leaves the last file."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    content = {"grpo": trainer.state(), "history": history, "steps": steps}
+    numbers, tensors = trainer.state()
+    text = json.dumps({**numbers, "history": history, "steps": steps})
     try:
-        torch.save(content, temporary)
+        with temporary.open("wb") as file:
+            np.savez(file, numbers=text, **{name: t.cpu().numpy() for name, t in tensors.items()})
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def load_run(path):
-    """What `save_run` wrote; ValueError if the file is something else."""
+    """(numbers, tensors) that `save_run` wrote; ValueError if the file is something else."""
     try:
-        stored = torch.load(path, weights_only=True)
-        stored["grpo"]["settings"], stored["history"], stored["steps"]
-    except OSError:
-        raise
-    except Exception as error:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        numbers = json.loads(str(arrays.pop("numbers")))
+        numbers["settings"], numbers["steps_done"], numbers["history"], numbers["steps"]
+    except (ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, EOFError) as error:
         raise ValueError(f"{path} is no run of this script: {type(error).__name__}") from None
-    return stored
+    return numbers, {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def draw_run(history, path):
@@ -1023,7 +1038,7 @@ def main(argv=None):
     policy = small_policy().to(device)
     stored = None
     if arguments.checkpoint is not None and pathlib.Path(arguments.checkpoint).exists():
-        stored = load_run(arguments.checkpoint)
+        stored, tensors = load_run(arguments.checkpoint)
         if stored["steps"] != steps:
             raise ValueError(
                 f"{arguments.checkpoint} holds a run of {stored['steps']} steps, not of {steps}"
@@ -1036,7 +1051,7 @@ def main(argv=None):
     trainer = GRPOTrainer(policy, exact_match, prompt_source(prompts), decode, END, settings)
     history = []
     if stored is not None:
-        trainer.restore(stored["grpo"])
+        trainer.restore(stored, tensors)
         history = stored["history"]
         demo.note(f"goes on at step {trainer.steps_done} of {arguments.checkpoint}")
     # The reference is the warmed-up policy.

@@ -1132,11 +1132,20 @@ def test_prompts_to_learn_from_are_training_text(trained, tmp_path):
     parts = {name: "".join(d.text for d in run.corpus.part(name)) for name in ("train", "test")}
     assert all(run.decode(prompt) in parts["train"] for prompt in run.prompts)
     assert all(run.decode(prompt) in parts["test"] for prompt in run.held_out)
-    assert not {*map(tuple, run.prompts)} & {*map(tuple, run.held_out)}
     end = run.separator
     assert run.decode([end, *corpus.encode(run.tokenizer, "a = 1\nb")]) == "a = 1\n"
     assert run.decode([*corpus.encode(run.tokenizer, "a = 1\nb"), end]) == "a = 1\nb"
     assert run.decode([end]) == ""
+
+
+def test_held_out_prompts_were_never_learnt_from(trained, tmp_path):
+    text = tmp_path / "repeats.py"  # 40 functions stand in all parts
+    numbers = (i if i % 3 == 0 else i % 40 for i in range(1500))
+    text.write_text("".join(f"def f_{i}(x):\n    return x + {i}\n" for i in numbers))
+    options = AlignOptions(str(trained.checkpoint), [str(text)], steps=1, **ALIGN)
+    run = AlignmentRun(tmp_path / "run", options, "cpu")
+    assert len(run.held_out) > 5
+    assert not {*map(tuple, run.prompts)} & {*map(tuple, run.held_out)}
 
 
 @pytest.mark.integration

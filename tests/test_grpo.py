@@ -473,6 +473,8 @@ def recorded_losses(monkeypatch):
 def test_first_ratio_is_exactly_one_and_learns(monkeypatch, minibatches, kl_coef):
     calls = recorded_losses(monkeypatch)
     trainer = trainer_for(small_policy(32, 2), likes_ones, minibatches=minibatches, kl_coef=kl_coef)
+    trainer.step()  # from now on the policy is not its reference
+    calls.clear()
     before = [p.detach().clone() for p in trainer.policy.parameters()]
     figures = trainer.step()
     assert len(calls) == minibatches
@@ -496,17 +498,19 @@ def test_passes_go_over_the_same_rollout(monkeypatch):
     assert rows[0] == rows[1] == rows[2]
 
 
-def test_rollout_logprobs_can_be_kept(monkeypatch):
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_rollout_logprobs_can_be_kept(monkeypatch, minibatches):
     calls = recorded_losses(monkeypatch)
-    trainer = trainer_for(small_policy(32, 2), likes_ones, rollout_logprobs=True, kl_coef=0.1)
+    trainer = trainer_for(small_policy(32, 2), likes_ones, rollout_logprobs=True, kl_coef=0.1,
+                          minibatches=minibatches)  # fmt: skip
     kept = []
     monkeypatch.setattr(trainer, "collect", lambda: kept.append(GRPOTrainer.collect(trainer)) or
                         kept[-1])  # fmt: skip
     trainer.step()
-    rollout = kept[0][0]
-    drawn = sorted(map(tuple, rollout.logp.tolist()))
-    assert sorted(map(tuple, calls[0][1].tolist())) == drawn
-    assert not torch.equal(*calls[0])  # in the last bits
+    used = sorted(tuple(row) for _, old_logp in calls for row in old_logp.tolist())
+    assert used == sorted(map(tuple, kept[0][0].logp.tolist()))
+    logp, old_logp = calls[0]
+    assert not torch.equal(logp, old_logp)  # in the last bits
 
 
 def test_rows_without_signal_are_left_out_but_counted():
@@ -697,15 +701,15 @@ def test_a_killed_run_goes_on_with_the_same_figures(tmp_path):
             if len(history) == 5:
                 raise Killed
 
-    killed, history, path = fresh(), [], tmp_path / "run.pt"
+    killed, history, path = fresh(), [], tmp_path / "run.npz"
     with pytest.raises(Killed):  # in step 5, after the file of step 4
         train(killed, 6, history, path, every=2, progress=Bar())
-    stored = load_run(path)
+    stored, tensors = load_run(path)
     assert len(stored["history"]) == 4
     torch.manual_seed(99)  # nothing depends on the state of the global generator
     other = trainer_for(small_policy(32, 2), likes_ones, minibatches=2, kl_coef=0.01, gamma=0.01,
                         refresh_reference=3)  # fmt: skip
-    other.restore(stored["grpo"])
+    other.restore(stored, tensors)
     torch.manual_seed(7)
     resumed = stored["history"]
     train(other, 6, resumed, path, every=2)
@@ -715,15 +719,17 @@ def test_a_killed_run_goes_on_with_the_same_figures(tmp_path):
 
 
 def test_stored_runs_are_checked(tmp_path):
-    path = tmp_path / "run.pt"
+    path = tmp_path / "run.npz"
     trainer = trainer_for(small_policy(32, 2))
     save_run(path, trainer, [], 3)
     with pytest.raises(ValueError, match="the stored run has group_size=4, this one 8"):
-        trainer_for(small_policy(32, 2), group_size=8).restore(load_run(path)["grpo"])
-    path.write_bytes(b"something else")
-    with pytest.raises(ValueError, match="is no run of this script"):
-        load_run(path)
-    assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
+        trainer_for(small_policy(32, 2), group_size=8).restore(*load_run(path))
+    whole = path.read_bytes()
+    for content in (b"something else", b"", whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="is no run of this script"):
+            load_run(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["run.npz"]
 
 
 # Routing
@@ -784,13 +790,13 @@ def test_script(check_script):
 
 @pytest.mark.integration
 def test_script_goes_on_from_its_checkpoint(run_script, tmp_path):
-    arguments = ("grpo_coded.py", "--quick", "--variant", "dapo", "--checkpoint", "run.pt")
+    arguments = ("grpo_coded.py", "--quick", "--variant", "dapo", "--checkpoint", "run.npz")
     first = run_script(*arguments)
     assert first.returncode == 0, first.stderr
     again = run_script(*arguments)
     assert again.returncode == 0 and "goes on at step 8" in again.stdout
     result = [line for line in first.stdout.splitlines() if "held-out sums right" in line]
     assert result and result[0] in again.stdout
-    other = run_script("grpo_coded.py", "--quick", "--checkpoint", "run.pt")
+    other = run_script("grpo_coded.py", "--quick", "--checkpoint", "run.npz")
     assert other.returncode == 2 and "variant=dapo, this one grpo" in other.stderr
     assert (tmp_path / "pictures" / "grpo.png").stat().st_size > 1000
