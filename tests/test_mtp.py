@@ -470,6 +470,13 @@ def accept_by_confidence(logits, drafts, draft_chances, sampling):
     return accepted, sampling.draw(own)
 
 
+@pytest.mark.parametrize(("uniform", "token"), [(0.0, 1), (0.49, 1), (0.51, 3), (1.0, 3)])
+def test_a_token_without_probability_is_never_drawn(uniform, token, monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda shape, **options: torch.full(shape, uniform))
+    probabilities = torch.tensor([[0.0, 0.35, 0.0, 0.35, 0.0]])  # need not sum to 1
+    assert Sampling(1.0).draw(probabilities).item() == token
+
+
 @pytest.mark.parametrize(
     ("modules", "depth", "options"),
     [

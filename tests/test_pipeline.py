@@ -424,6 +424,8 @@ PROMPT = "def f(x):\n    y = x\n"
         ("    print('\n", "invalid"),
         ("    y = '\0'\n", "invalid"),
         ("    y = " + 300 * "(" + 300 * ")" + "\n", "invalid"),
+        ("    y = '\ud800'\n", "invalid"),
+        ("    y = " + 5000 * "-" + "1\n", "invalid"),
     ],
 )
 def test_verdicts(completion, wanted):
