@@ -751,6 +751,8 @@ class TrainingRun:
         self.state = State()
         self.corpus = corpus.load_corpus(options.data)
         stored = read_run(self.checkpoint) if resume else None
+        if resume and (self.checkpoint / "align.json").exists():
+            raise ValueError(f"{self.directory} is an alignment: go on with align --resume")
         if resume and stored["corpus"] != self.corpus.fingerprint:
             raise ValueError(
                 f"the text has changed since {self.directory} was started: its hash is "
@@ -1027,10 +1029,13 @@ class AlignOptions:
     precision: str = "auto"
     once: bool = True
 
-    def settings(self, device):
-        """The trainer's `Settings`."""
+    def settle(self, device):
+        """Replaces "auto" by what is faster on `device`; a resumed run keeps it."""
         if self.precision == "auto":
             self.precision = fastest_precision(device)
+
+    def settings(self, device):
+        """The trainer's `Settings`."""
         fast = device == "cpu" and self.precision == "bfloat16"
         return Settings(
             self.variant, self.prompts, self.group_size, self.max_new_tokens,
@@ -1058,9 +1063,16 @@ class AlignmentRun:
         if model.quantization is not None:
             raise ValueError(f"{source} is quantised: it cannot be trained")
         options.source = str(source.resolve())
-        self.run = read_run(source) if (source / "run.json").is_file() else {}
-        self.corpus = corpus.load_corpus(options.data or self.run.get("options", {}).get("data"))
-        if self.run and not options.data and self.run["corpus"] != self.corpus.fingerprint:
+        options.settle(device)
+        self.fingerprint = checkpoint.fingerprint(source)
+        self.training = read_run(source) if (source / "run.json").is_file() else {}
+        data = options.data or self.training.get("options", {}).get("data")
+        self.corpus = corpus.load_corpus(data)
+        if (
+            self.training
+            and not options.data
+            and self.training["corpus"] != self.corpus.fingerprint
+        ):
             print("note: the text has changed since training, held-out parts may have been seen",
                   file=sys.stderr)  # fmt: skip
         self.separator = self.tokenizer.token_to_id(corpus.SEPARATOR)
@@ -1074,8 +1086,8 @@ class AlignmentRun:
             compiler.line_end_prompts(self.tokenizer, part, min(12, longest), longest)
             for part in (self.corpus.train, self.corpus.test)
         )
-        known = set(map(tuple, self.prompts))  # a licence, say, stands in many files
-        held_out = [prompt for prompt in held_out if tuple(prompt) not in known]
+        learnt = set(map(tuple, self.prompts))  # a licence, say, stands in many files
+        held_out = [prompt for prompt in held_out if tuple(prompt) not in learnt]
         if not self.prompts or not held_out:
             raise NoPrompts(
                 f"of the text, {len(self.prompts)} prompts to learn from and {len(held_out)} held "
@@ -1124,12 +1136,13 @@ class AlignmentRun:
                 fresh / "optimizer" / checkpoint.WEIGHTS,
                 checkpoint.optimizer_tensors(self.trainer.policy, [self.trainer.optimizer]),
             )
-            if self.run:  # so that `evaluate` finds the text
-                checkpoint.write_json(fresh / "run.json", self.run)
+            if self.training:  # so that `evaluate` finds the text
+                checkpoint.write_json(fresh / "run.json", self.training)
             checkpoint.write_json(
                 fresh / "align.json",
                 {"options": asdict(self.options), "state": asdict(self.state),
-                 "paid": sorted(self.reward.paid), "corpus": self.corpus.fingerprint},
+                 "paid": sorted(self.reward.paid), "corpus": self.corpus.fingerprint,
+                 "source": self.fingerprint},
             )  # fmt: skip
 
     def restore(self, device):
@@ -1138,6 +1151,11 @@ class AlignmentRun:
             raise ValueError(
                 f"the text has changed since {self.directory} was started: its hash is "
                 f"{self.corpus.fingerprint}, was {stored['corpus']}"
+            )
+        if stored["source"] != self.fingerprint:
+            raise ValueError(
+                f"{self.options.source}, the reference of {self.directory}, is not what it was "
+                "when the alignment was started"
             )
         self.state = State(**stored["state"])
         self.reward.paid = set(stored["paid"])
@@ -1180,7 +1198,7 @@ def read_alignment(directory):
     stored = checkpoint.read_json(path)
     try:
         AlignOptions(**stored["options"]), State(**stored["state"])
-        stored["paid"], stored["corpus"]
+        stored["paid"], stored["corpus"], stored["source"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     return stored
@@ -1193,6 +1211,7 @@ def align_after_training(run, scores):
         str(run.checkpoint), run.options.data, steps and math.ceil(steps / 10),
         minutes and minutes * ALIGN_MINUTES / DEFAULT_MINUTES, run.options.seed,
         precision=run.options.precision,
+        max_new_tokens=min(AlignOptions.max_new_tokens, run.model.max_positions // 2),
     )  # fmt: skip
     try:
         alignment = AlignmentRun(run.directory / "aligned", options, run.device)
@@ -1286,6 +1305,9 @@ def show_completions(before, after, examples=4):
             print_marked("▌", text or "(no whole line)")
         print()
     paid = [c for c, v in zip(after[1], verdicts[1], strict=True) if v == "valid"]
+    if not paid:
+        print("nothing earned the reward")
+        return
     cheapest = sorted(set(paid), key=lambda text: (len(text.strip()), text))[:examples]
     commonest = collections.Counter(text.strip() for text in paid).most_common(3)
     print(f"the cheapest ways to the reward: {', '.join(repr(t.strip()) for t in cheapest)}")

@@ -379,6 +379,8 @@ class Sampling:
         """
         sums = probabilities.cumsum(dim=-1)
         total = sums[:, -1:]
+        if not (total.isfinite() & (total > 0)).all():
+            raise ValueError("no token can be drawn: the model's probabilities are not finite")
         place = torch.rand(total.shape, device=sums.device, generator=self.generator) * total
         place = torch.minimum(place, torch.nextafter(total, torch.zeros_like(total)))
         return torch.searchsorted(sums, place, right=True).squeeze(1)

@@ -1,6 +1,7 @@
 """Checkpoint files: safetensors and JSON only, complete or absent, never unpickled."""
 
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -64,6 +65,14 @@ def tensor_files(directory, weights=WEIGHTS):
     if not (directory / weights).exists():
         raise ValueError(f"{directory} is no checkpoint: it has no {weights}")
     return dict.fromkeys(_open(directory / weights).keys(), directory / weights)
+
+
+def fingerprint(directory):
+    """A hash of a checkpoint's weights."""
+    digest = hashlib.sha256()
+    for file in sorted(set(tensor_files(directory).values())):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def read_tensors(files):
@@ -142,8 +151,8 @@ STATES = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"
 def restore_optimizers(model, optimizers, tensors):
     """Puts back what `optimizer_tensors` gave, as pairs of name and tensor.
 
-    Every parameter that an optimizer (AdamW or Muon) owns must have all the state it keeps and no
-    other, moments in the parameter's shape; ValueError otherwise.
+    Every parameter of an optimizer (AdamW or Muon) must have all the state it keeps and no other,
+    moments in the parameter's shape, or none of them any; ValueError otherwise.
     """
     parameters, found = dict(model.named_parameters()), {}
     owners = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
@@ -154,8 +163,10 @@ def restore_optimizers(model, optimizers, tensors):
             raise ValueError(f"optimizer state {full_name} {tuple(value.shape)} fits no parameter")
         owners[parameter].state[parameter][key] = value.to(parameter.device)
         found.setdefault(name, set()).add(key)
+    begun = {owners[parameters[name]] for name in found}
     for name, parameter in parameters.items():
-        if parameter not in owners:  # not trained in this run
+        # Not trained in this run, or by an optimizer that has made no step yet.
+        if owners.get(parameter) not in begun:
             continue
         kind = type(owners[parameter]).__name__
         if found.get(name) != STATES[kind]:

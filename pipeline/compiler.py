@@ -1,6 +1,7 @@
 """Python's own compiler as a judge: prompts that end at a line's end, and what completions earn.
 
-Nothing is ever executed: a completion goes through `ast.parse` and no further.
+Nothing is ever executed: a completion goes through `ast.parse` and no further, so what only later
+stages of the compiler refuse, a `return` outside a function, say, passes.
 """
 
 import ast
@@ -30,7 +31,7 @@ def parsed(text):
             warnings.simplefilter("ignore")  # about escapes in strings, say
             return ast.parse(text)
     # A syntax error; a null byte or lone surrogate; brackets too deep for the parser.
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError, SystemError):
         return None
 
 
@@ -41,7 +42,7 @@ def verdict(prompt, completion):
     does something: an assignment, `return` with a value, `raise`, `assert`, `del`, a call, `await`
     or `yield`. Trivial: Python, but all that is added are comments, blank lines, strings and other
     bare values, `pass`, `...`, `break`, `continue`, `return`, imports, `global`, or definitions
-    and branches with nothing else in them.
+    and branches with nothing else in them (calls in their heads do not count).
     """
     tree = parsed(prompt + completion)
     if tree is None:
@@ -102,11 +103,11 @@ def line_end_prompts(tokenizer, documents, shortest=12, longest=32):
     """
     prompts = []
     for document in documents:
-        text = document.text
+        text = document.text.replace("\r\n", "\n").replace("\r", "\n")
         if parsed(text) is None:  # a piece of a file, cut anywhere
             text = between_margins(text)
         tree, lines = parsed(text), text.split("\n")
-        lines = [line + "\n" for line in lines[:-1]]  # as the parser counts them
+        lines = [line + "\n" for line in lines[:-1]]
         free = 0  # the first line that no prompt has yet
         for statement in [] if tree is None else tree.body:
             decorators = getattr(statement, "decorator_list", [])

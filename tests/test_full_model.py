@@ -1093,6 +1093,7 @@ def test_align_from_the_command_line(trained, tmp_path, capsys, monkeypatch, any
     copies = {f"{layer}embed_tokens.weight", f"{layer}shared_head.head.weight"}
     assert {name for name in before if name.startswith(layer)} - copies <= same
     assert not {name for name in same if name.startswith("model.layers.0.self_attn")}
+    before = set(tmp_path.rglob("*"))
     full.main(["align", "--resume", "aligned"])
     assert "already aligned for the whole budget (2 steps)" in capsys.readouterr().out
     for arguments, message in (
@@ -1104,12 +1105,31 @@ def test_align_from_the_command_line(trained, tmp_path, capsys, monkeypatch, any
         (["align", "--checkpoint", "trained", "--group-size", "0"], "group_size=0 must be"),
         (["align", "--checkpoint", "trained", "--max-new-tokens", "64"], "max_new_tokens=64"),
         (["align", "--checkpoint", "nowhere"], "nowhere is no checkpoint"),
+        (["train", "--resume", "aligned"], "aligned is an alignment"),
     ):
         with pytest.raises(SystemExit) as exit_info:
             full.main(arguments)
         error = capsys.readouterr().err
         assert exit_info.value.code == 2 and message in error, error
         assert error.startswith("error: ") and error.count("\n") == 1
+    assert set(tmp_path.rglob("*")) == before  # nothing was left behind
+
+
+@pytest.mark.integration
+def test_an_alignment_without_any_reward_resumes_but_not_on_another_reference(
+    trained, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compiler, "verdict", lambda prompt, text: "invalid")
+    options = AlignOptions(str(trained.checkpoint), **ALIGN, steps=2, kl_coef=0.0)
+    AlignmentRun(tmp_path / "run", options, "cpu").align()
+    full.main(["align", "--resume", "run", "--steps", "3"])
+    printed = capsys.readouterr().out
+    assert "after 3 steps" in printed and "nothing earned the reward" in printed
+    full.main(["train", "--resume", "trained", "--steps", "3"])
+    with pytest.raises(SystemExit):
+        full.main(["align", "--resume", "run", "--steps", "4"])
+    assert "the reference of run, is not what it was" in capsys.readouterr().err
 
 
 @pytest.mark.integration

@@ -344,6 +344,13 @@ def test_wrong_loss_arguments_are_named(changes, message):
         grpo_loss(**arguments)
 
 
+@EVERY_VARIANT
+def test_huge_ratios_give_no_nan(variant):
+    logp, old_logp, _, advantages, mask = random_case(torch.float32)
+    loss, _ = grpo_loss(logp + 200, old_logp, None, advantages, mask, variant=variant)
+    assert loss.isfinite() and torch.autograd.grad(loss, logp)[0].isfinite().all()
+
+
 # Which tokens count
 def test_tokens_after_the_first_end_never_count():
     end = 9
@@ -422,6 +429,8 @@ def test_joined_rollouts_keep_their_rows(policy):
         (lambda prompt, texts: [1.0], r"gave 1 rewards for the 2 completions of prompt '1\+2='"),
         (lambda prompt, texts: [1.0, math.nan], r"gave nan for prompt '1\+2=', completion 'b'"),
         (lambda prompt, texts: 1 / 0, r"raised ZeroDivisionError .* for prompt '1\+2='"),
+        (lambda prompt, texts: [1.0, 1e39], r"gave 1e\+39 for prompt '1\+2=', completion 'b'"),
+        (lambda prompt, texts: int("one\ntwo"), r"raised ValueError .* for prompt '1\+2='$"),
         (lambda prompt, texts: None, r"raised TypeError .* for prompt '1\+2='"),
         (lambda prompt, texts: ["x", "y"], r"raised ValueError .* for prompt '1\+2='"),
     ],
@@ -513,7 +522,8 @@ def test_rollout_logprobs_can_be_kept(monkeypatch, minibatches):
     assert not torch.equal(logp, old_logp)  # in the last bits
 
 
-def test_rows_without_signal_are_left_out_but_counted():
+@EVERY_VARIANT
+def test_rows_without_advantage_are_left_out_but_counted(variant):
     """The same gradient as with them."""
 
     def gradients(skip):
@@ -576,7 +586,7 @@ def test_dapo_draws_groups_without_signal_again():
 
 def test_dapo_punishes_completions_that_run_out_of_room():
     policy = small_policy(32, 2)
-    with torch.no_grad():  # half of the completions end at once, half never
+    with torch.no_grad():  # every token as likely: a third of the completions end in time
         policy.lm_head.weight.zero_()
     trainer = trainer_for(policy, lambda p, texts: [1.0] * len(texts), variant="dapo",
                           group_size=16, resamplings=0)  # fmt: skip
@@ -585,6 +595,15 @@ def test_dapo_punishes_completions_that_run_out_of_room():
     assert 0 < full.sum() < 16
     assert (rollout.advantages[full] < 0).all() and (rollout.advantages[~full] > 0).all()
     assert (rollout.rewards == 1).all()  # what is reported is the reward itself
+
+
+def test_dapo_does_not_learn_from_length_alone():
+    trainer = trainer_for(small_policy(32, 2), lambda p, texts: [0.0] * len(texts), variant="dapo",
+                          resamplings=1)  # fmt: skip
+    rollout, drawn = trainer.collect()
+    assert (drawn.advantages != 0).any()  # lengths differ
+    assert len(rollout.ids) == 0 and len(drawn.ids) == 32
+    assert trainer.step()["signal"] == 0
 
 
 def test_variants_normalise_in_their_own_way():
@@ -672,6 +691,7 @@ def test_prompts_that_cannot_be_are_named(prompt, message):
         (dict(temperature=0.0), "temperature=0.0 must be a number above 0"),
         (dict(learning_rate=math.nan), "learning_rate=nan"),
         (dict(momentum=1.0), "momentum=1.0"),
+        (dict(resamplings=15), "resamplings=15"),
         (dict(kl_coef=math.inf), "kl_coef=inf"),
     ],
 )
@@ -757,6 +777,14 @@ def test_routing_is_the_same_decoded_and_trained(policy):
         assert torch.equal(one, other)
 
 
+def test_routing_report_at_another_temperature_and_without_experts():
+    trainer = trainer_for(small_policy(32, 2), temperature=0.5)
+    report = routing_report(trainer)
+    assert report["cached rollout → training forward, FP32"][3] < 1e-4
+    with pytest.raises(ValueError, match="no routing to compare"):
+        routing_report(trainer_for(small_policy(32, 2), max_new_tokens=1))
+
+
 def test_recorded_routing_leaves_no_hooks(policy):
     with pytest.raises(ZeroDivisionError), recorded_routing(policy) as seen:
         policy(torch.tensor([encode("1+2=")]))
@@ -786,6 +814,21 @@ def test_warm_up_sees_training_prompts_only(monkeypatch):
 @pytest.mark.integration
 def test_script(check_script):
     check_script("grpo_coded.py", ["--quick"], ["--steps", "0"], "--steps=0 must be at least 1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--picture", "x.txt"], "--picture=x.txt must end in"),
+        (["--compare", "--checkpoint", "run.npz"], "not with --compare"),
+        (["--group-size", "0"], "group_size=0"),
+        (["--variant", "ppo"], "invalid choice"),
+    ],
+)
+def test_wrong_flags_are_named_before_any_work(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        grpo_coded.main(arguments)
+    assert exit_info.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.integration

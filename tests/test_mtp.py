@@ -470,6 +470,12 @@ def accept_by_confidence(logits, drafts, draft_chances, sampling):
     return accepted, sampling.draw(own)
 
 
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_drawing_from_nothing_is_named(value):
+    with pytest.raises(ValueError, match="probabilities are not finite"):
+        Sampling(1.0).draw(torch.tensor([[0.5, 0.5], [value, 0.0]]))
+
+
 @pytest.mark.parametrize(("uniform", "token"), [(0.0, 1), (0.49, 1), (0.51, 3), (1.0, 3)])
 def test_a_token_without_probability_is_never_drawn(uniform, token, monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda shape, **options: torch.full(shape, uniform))
