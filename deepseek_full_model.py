@@ -1163,9 +1163,10 @@ class AlignmentRun:
         aligned = DeepSeekModel.from_pretrained(self.checkpoint).to(device)
         trainer.policy.load_state_dict(aligned.state_dict())
         files = checkpoint.tensor_files(self.checkpoint / "optimizer")
-        checkpoint.restore_optimizers(
-            trainer.policy, [trainer.optimizer], checkpoint.read_tensors(files)
-        )
+        if files:  # none before the first update
+            checkpoint.restore_optimizers(
+                trainer.policy, [trainer.optimizer], checkpoint.read_tensors(files)
+            )
         trainer.steps_done = self.state.step
 
     def align(self):

@@ -152,7 +152,7 @@ def restore_optimizers(model, optimizers, tensors):
     """Puts back what `optimizer_tensors` gave, as pairs of name and tensor.
 
     Every parameter of an optimizer (AdamW or Muon) must have all the state it keeps and no other,
-    moments in the parameter's shape, or none of them any; ValueError otherwise.
+    moments in the parameter's shape; ValueError otherwise.
     """
     parameters, found = dict(model.named_parameters()), {}
     owners = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
@@ -163,10 +163,8 @@ def restore_optimizers(model, optimizers, tensors):
             raise ValueError(f"optimizer state {full_name} {tuple(value.shape)} fits no parameter")
         owners[parameter].state[parameter][key] = value.to(parameter.device)
         found.setdefault(name, set()).add(key)
-    begun = {owners[parameters[name]] for name in found}
     for name, parameter in parameters.items():
-        # Not trained in this run, or by an optimizer that has made no step yet.
-        if owners.get(parameter) not in begun:
+        if parameter not in owners:  # not trained in this run
             continue
         kind = type(owners[parameter]).__name__
         if found.get(name) != STATES[kind]:

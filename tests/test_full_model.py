@@ -977,7 +977,7 @@ def test_whole_pipeline_from_the_command_line(small_run, run_script, tmp_path):
     assert {
         "metrics.jsonl", "loss.png", "expert_load.png", "results.json", "checkpoint", "aligned"
     } == {path.name for path in run.iterdir()}  # fmt: skip
-    for promised in ("aligning ", "held-out prompts, before → after 1 steps", "the cheapest ways"):
+    for promised in ("aligning ", "held-out prompts, before → after 1 steps", "the reward"):
         assert promised in result.stdout
     assert (run / "aligned" / "alignment.png").stat().st_size > 1000
     assert {path.name for path in (run / "checkpoint").iterdir()} == {
