@@ -1003,9 +1003,13 @@ def compare_variants(demo, policy, reward, draw, held_out, settings, steps):
         demo.note(f"    {name:<29} {results[name]:>8.1%} {last['kl']:>7.3f} "
                   f"{last['entropy']:>10.3f} {last['signal']:>7.0%} {clipped:>8.1%} "
                   f"{min(line['reward'] for line in history):>13.2f}")  # fmt: skip
-    demo.note("a collapse: one step too far for all tokens at once (the clip bounds the gain of a")
+    trace = ", ".join(f"{line['reward']:.2f}" for line in history[:: max(1, len(history) // 10)])
+    demo.note(f"share of right answers in the last run, from its start on: {trace}")
     demo.note(
-        "token, not how far a step goes), no answer is right, and without signal nothing pulls back"
+        "its steps are too long for all tokens at once: the clip bounds what a token can gain,"
+    )
+    demo.note(
+        "not how far a step goes; once few answers are right, few groups have signal to go back"
     )
     return results
 
