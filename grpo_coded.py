@@ -1014,15 +1014,17 @@ def compare_variants(demo, policy, reward, draw, held_out, settings, steps):
     return results
 
 
-@one_line_errors
-def main(argv=None):
+NUMBERS = ("prompts", "group_size", "minibatches", "passes", "learning_rate", "momentum",
+           "kl_coef", "refresh_reference", "gamma")  # fmt: skip
+
+
+def read_flags(argv):
+    """The command line, checked → (arguments, `Settings`)."""
     defaults = Settings()
     parser = demonstration_parser(__doc__)
     parser.add_argument("--variant", choices=list(VARIANTS), default="grpo")
     parser.add_argument("--steps", type=int, help="GRPO steps (default: 300, to --compare 60)")
-    numbers = ("prompts", "group_size", "minibatches", "passes", "learning_rate", "momentum",
-               "kl_coef", "refresh_reference", "gamma")  # fmt: skip
-    for name in numbers:
+    for name in NUMBERS:
         value = getattr(defaults, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value,
                             help=f"default: {value}, see `Settings`")  # fmt: skip
@@ -1043,42 +1045,48 @@ def main(argv=None):
     if pathlib.Path(arguments.picture).suffix not in (".png", ".pdf", ".svg"):
         raise ValueError(f"--picture={arguments.picture} must end in .png, .pdf or .svg")
     if arguments.quick:
-        arguments.prompts = min(arguments.prompts, 16)
+        arguments.prompts, arguments.steps = min(arguments.prompts, 16), min(arguments.steps, 8)
     settings = Settings(
         variant=arguments.variant, seed=arguments.seed,
         rollout_logprobs=arguments.rollout_logprobs,
-        **{name: getattr(arguments, name) for name in numbers},
+        **{name: getattr(arguments, name) for name in NUMBERS},
     )  # fmt: skip
-    device = arguments.device
-    demo = Demonstration("grpo_coded.py", device, arguments.seed)
-    check_loss(demo)
+    return arguments, settings
 
-    prompts, watched, held_out = addition_prompts()
-    steps = min(arguments.steps, 8) if arguments.quick else arguments.steps
-    held_out = held_out[:200] if arguments.quick else held_out
-    policy = small_policy().to(device)
-    stored = None
-    if arguments.checkpoint is not None and pathlib.Path(arguments.checkpoint).exists():
-        stored, tensors = load_run(arguments.checkpoint)
+
+def begin_run(demo, arguments, settings):
+    """(trainer, history) of a warmed-up policy, or of the run stored in --checkpoint."""
+    path, steps = arguments.checkpoint, arguments.steps
+    prompts, watched, _ = addition_prompts()
+    policy = small_policy().to(arguments.device)
+    if path is not None and pathlib.Path(path).exists():
+        stored, tensors = load_run(path)
         if stored["steps"] != steps:
-            raise ValueError(
-                f"{arguments.checkpoint} holds a run of {stored['steps']} steps, not of {steps}"
-            )
-    if stored is None:
-        most = 40 if arguments.quick else 400
+            raise ValueError(f"{path} holds a run of {stored['steps']} steps, not of {steps}")
+    else:
+        stored, most = None, 40 if arguments.quick else 400
         with progress_bar(most, "warm-up") as bar:
             supervised = warm_up(policy, prompts, watched, arguments.seed, most, progress=bar)
         demo.note(f"warmed up by {supervised} supervised steps of 128 sums")
     trainer = GRPOTrainer(policy, exact_match, prompt_source(prompts), decode, END, settings)
-    history = []
-    if stored is not None:
-        trainer.restore(stored, tensors)
-        history = stored["history"]
-        demo.note(f"goes on at step {trainer.steps_done} of {arguments.checkpoint}")
-    # The reference is the warmed-up policy.
-    start = sampled_accuracy(trainer.reference, held_out)
-    before = answers(trainer.reference, held_out[:6])
     if stored is None:
+        return trainer, []
+    trainer.restore(stored, tensors)
+    demo.note(f"goes on at step {trainer.steps_done} of {path}")
+    return trainer, stored["history"]
+
+
+@one_line_errors
+def main(argv=None):
+    arguments, settings = read_flags(argv)
+    demo = Demonstration("grpo_coded.py", arguments.device, arguments.seed)
+    check_loss(demo)
+    steps, held_out = arguments.steps, addition_prompts()[2]
+    held_out = held_out[:200] if arguments.quick else held_out
+    trainer, history = begin_run(demo, arguments, settings)
+    policy, warmed_up = trainer.policy, trainer.reference
+    start, before = sampled_accuracy(warmed_up, held_out), answers(warmed_up, held_out[:6])
+    if not history:
         figures = show_routing(demo, trainer)
         exact = figures["cached rollout → training forward, FP32"]
         demo.check("π_old from the cache: nearly the training one", "(B, L)",
