@@ -855,30 +855,48 @@ class TrainingRun:
 # %% What the commands do
 def open_run(arguments):
     """The `TrainingRun` that the command line describes, new or resumed."""
-    chosen = {
-        field.name: getattr(arguments, field.name)
-        for field in fields(RunOptions)
-        if hasattr(arguments, field.name)
-    }
+    chosen = chosen_options(arguments, RunOptions)
     if arguments.resume is not None:
-        directory = pathlib.Path(arguments.resume)
-        checkpoint.recover_directory(directory / "checkpoint")
-        if not (directory / "checkpoint" / "run.json").is_file():
-            raise ValueError(f"{directory} holds no training run: no checkpoint/run.json in it")
-        fixed = sorted(chosen.keys() - {"steps", "minutes"}) + ["out"] * hasattr(arguments, "out")
-        if fixed:
-            raise ValueError(f"--resume goes on with the run's own options: leave out {fixed}")
+        directory = directory_to_resume(arguments, chosen, "run.json", "training run")
         options = RunOptions(**read_run(directory / "checkpoint")["options"])
-        if chosen:
-            options.steps, options.minutes = chosen.get("steps"), chosen.get("minutes")
+        replace_budget(options, chosen)
         return TrainingRun(directory, options, arguments.device, resume=True)
-    if "data" in chosen:  # so that the run resumes from any directory
-        chosen["data"] = [str(pathlib.Path(path).resolve()) for path in chosen["data"]]
     options = RunOptions(**chosen)
     if options.steps is None and options.minutes is None:
         options.minutes = DEFAULT_MINUTES
     directory = new_directory(getattr(arguments, "out", None))
     return TrainingRun(directory, options, arguments.device)
+
+
+def chosen_options(arguments, options_class):
+    """{field of `options_class`: value} of the flags given; files by their absolute paths."""
+    chosen = {
+        field.name: getattr(arguments, field.name)
+        for field in fields(options_class)
+        if hasattr(arguments, field.name)
+    }
+    if "data" in chosen:  # so that the run resumes from any directory
+        chosen["data"] = [str(pathlib.Path(path).resolve()) for path in chosen["data"]]
+    return chosen
+
+
+def directory_to_resume(arguments, chosen, stored, kind):
+    """The directory of --resume; ValueError if it holds no such run or other flags are given."""
+    directory = pathlib.Path(arguments.resume)
+    checkpoint.recover_directory(directory / "checkpoint")
+    if not (directory / "checkpoint" / stored).is_file():
+        raise ValueError(f"{directory} holds no {kind}: no checkpoint/{stored} in it")
+    fixed = sorted(chosen.keys() - {"steps", "minutes"})
+    fixed += [name for name in ("out", "checkpoint") if hasattr(arguments, name)]
+    if fixed:
+        raise ValueError(f"--resume goes on with the run's own options: leave out {fixed}")
+    return directory
+
+
+def replace_budget(options, chosen):
+    """Another budget for a resumed run, where one is given."""
+    if chosen:
+        options.steps, options.minutes = chosen.get("steps"), chosen.get("minutes")
 
 
 def read_run(directory):
@@ -1223,29 +1241,15 @@ def align_after_training(run, scores):
 
 
 def align_command(arguments):
-    chosen = {
-        field.name: getattr(arguments, field.name)
-        for field in fields(AlignOptions)
-        if hasattr(arguments, field.name)
-    }
+    chosen = chosen_options(arguments, AlignOptions)
     if arguments.resume is not None:
-        directory = pathlib.Path(arguments.resume)
-        checkpoint.recover_directory(directory / "checkpoint")
-        if not (directory / "checkpoint" / "align.json").is_file():
-            raise ValueError(f"{directory} holds no alignment: no checkpoint/align.json in it")
-        fixed = sorted(chosen.keys() - {"steps", "minutes"})
-        fixed += [name for name in ("out", "checkpoint") if hasattr(arguments, name)]
-        if fixed:
-            raise ValueError(f"--resume goes on with the run's own options: leave out {fixed}")
+        directory = directory_to_resume(arguments, chosen, "align.json", "alignment")
         options = AlignOptions(**read_alignment(directory / "checkpoint")["options"])
-        if chosen:
-            options.steps, options.minutes = chosen.get("steps"), chosen.get("minutes")
+        replace_budget(options, chosen)
         run = AlignmentRun(directory, options, arguments.device, resume=True)
     else:
         if not hasattr(arguments, "checkpoint"):
             raise ValueError("want --checkpoint DIR or --resume RUN")
-        if "data" in chosen:  # so that the run resumes from any directory
-            chosen["data"] = [str(pathlib.Path(path).resolve()) for path in chosen["data"]]
         options = AlignOptions(arguments.checkpoint, **chosen)
         if options.steps is None and options.minutes is None:
             options.minutes = ALIGN_MINUTES
