@@ -1,0 +1,40 @@
+"""What every lesson's demonstration uses, so that a lesson holds nothing but its idea.
+
+`demonstration` turns a function into a lesson's `main`: flags, device, header, check lines, errors
+in one line. `require` checks an argument. `setting` declares a dataclass field with its bounds and
+its flag. `curves` and `bands` draw. This package knows no lesson.
+"""
+
+from lesson.checks import Demonstration, require
+from lesson.command_line import (
+    OneLineParser,
+    demonstration,
+    flag,
+    inside_ipython,
+    one_line_errors,
+    parse_arguments,
+    pick_device,
+    progress_bar,
+)
+from lesson.pictures import bands, curves, picture
+from lesson.settings import add_flags, check_settings, chosen_settings, setting
+
+__all__ = [
+    "Demonstration",
+    "OneLineParser",
+    "add_flags",
+    "bands",
+    "check_settings",
+    "chosen_settings",
+    "curves",
+    "demonstration",
+    "flag",
+    "inside_ipython",
+    "one_line_errors",
+    "parse_arguments",
+    "pick_device",
+    "picture",
+    "progress_bar",
+    "require",
+    "setting",
+]

@@ -1,0 +1,128 @@
+"""From a command line to a running demonstration: flags, device, one-line errors, progress."""
+
+import argparse
+import functools
+import math
+import pathlib
+import sys
+from typing import NamedTuple
+
+import torch
+
+from lesson.checks import Demonstration, require
+
+
+class Flag(NamedTuple):
+    """A number that a demonstration's command line may change."""
+
+    name: str
+    default: int | float | str
+    help: str
+    at_least: float = -math.inf
+
+
+def flag(name, default, help, at_least=-math.inf):
+    """`--name` with a default of its type; a value below `at_least` is refused."""
+    return Flag(name, default, help, at_least)
+
+
+def demonstration(docstring, *flags):
+    """Turns `main(demo, arguments)` into a lesson's `main(argv=None)`.
+
+    docstring: the module's own, shown by --help. Every lesson has --seed and --device; `flags` come
+    on top.
+    """
+
+    def decorate(function):
+        script = pathlib.Path(function.__code__.co_filename).name
+
+        @functools.wraps(function)
+        def main(argv=None):
+            arguments = parse_arguments(demonstration_parser(docstring, flags), argv)
+            for each in flags:
+                value = getattr(arguments, each.name.replace("-", "_"))
+                if each.at_least > -math.inf:
+                    require(
+                        each.at_least <= value,
+                        f"--{each.name}={value} must be at least {each.at_least}",
+                    )
+            return function(Demonstration(script, arguments.device, arguments.seed), arguments)
+
+        return one_line_errors(main)
+
+    return decorate
+
+
+def demonstration_parser(docstring, flags=()):
+    """The parser of a lesson's flags; the docstring is its help."""
+    parser = OneLineParser(
+        description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random inputs")
+    parser.add_argument("--device", default=None, help="cuda, mps or cpu; default: best there is")
+    for each in flags:
+        parser.add_argument(
+            f"--{each.name}",
+            type=type(each.default),
+            default=each.default,
+            help=f"{each.help} (default: {each.default})",
+        )
+    return parser
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Ends a wrong command line with one line, as all other mistakes end."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def inside_ipython():
+    return "IPython" in sys.modules and hasattr(sys.modules["builtins"], "get_ipython")
+
+
+def parse_arguments(parser, argv):
+    """`parser.parse_args(argv)`, with no arguments inside IPython, and the device picked."""
+    arguments = parser.parse_args([] if argv is None and inside_ipython() else argv)
+    arguments.device = pick_device(getattr(arguments, "device", None))
+    return arguments
+
+
+def pick_device(name=None):
+    """The named device, or the best of cuda, mps and cpu. ValueError if it is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available["cpu"] = True
+    if name is None:
+        return next(device for device, there in available.items() if there)
+    there = ", ".join(device for device, is_there in available.items() if is_there)
+    require(available.get(name, False), f"device {name!r} is not available, got here: {there}")
+    return name
+
+
+def one_line_errors(main):
+    """Makes a `main` end a user's mistake with one line on stderr and exit status 2."""
+
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        for stream in (sys.stdout, sys.stderr):  # a console without √ or λ must not end a run
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")
+        try:
+            return main(argv)
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            raise SystemExit(130) from None
+
+    return wrapped
+
+
+def progress_bar(total, label, **options):
+    """A tqdm bar on stderr, which a file gets a line of every 15 seconds."""
+    from tqdm import tqdm
+
+    interval = 0.5 if sys.stderr.isatty() else 15.0
+    return tqdm(total=total, desc=f"  {label}", file=sys.stderr, mininterval=interval,
+                **{"leave": False, **options})

@@ -1,0 +1,43 @@
+"""Two drawings that lessons and reports need: curves, and bands that add up."""
+
+import contextlib
+import pathlib
+
+
+@contextlib.contextmanager
+def picture(path, rows=1, columns=1, size=(8, 4.5), **options):
+    """Yields axes to draw on, one or an array; at the end the picture is in `path`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained", **options)
+    try:
+        yield axes
+        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110)
+    finally:
+        pyplot.close(figure)
+
+
+def curves(axis, x, series, window=1, colors=None, **labels):
+    """Draws {label: values} against x, each as a mean over the last `window` values.
+
+    With a window above 1 the values themselves stand behind, pale. `labels`: title, xlabel, ylabel.
+    """
+    for number, (label, values) in enumerate(series.items()):
+        color = f"C{number}" if colors is None else colors[number]
+        recent = [values[max(0, i - window + 1) : i + 1] for i in range(len(values))]
+        if window > 1:
+            axis.plot(x, values, color=color, alpha=0.25, linewidth=0.8)
+        axis.plot(x, [sum(part) / len(part) for part in recent], color=color, label=label)
+    axis.set(**labels)
+    axis.grid(alpha=0.3)
+
+
+def bands(axis, shares, **labels):
+    """Draws shares (steps, parts), which add up at every step, as bands on top of each other."""
+    axis.stackplot(range(len(shares)), shares.T, edgecolor="white", linewidth=0.3)
+    axis.set(**labels)
+    axis.margins(0)
