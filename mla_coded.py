@@ -13,9 +13,9 @@ the same function, computed in another order.
     o_i = Σ_j softmax_j((q_C·k_C + q_R·k_R) / √(N + R)) v_C        (one scale for both scores)
     absorbed:  q_C·k_C = (W_UKᵀ q_C)·c_KV        o_i = W_UV Σ_j p_j c_KV
 
-Papers: DeepSeek-V2 (2024), section 2.1, equations 9–19 and 37–47, Table 1, the
-norms of the latents in 3.1.2; cache sizes: "Insights
-into DeepSeek-V3" (2025), Table 1. Attribute names are those of the released checkpoints.
+Papers: DeepSeek-V2 (2024), section 2.1, equations 9–19 and 37–47, Table 1, the norms of the
+latents in 3.1.2; cache sizes: "Insights into DeepSeek-V3" (2025), Table 1. Attribute names are
+those of the released checkpoints.
 Simplified: nothing; rotary positions arrive in phase 7 by overriding `rotate`.
 
 Dimensions: B batch · T query positions · S key positions · D model width · H heads · N
@@ -28,28 +28,41 @@ import torch
 from torch import nn
 
 from causal_attention_coded import causal_mask
-from multihead_attention_coded import (
-    GrowingBuffer,
-    Linear,
-    RMSNorm,
-    fused_attention,
-    product_attention,
-)
-from self_attention_coded import (
-    Demonstration,
-    demonstration_parser,
-    expanded_mask,
-    one_line_errors,
-    parse_arguments,
-)
+from lesson import demonstration, flag, require
+from multihead_attention_coded import RowStore, fused_attention
+from self_attention_coded import expanded_mask
 
 
 # %% The cache
-class LatentCache(GrowingBuffer):
+class LatentCache:
     """One layer's [c_KV | k_R], (B, length, C + R): normed latent and rotated key, nothing else."""
 
+    def __init__(self, store=RowStore):
+        self.rows = store()
 
-# %% The module
+    @property
+    def length(self):
+        return self.rows.length
+
+    def append(self, memory):
+        """Stores (B, new, C + R); returns all of it so far, (B, S, C + R)."""
+        return self.rows.append(memory)
+
+    def truncate(self, length):
+        self.rows.truncate(length)
+
+    def used_bytes(self):
+        return self.rows.used_bytes()
+
+
+class RMSNorm(nn.RMSNorm):
+    """`nn.RMSNorm` in the precision of its weight: under autocast a latent comes in a lower one."""
+
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype))
+
+
+# %% The module: what it projects, what it remembers, and how it attends
 class MultiHeadLatentAttention(nn.Module):
     """MLA with the projections of the released checkpoints.
 
@@ -59,23 +72,26 @@ class MultiHeadLatentAttention(nn.Module):
     """
 
     cache_type = LatentCache  # phase 8 puts a smaller one here
+    attend = staticmethod(fused_attention)  # of the expanded path
 
     def __init__(
-        self, hidden_size, num_attention_heads, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim,
-        v_head_dim, q_lora_rank=None, attention_bias=False,
-    ):  # fmt: skip
+        self,
+        hidden_size,
+        num_attention_heads,
+        kv_lora_rank,
+        qk_nope_head_dim,
+        qk_rope_head_dim,
+        v_head_dim,
+        q_lora_rank=None,
+        attention_bias=False,
+    ):
         super().__init__()
-        sizes = dict(
-            hidden_size=hidden_size, num_attention_heads=num_attention_heads,
-            kv_lora_rank=kv_lora_rank, qk_nope_head_dim=qk_nope_head_dim, v_head_dim=v_head_dim,
-        )  # fmt: skip
-        if q_lora_rank is not None:
-            sizes["q_lora_rank"] = q_lora_rank
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name}={size} must be at least 1")
-        if qk_rope_head_dim < 0 or qk_rope_head_dim % 2:
-            raise ValueError(f"qk_rope_head_dim={qk_rope_head_dim} must be even: it rotates pairs")
+        require(
+            qk_rope_head_dim >= 0 and qk_rope_head_dim % 2 == 0,
+            f"qk_rope_head_dim={qk_rope_head_dim} must be even: it rotates pairs",
+        )
+        for name, size in dict(kv_lora_rank=kv_lora_rank, q_lora_rank=q_lora_rank).items():
+            require(size is None or size >= 1, f"{name}={size} must be at least 1")
         self.hidden_size, self.num_heads = hidden_size, num_attention_heads
         self.q_lora_rank, self.kv_lora_rank = q_lora_rank, kv_lora_rank
         self.qk_nope_head_dim, self.qk_rope_head_dim = qk_nope_head_dim, qk_rope_head_dim
@@ -85,32 +101,31 @@ class MultiHeadLatentAttention(nn.Module):
 
         q_rows = num_attention_heads * qk_head_dim
         if q_lora_rank is None:
-            self.q_proj = Linear(hidden_size, q_rows, bias=False)
+            self.q_proj = nn.Linear(hidden_size, q_rows, bias=False)
         else:
-            self.q_a_proj = Linear(hidden_size, q_lora_rank, bias=attention_bias)
+            self.q_a_proj = nn.Linear(hidden_size, q_lora_rank, bias=attention_bias)
             self.q_a_layernorm = RMSNorm(q_lora_rank, eps=1e-6)
-            self.q_b_proj = Linear(q_lora_rank, q_rows, bias=False)
-        self.kv_a_proj_with_mqa = Linear(
-            hidden_size, kv_lora_rank + qk_rope_head_dim, bias=attention_bias
-        )
+            self.q_b_proj = nn.Linear(q_lora_rank, q_rows, bias=False)
+        memory_rows = kv_lora_rank + qk_rope_head_dim
+        self.kv_a_proj_with_mqa = nn.Linear(hidden_size, memory_rows, bias=attention_bias)
         self.kv_a_layernorm = RMSNorm(kv_lora_rank, eps=1e-6)
         kv_rows = num_attention_heads * (qk_nope_head_dim + v_head_dim)
-        self.kv_b_proj = Linear(kv_lora_rank, kv_rows, bias=False)
-        self.o_proj = Linear(num_attention_heads * v_head_dim, hidden_size, bias=attention_bias)
+        self.kv_b_proj = nn.Linear(kv_lora_rank, kv_rows, bias=False)
+        heads_width = num_attention_heads * v_head_dim
+        self.o_proj = nn.Linear(heads_width, hidden_size, bias=attention_bias)
 
-    def rotate(self, q_rope, k_rope, positions):
-        """Turns the rotary halves by their positions: not here. Phase 7 overrides this method.
+    def rotate(self, x, positions):
+        """Rotates queries (B, H, T, R) or keys (B, T, R) by their positions: not here, in phase 7.
 
-        q_rope (B, H, ≤ T, R), of the last tokens only; k_rope (B, T, R); positions (T,) or (B, T)
-        → both, same shapes.
+        positions: (T,) or (B, T).
         """
-        return q_rope, k_rope
+        return x
 
-    def new_cache(self, capacity=0):
-        return self.cache_type(capacity)
+    def new_cache(self, store=RowStore):
+        return self.cache_type(store)
 
     def queries(self, hidden):
-        """(B, T, D) → content part (B, H, T, N) and position part (B, H, T, R)."""
+        """(B, T, D) → content part (B, H, T, N) and position part (B, H, T, R), not yet rotated."""
         if self.q_lora_rank is None:
             rows = self.q_proj(hidden)
         else:
@@ -118,16 +133,19 @@ class MultiHeadLatentAttention(nn.Module):
         q_BHTK = rows.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         return q_BHTK.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
 
-    def compress(self, hidden):
-        """(B, T, D) → normed latent (B, T, C) and the one shared position key (B, T, R)."""
-        latent, k_rope = self.kv_a_proj_with_mqa(hidden).split(
-            [self.kv_lora_rank, self.qk_rope_head_dim], dim=-1
-        )
-        return self.kv_a_layernorm(latent), k_rope
+    def remember(self, hidden, positions, cache=None):
+        """(B, T, D) → what later tokens need of these, behind what the cache has: (B, S, C + R)."""
+        rows = self.kv_a_proj_with_mqa(hidden)
+        latent_BTC, k_rope_BTR = self.split_memory(rows)
+        k_rope_BTR = self.rotate(k_rope_BTR, positions)
+        memory = torch.cat([self.kv_a_layernorm(latent_BTC), k_rope_BTR], dim=-1)
+        return memory if cache is None else cache.append(memory)
 
-    def forward(
-        self, hidden, positions=None, mask=None, cache=None, path="expanded", start=None, last=None
-    ):  # fmt: skip
+    def split_memory(self, memory):
+        """(B, S, C + R) → latents (B, S, C) and the one position key of all heads (B, S, R)."""
+        return memory.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+
+    def forward(self, hidden, positions=None, mask=None, cache=None, path="expanded"):
         """Causal attention, (B, T, D) → (B, T, D).
 
         Args:
@@ -135,99 +153,108 @@ class MultiHeadLatentAttention(nn.Module):
             mask: boolean, broadcastable to (B, H, T, S), on top of the causal one.
             cache: a `LatentCache`; the T tokens are appended and attend to all that it holds. For
                 inference: no gradient flows through what is cached.
-            path: "expanded" rebuilds keys and values (best for many queries: training, prompts),
-                "products" does the same without the fused kernel (best for short texts in BF16),
-                "absorbed" attends to the latents themselves (best for few: decoding), "naive"
-                goes head by head through the equations. All four are the same function.
-            start: where in the cache the tokens go, see `GrowingBuffer.append`; default: behind the
-                last. With a tensor, `mask` must hide what lies behind each sequence's end.
-            last: outputs of the last so many tokens only, (B, last, D); all are cached.
+            path: "naive" goes head by head through the equations, "expanded" rebuilds keys and
+                values (best for many queries: training, prompts), "absorbed" attends to the latents
+                themselves (best for few: decoding), "einsum" is the equation of that.
         """
-        if hidden.dim() != 3 or hidden.shape[-1] != self.hidden_size:
-            raise ValueError(f"input must be (B, T, {self.hidden_size}), got {tuple(hidden.shape)}")
-        paths = dict(expanded=self._expanded, products=self._products,
-                     absorbed=self._absorbed, naive=self._naive)  # fmt: skip
-        if path not in paths:
-            raise ValueError(f"path={path!r} must be one of {', '.join(paths)}")
+        fits = hidden.dim() == 3 and hidden.shape[-1] == self.hidden_size
+        require(fits, f"input must be (B, T, {self.hidden_size}), got {tuple(hidden.shape)}")
+        require(path in PATHS, f"path={path!r} must be one of {', '.join(PATHS)}")
         B, T, _ = hidden.shape
-        if last is not None and not 1 <= last <= T:
-            raise ValueError(f"last={last} must be from 1 to the {T} tokens of the input")
-        last = T if last is None else last
         past = 0 if cache is None else cache.length
-        if start is not None:
-            past = int(start.max()) if torch.is_tensor(start) else start
         if positions is None:
             positions = torch.arange(past, past + T, device=hidden.device)
-        if positions.shape not in ((T,), (B, T)):
-            raise ValueError(
-                f"positions must be ({T},) or ({B}, {T}), got {tuple(positions.shape)}"
-            )
-        if mask is not None:
-            mask = expanded_mask(mask, (B, self.num_heads, T, past + T))[:, :, -last:]
-        q_nope_BHTN, q_rope_BHTR = self.queries(hidden[:, -last:])
-        latent_BTC, k_rope_BTR = self.compress(hidden)
-        q_rope_BHTR, k_rope_BTR = self.rotate(q_rope_BHTR, k_rope_BTR, positions)
-        memory = torch.cat([latent_BTC, k_rope_BTR], dim=-1)  # (B, S, C + R)
-        if cache is not None:
-            memory = cache.append(memory, start)
-        heads_BHTV = paths[path](q_nope_BHTN, q_rope_BHTR, memory, mask)
+        if mask is not None:  # before the cache changes
+            mask = expanded_mask(mask, (B, self.num_heads, T, past + T))
+        q_nope_BHTN, q_rope_BHTR = self.queries(hidden)
+        q_rope_BHTR = self.rotate(q_rope_BHTR, positions)
+        memory = self.remember(hidden, positions, cache)
+        heads_BHTV = PATHS[path](self, q_nope_BHTN, q_rope_BHTR, memory, mask)
         return self.o_proj(heads_BHTV.transpose(1, 2).flatten(-2))
-
-    def _split_memory(self, memory):
-        return memory.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-
-    def _products(self, q_nope_BHTN, q_rope_BHTR, memory, mask):
-        return self._expanded(q_nope_BHTN, q_rope_BHTR, memory, mask, product_attention)
-
-    def _expanded(self, q_nope_BHTN, q_rope_BHTR, memory, mask, attend=fused_attention):
-        """Rebuilds all heads' keys and values, then attends as in phase 3."""
-        latent_BSC, k_rope_BSR = self._split_memory(memory)
-        rebuilt = self.kv_b_proj(latent_BSC).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        k_nope_BHSN, v_BHSV = rebuilt.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
-        k_rope_BHSR = k_rope_BSR.unsqueeze(1).expand(-1, self.num_heads, -1, -1)
-        q_BHTK = torch.cat([q_nope_BHTN, q_rope_BHTR], dim=-1)
-        k_BHSK = torch.cat([k_nope_BHSN, k_rope_BHSR], dim=-1)
-        return attend(q_BHTK, k_BHSK, v_BHSV, mask, scale=self.softmax_scale, causal=True)
 
     def up_projections(self, dtype):
         """The two halves of `kv_b_proj`: W_UK (H, N, C) and W_UV (H, V, C)."""
         rows = self.kv_b_proj.weight.to(dtype).unflatten(0, (self.num_heads, -1))
         return rows.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
 
-    def _absorbed(self, q_nope_BHTN, q_rope_BHTR, memory, mask):
-        """Moves W_UK to the queries and W_UV to the outputs: multi-query attention on latents."""
+    # The naive reference
+    def head_by_head(self, q_nope_BHTN, q_rope_BHTR, memory, mask):
+        """Equations 9–19, one head after another; both scores are added, then scaled."""
+        latent_BSC, k_rope_BSR = self.split_memory(memory)
         w_uk_HNC, w_uv_HVC = self.up_projections(memory.dtype)
+        allowed_BHTS = causal_and(mask, q_nope_BHTN, memory)
+        heads = []
+        for h in range(self.num_heads):
+            k_nope_BSN, v_BSV = latent_BSC @ w_uk_HNC[h].T, latent_BSC @ w_uv_HVC[h].T
+            content_BTS = q_nope_BHTN[:, h] @ k_nope_BSN.transpose(-2, -1)
+            position_BTS = q_rope_BHTR[:, h] @ k_rope_BSR.transpose(-2, -1)
+            scores_BTS = (content_BTS + position_BTS) * self.softmax_scale
+            heads.append(masked_softmax(scores_BTS, allowed_BHTS[:, h]) @ v_BSV)
+        return torch.stack(heads, dim=1)
+
+    # All heads' keys and values rebuilt
+    def expanded(self, q_nope_BHTN, q_rope_BHTR, memory, mask):
+        """Rebuilds keys and values from the latents, then attends as in phase 3."""
+        latent_BSC, k_rope_BSR = self.split_memory(memory)
+        rebuilt = self.kv_b_proj(latent_BSC).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k_nope_BHSN, v_BHSV = rebuilt.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        k_rope_BHSR = k_rope_BSR.unsqueeze(1).expand(-1, self.num_heads, -1, -1)
+        q_BHTK = torch.cat([q_nope_BHTN, q_rope_BHTR], dim=-1)
+        k_BHSK = torch.cat([k_nope_BHSN, k_rope_BHSR], dim=-1)
+        return self.attend(q_BHTK, k_BHSK, v_BHSV, mask, scale=self.softmax_scale, causal=True)
+
+    # No keys, no values: W_UK goes to the queries, W_UV to the outputs
+    def absorbed_einsum(self, q_nope_BHTN, q_rope_BHTR, memory, mask):
+        """The last equation of the docstring, a line each: every head attends to the latents."""
+        latent_BSC, k_rope_BSR = self.split_memory(memory)
+        w_uk_HNC, w_uv_HVC = self.up_projections(memory.dtype)
+        allowed_BHTS = causal_and(mask, q_nope_BHTN, memory)
+
+        q_latent_BHTC = torch.einsum("bhtn,hnc->bhtc", q_nope_BHTN, w_uk_HNC)
+        content_BHTS = torch.einsum("bhtc,bsc->bhts", q_latent_BHTC, latent_BSC)
+        position_BHTS = torch.einsum("bhtr,bsr->bhts", q_rope_BHTR, k_rope_BSR)
+        scores_BHTS = (content_BHTS + position_BHTS) * self.softmax_scale
+        weights_BHTS = masked_softmax(scores_BHTS, allowed_BHTS)
+        mixed_BHTC = torch.einsum("bhts,bsc->bhtc", weights_BHTS, latent_BSC)
+        return torch.einsum("bhtc,hvc->bhtv", mixed_BHTC, w_uv_HVC)
+
+    def absorbed(self, q_nope_BHTN, q_rope_BHTR, memory, mask):
+        """The same in one call of the fused kernel, which reads the cache once.
+
+        [q_latent | q_R] against [c_KV | k_R] gives both scores in one product. All heads share
+        these keys, so the heads' queries become rows of a single head: (B, 1, H·T, C + R). The
+        memory serves as values as well; its last R columns are mixed along, then cut off.
+        """
         H, T = q_nope_BHTN.shape[1:3]
-        query = torch.cat([q_nope_BHTN @ w_uk_HNC, q_rope_BHTR], dim=-1)  # (B, H, T, C + R)
-        if T > 1:
-            triangle_TS = causal_mask(T, memory.shape[1], device=memory.device)
-            mask = triangle_TS if mask is None else mask & triangle_TS
-        if mask is not None:
-            mask = mask.expand(*query.shape[:3], -1).flatten(1, 2).unsqueeze(1)
-        # All heads read the same keys, so heads and positions are rows of one head's queries. The
-        # whole memory serves as values, too: it is read once, and the rotary part is cut off after.
+        w_uk_HNC, w_uv_HVC = self.up_projections(memory.dtype)
+        query = torch.cat([q_nope_BHTN @ w_uk_HNC, q_rope_BHTR], dim=-1)
+        if T > 1 or mask is not None:
+            mask = causal_and(mask, q_nope_BHTN, memory).flatten(1, 2).unsqueeze(1)
         rows, memory = query.flatten(1, 2).unsqueeze(1), memory.unsqueeze(1)
         mixed = fused_attention(rows, memory, memory, mask, self.softmax_scale).squeeze(1)
         mixed_BHTC = mixed[..., : self.kv_lora_rank].unflatten(1, (H, T))
         return mixed_BHTC @ w_uv_HVC.transpose(1, 2)
 
-    def _naive(self, q_nope_BHTN, q_rope_BHTR, memory, mask):
-        """Equations 9–19 head by head; content and position scores are added, then scaled."""
-        latent_BSC, k_rope_BSR = self._split_memory(memory)
-        w_uk_HNC, w_uv_HVC = self.up_projections(memory.dtype)
-        B, H, T, _ = q_nope_BHTN.shape
-        allowed = causal_mask(T, memory.shape[1], device=memory.device)
-        allowed = (allowed if mask is None else mask & allowed).expand(B, H, T, memory.shape[1])
-        heads = []
-        for h in range(H):
-            k_nope_BSN, v_BSV = latent_BSC @ w_uk_HNC[h].T, latent_BSC @ w_uv_HVC[h].T
-            content_BTS = q_nope_BHTN[:, h] @ k_nope_BSN.transpose(-2, -1)
-            position_BTS = q_rope_BHTR[:, h] @ k_rope_BSR.transpose(-2, -1)
-            scores_BTS = (content_BTS + position_BTS) * self.softmax_scale
-            weights_BTS = scores_BTS.masked_fill(~allowed[:, h], float("-inf")).softmax(dim=-1)
-            # A query with no key at all: zeros instead of 0/0.
-            heads.append(weights_BTS.masked_fill(~allowed[:, h], 0.0) @ v_BSV)
-        return torch.stack(heads, dim=1)
+
+PATHS = {
+    "naive": MultiHeadLatentAttention.head_by_head,
+    "expanded": MultiHeadLatentAttention.expanded,
+    "einsum": MultiHeadLatentAttention.absorbed_einsum,
+    "absorbed": MultiHeadLatentAttention.absorbed,
+}
+
+
+def causal_and(mask, query, memory):
+    """The causal mask, and on top of it `mask` where given: (B, H, T, S)."""
+    (B, H, T), S = query.shape[:3], memory.shape[1]
+    triangle_TS = causal_mask(T, S, device=memory.device)
+    return (triangle_TS if mask is None else mask & triangle_TS).expand(B, H, T, S)
+
+
+def masked_softmax(scores, allowed):
+    """Softmax over the allowed keys; zeros in place of 0/0 for a query with no key at all."""
+    weights = scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1)
+    return weights.masked_fill(~allowed, 0.0)
 
 
 # %% The cost: numbers cached per token, and arithmetic per decoded token
@@ -243,8 +270,7 @@ def cache_elements_per_token(kind, layers, heads=1, head_width=0, groups=1, late
         "MQA": 2 * head_width,
         "MLA": latent + rotary,
     }
-    if kind not in per_layer:
-        raise ValueError(f"kind={kind!r} must be one of {', '.join(per_layer)}")
+    require(kind in per_layer, f"kind={kind!r} must be one of {', '.join(per_layer)}")
     return per_layer[kind] * layers
 
 
@@ -256,24 +282,39 @@ def decode_flops(attention, context, path):
     """
     H, C, R = attention.num_heads, attention.kv_lora_rank, attention.qk_rope_head_dim
     N, V = attention.qk_nope_head_dim, attention.v_head_dim
+    require(path in ("expanded", "absorbed"), f"path={path!r} must be 'expanded' or 'absorbed'")
     if path == "expanded":
         return 2 * context * C * H * (N + V) + 2 * context * H * (N + R + V)
-    if path == "absorbed":
-        # The rotary part is mixed along with the latents and then cut off.
-        return 2 * H * C * (N + V) + 2 * context * H * (C + R + C + R)
-    raise ValueError(f"path={path!r} must be 'expanded' or 'absorbed'")
+    # The rotary part is mixed along with the latents and then cut off.
+    return 2 * H * C * (N + V) + 2 * context * H * (C + R + C + R)
 
 
-def print_cache_tables(demo):
+# %% The demonstration
+def check_paths(demo, attention, x_BTD, name):
+    """All paths are one function, also through the cache; returns the bytes cached per token."""
+    cache = LatentCache()
+    with torch.no_grad():
+        naive = attention(x_BTD, path="naive")
+        for path in ("expanded", "einsum", "absorbed"):
+            output = attention(x_BTD, path=path)
+            demo.same(f"{name}: {path} = head by head", "(B, T, D)", output, naive)
+        pieces = [attention(x_BTD[:, :4], cache=cache)]
+        for token in x_BTD[:, 4:].split(1, dim=1):
+            pieces.append(attention(token, cache=cache, path="absorbed"))
+    decoded = torch.cat(pieces, dim=1)
+    demo.same(f"{name}: prompt of 4, then 5 decoded = one pass", "(B, T, D)", decoded, naive)
+    return cache.used_bytes() // x_BTD[..., 0].numel()
+
+
+def check_published_sizes(demo):
     """DeepSeek-V2's Table 1 with V2's own sizes, and the published KB per token."""
     v2 = dict(layers=60, heads=128, head_width=128, groups=8, latent=512, rotary=64)
     published = {"MHA": 1_966_080, "GQA": 122_880, "MQA": 15_360, "MLA": 34_560}
     for kind, numbers in published.items():
         elements = cache_elements_per_token(kind, **v2)
-        demo.check(
-            f"V2's size (60 layers, 128 heads of 128): {kind}", "numbers cached per token",
-            f"{elements:>9,} = {elements / (128 * 60):6.2f} · d_h · l", elements == numbers,
-        )  # fmt: skip
+        figure = f"{elements:>9,} = {elements / (128 * 60):6.2f} · d_h · l"
+        what = f"V2's size (60 layers, 128 heads of 128): {kind}"
+        demo.check(what, "numbers cached per token", figure, elements == numbers)
     models = {
         "LLaMA-3.1-405B (GQA)": ("GQA", dict(layers=126, groups=8, head_width=128), 516.096),
         "Qwen-2.5-72B (GQA)": ("GQA", dict(layers=80, groups=8, head_width=128), 327.680),
@@ -285,50 +326,33 @@ def print_cache_tables(demo):
         demo.check(f"BF16 cache of {name}", "", figure, kilobytes == published)
 
 
-# %% The demonstration
-@one_line_errors
-def main(argv=None):
-    parser = demonstration_parser(__doc__)
-    parser.add_argument("--context", type=int, default=4096, help="keys in the decoding comparison")
-    parser.add_argument("--kv-lora-rank", type=int, default=32, help="C of the small example")
-    arguments = parse_arguments(parser, argv)
-    if arguments.context < 1:
-        raise ValueError(f"--context={arguments.context} must be at least 1")
-    demo = Demonstration("mla_coded.py", arguments.device, arguments.seed)
-    x_BTD = torch.randn(2, 9, 64, device=arguments.device)
-    for q_lora_rank in (None, 24):
+@demonstration(
+    __doc__,
+    flag("context", 4096, "keys in the decoding comparison", at_least=1),
+    flag("kv-lora-rank", 32, "C of the small example", at_least=1),
+)
+def main(demo, arguments):
+    sizes = dict(qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12)
+    x_BTD = torch.randn(2, 9, 64, device=demo.device)
+    for q_lora_rank, name in ((None, "plain queries"), (24, "query latent 24")):
         attention = MultiHeadLatentAttention(
-            64, 4, arguments.kv_lora_rank, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12,
-            q_lora_rank=q_lora_rank,
-        ).to(arguments.device)  # fmt: skip
-        with torch.no_grad():
-            naive = attention(x_BTD, path="naive")
-            name = "plain queries" if q_lora_rank is None else f"query latent {q_lora_rank}"
-            demo.same(f"{name}: expanded = head by head", "(B, T, D)", attention(x_BTD), naive)
-            for path in ("products", "absorbed"):
-                output = attention(x_BTD, path=path)
-                demo.same(f"{name}: {path} = head by head", "(B, T, D)", output, naive)
-            cache = LatentCache()
-            pieces = [attention(x_BTD[:, :4], cache=cache)]
-            for token in x_BTD[:, 4:].split(1, dim=1):
-                pieces.append(attention(token, cache=cache, path="absorbed"))
-        demo.same(f"{name}: prompt of 4, then 5 decoded = one pass", "(B, T, D)",
-                  torch.cat(pieces, dim=1), naive)  # fmt: skip
-    per_token = cache.used_bytes() // (2 * 9)
-    wanted = 4 * (arguments.kv_lora_rank + 8)
-    demo.check("cache: (C + R) numbers of 4 bytes", "bytes per token",
-               f"{per_token} (MHA: {4 * 4 * (16 + 8 + 12)})", per_token == wanted)  # fmt: skip
-    print_cache_tables(demo)
+            64, 4, arguments.kv_lora_rank, q_lora_rank=q_lora_rank, **sizes
+        )
+        per_token = check_paths(demo, attention.to(demo.device), x_BTD, name)
+    wanted, all_heads = 4 * (arguments.kv_lora_rank + 8), 4 * 4 * (16 + 8 + 12)
+    figure = f"{per_token} (MHA: {all_heads})"
+    demo.check("cache: (C + R) numbers of 4 bytes", "bytes per token", figure, per_token == wanted)
+    check_published_sizes(demo)
+
+    v3 = dict(qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, q_lora_rank=1536)
     with torch.device("meta"):
-        v3 = MultiHeadLatentAttention(7168, 128, 512, 128, 64, 128, q_lora_rank=1536)
-    expanded, absorbed = (
-        decode_flops(v3, arguments.context, path) for path in ("expanded", "absorbed")
-    )
-    demo.check(
-        f"V3, one layer, a token after {arguments.context}", "GFLOP",
-        f"expanded {expanded / 1e9:.2f}, absorbed {absorbed / 1e9:.2f} "
-        f"({expanded / absorbed:.0f}× fewer)", arguments.context == 1 or absorbed < expanded,
-    )  # fmt: skip
+        attention = MultiHeadLatentAttention(7168, 128, 512, **v3)
+    context = arguments.context
+    expanded, absorbed = (decode_flops(attention, context, p) for p in ("expanded", "absorbed"))
+    figure = f"expanded {expanded / 1e9:.2f}, absorbed {absorbed / 1e9:.2f}"
+    fewer = context == 1 or absorbed < expanded
+    what = f"V3, one layer, a token after {context}: {expanded / absorbed:.0f}× fewer"
+    demo.check(what, "GFLOP", figure, fewer)
     demo.finish("--context 131072", "--kv-lora-rank 8: a smaller cache, a lower-rank attention")
 
 

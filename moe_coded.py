@@ -24,20 +24,14 @@ Run:  python moe_coded.py [--steps 120] [--gamma 0.02] [--picture pictures/moe_l
 """
 
 import functools
-import pathlib
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from multihead_attention_coded import Linear, MultiHeadAttention, RMSNorm, shared_linear
-from self_attention_coded import (
-    Demonstration,
-    demonstration_parser,
-    one_line_errors,
-    parse_arguments,
-)
+from lesson import bands, demonstration, flag, picture, require
+from multihead_attention_coded import MultiHeadAttention
 
 
 # %% One expert
@@ -46,11 +40,11 @@ class SwiGLU(nn.Module):
 
     def __init__(self, hidden_size, intermediate_size):
         super().__init__()
-        if hidden_size < 1 or intermediate_size < 1:
-            raise ValueError(f"widths must be at least 1, got {hidden_size}, {intermediate_size}")
+        widths = f"widths must be at least 1, got {hidden_size}, {intermediate_size}"
+        require(hidden_size >= 1 and intermediate_size >= 1, widths)
         # [W_gate; W_up] in one matrix, one product: released files store them apart.
-        self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size, bias=False)
-        self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x):
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
@@ -100,10 +94,8 @@ class SwitchRouter(nn.Module):
 
     def __init__(self, hidden_size, n_routed_experts, capacity_factor=1.25):
         super().__init__()
-        if n_routed_experts < 1:
-            raise ValueError(f"n_routed_experts={n_routed_experts} must be at least 1")
-        if capacity_factor <= 0:
-            raise ValueError(f"capacity_factor={capacity_factor} must be above 0")
+        require(n_routed_experts >= 1, f"n_routed_experts={n_routed_experts} must be at least 1")
+        require(capacity_factor > 0, f"capacity_factor={capacity_factor} must be above 0")
         self.num_experts, self.capacity_factor = n_routed_experts, capacity_factor
         self.weight = nn.Parameter(torch.empty(n_routed_experts, hidden_size))
         nn.init.normal_(self.weight, std=0.02)
@@ -136,48 +128,57 @@ class TopKRouter(nn.Module):
     the bias `e_score_correction_bias`; a group counts as much as its two best biased scores).
     Only the experts of the best `topk_group` of `n_group` groups can be chosen. `norm_topk_prob`:
     the chosen weights are divided by their sum (V3). `routed_scaling_factor`: c above.
+
+    Two tokens, four experts in two groups, the best group counts, one expert a token (V3):
+
+        s         (.9 .1 | .6 .7)   (.2 .4 | .3 .1)     affinities
+        s + b     (.9 .1 | .6 .5)   (.2 .4 | .3 −.1)    with b = (0, 0, 0, −.2)
+        groups    1.0     1.1        .6     .2           sum of the two best: right, left
+        chosen    expert 2           expert 1            the best of s + b within the group
+        weights   .6 / .6 = 1        .4 / .4 = 1         from s: the bias selects, it does not weigh
     """
 
     def __init__(
-        self, hidden_size, n_routed_experts, num_experts_per_tok, scoring_func="sigmoid",
-        topk_method="noaux_tc", n_group=1, topk_group=1, norm_topk_prob=True,
+        self,
+        hidden_size,
+        n_routed_experts,
+        num_experts_per_tok,
+        scoring_func="sigmoid",
+        topk_method="noaux_tc",
+        n_group=1,
+        topk_group=1,
+        norm_topk_prob=True,
         routed_scaling_factor=1.0,
-    ):  # fmt: skip
+    ):
         super().__init__()
-        if scoring_func not in ("softmax", "sigmoid"):
-            raise ValueError(f"scoring_func={scoring_func!r} must be 'softmax' or 'sigmoid'")
-        if topk_method not in ("greedy", "group_limited_greedy", "noaux_tc"):
-            raise ValueError(
-                f"topk_method={topk_method!r} must be 'greedy', 'group_limited_greedy' "
-                "or 'noaux_tc'"
-            )
         if topk_method == "greedy":
             n_group = topk_group = 1
-        if n_group < 1 or n_routed_experts < 1 or n_routed_experts % n_group:
-            raise ValueError(
-                f"n_routed_experts={n_routed_experts} must be divisible by n_group={n_group}"
-            )
-        group_size = n_routed_experts // n_group
-        if not 1 <= topk_group <= n_group:
-            raise ValueError(f"topk_group={topk_group} must be from 1 to n_group={n_group}")
-        if not 1 <= num_experts_per_tok <= topk_group * group_size:
-            raise ValueError(
-                f"num_experts_per_tok={num_experts_per_tok} must be from 1 to the "
-                f"{topk_group * group_size} experts that can be chosen"
-            )
-        if topk_method == "noaux_tc" and n_group > 1 and group_size < 2:
-            raise ValueError(
-                f"n_group={n_group} leaves {group_size} expert a group, want 2 or more"
-            )
         self.num_experts, self.num_experts_per_tok = n_routed_experts, num_experts_per_tok
         self.scoring_func, self.topk_method = scoring_func, topk_method
         self.n_group, self.topk_group = n_group, topk_group
         self.norm_topk_prob, self.routed_scaling_factor = norm_topk_prob, routed_scaling_factor
+        self.check_arguments()
         self.weight = nn.Parameter(torch.empty(n_routed_experts, hidden_size))
         nn.init.normal_(self.weight, std=0.02)
         if topk_method == "noaux_tc":
             self.register_buffer("e_score_correction_bias", torch.zeros(n_routed_experts))
-        self.register_buffer("load", torch.zeros(n_routed_experts, dtype=torch.long), False)
+
+    def check_arguments(self):
+        E, A, scoring, method = (
+            self.num_experts, self.num_experts_per_tok, self.scoring_func, self.topk_method
+        )
+        scorings, methods = ("softmax", "sigmoid"), ("greedy", "group_limited_greedy", "noaux_tc")
+        require(scoring in scorings, f"scoring_func={scoring!r} must be one of {scorings}")
+        require(method in methods, f"topk_method={method!r} must be one of {methods}")
+        groups, best = self.n_group, self.topk_group
+        whole = groups >= 1 and E >= 1 and E % groups == 0
+        require(whole, f"n_routed_experts={E} must be divisible by n_group={groups}")
+        require(1 <= best <= groups, f"topk_group={best} must be from 1 to n_group={groups}")
+        size = E // groups
+        can = f"num_experts_per_tok={A} must be from 1 to the {best * size} experts that can be "
+        require(1 <= A <= best * size, can + "chosen")
+        pairs = method != "noaux_tc" or groups == 1 or size >= 2
+        require(pairs, f"n_group={groups} leaves {size} expert a group, want 2 or more")
 
     def _apply(self, fn, recurse=True):
         """Moves like any module, but keeps the bias in FP32: BF16 would swallow steps of γ."""
@@ -196,14 +197,14 @@ class TopKRouter(nn.Module):
         if self.topk_method == "noaux_tc":
             choice_ME = choice_ME + self.e_score_correction_bias
         if self.n_group > 1:
-            choice_ME = choice_ME.masked_fill(~self._in_best_groups(choice_ME), float("-inf"))
+            choice_ME = choice_ME.masked_fill(~self.in_best_groups(choice_ME), float("-inf"))
         indices_MA = choice_ME.topk(self.num_experts_per_tok, dim=-1).indices
         weights_MA = scores_ME.gather(1, indices_MA)  # the bias selects, it does not weigh
         if self.norm_topk_prob:
             weights_MA = weights_MA / (weights_MA.sum(dim=-1, keepdim=True) + 1e-20)
         return Routing(weights_MA * self.routed_scaling_factor, indices_MA, scores_ME)
 
-    def _in_best_groups(self, choice_ME):
+    def in_best_groups(self, choice_ME):
         """(M, E) boolean: whether the expert's group is among the best `topk_group`."""
         by_group = choice_ME.unflatten(1, (self.n_group, -1))
         best = 2 if self.topk_method == "noaux_tc" else 1
@@ -213,19 +214,194 @@ class TopKRouter(nn.Module):
         return kept.unsqueeze(-1).expand_as(by_group).flatten(1)
 
     @torch.no_grad()
-    def update_bias(self, gamma):
-        """One step of V3's balancing from the `load` of the training passes since the last one.
+    def update_bias(self, load_E, gamma):
+        """One step of V3's balancing (section 2.1.2): how often each expert was chosen, γ.
 
-        An expert above the mean load loses `gamma`, one below gains it (V3, section 2.1.2).
-        Without load (no training pass, or a router without bias) nothing changes.
+        An expert above the mean load loses `gamma`, one below gains it. A load of zeros, or a
+        router without bias, changes nothing.
         """
-        if self.topk_method == "noaux_tc" and self.load.any():
-            load = self.load.float()
-            self.e_score_correction_bias += gamma * torch.sign(load.mean() - load)
-        self.load.zero_()
+        if self.topk_method == "noaux_tc":
+            load_E = load_E.float()
+            self.e_score_correction_bias += gamma * torch.sign(load_E.mean() - load_E)
 
 
-# %% Balance losses: each is α when all experts are used alike, and more when not
+# %% The experts, and three ways to run them
+class Experts(nn.Module):
+    """E SwiGLU networks in two tensors, `gate_up_proj` (E, 2F, D) and `down_proj` (E, D, F)."""
+
+    def __init__(self, num_experts, hidden_size, intermediate_size):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(
+            torch.empty(num_experts, 2 * intermediate_size, hidden_size)
+        )
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+        for weight in (self.gate_up_proj, self.down_proj):
+            nn.init.uniform_(weight, -(weight.shape[-1] ** -0.5), weight.shape[-1] ** -0.5)
+
+    def expert(self, e, x):
+        """Expert e on any rows, (..., D) → (..., D): what `SwiGLU` does."""
+        gate, up = F.linear(x, self.gate_up_proj[e]).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, self.down_proj[e])
+
+    def dense(self, x_MD, routing):
+        """The naive reference: every expert on every token, most of it weighed with zero."""
+        used_MA = routing.weights if routing.kept is None else routing.weights * routing.kept
+        weights_ME = torch.zeros_like(routing.scores).scatter(1, routing.indices, used_MA)
+        outputs = [
+            self.expert(e, x_MD) * weights_ME[:, e, None].to(x_MD.dtype)
+            for e in range(len(self.down_proj))
+        ]
+        return torch.stack(outputs).sum(dim=0)
+
+    def loop(self, x_MD, routing):
+        """Expert by expert, each on its own tokens."""
+        output_MD = torch.zeros_like(x_MD)
+        for e in range(len(self.down_proj)):
+            mine_MA = routing.indices == e
+            if routing.kept is not None:
+                mine_MA = mine_MA & routing.kept
+            tokens, places = mine_MA.nonzero(as_tuple=True)
+            weights = routing.weights[tokens, places, None].to(x_MD.dtype)
+            output_MD = output_MD.index_add(0, tokens, self.expert(e, x_MD[tokens]) * weights)
+        return output_MD
+
+    def grouped(self, x_MD, routing):
+        """Tokens sorted by expert, then two grouped matrix products for all experts at once."""
+        active = routing.indices.shape[1]
+        tokens = torch.arange(len(x_MD), device=x_MD.device).repeat_interleave(active)
+        experts, weights = routing.indices.flatten(), routing.weights.flatten()
+        if routing.kept is not None:
+            kept = routing.kept.flatten()
+            tokens, experts, weights = tokens[kept], experts[kept], weights[kept]
+        order = experts.argsort(stable=True)
+        tokens, weights = tokens[order], weights[order].to(x_MD.dtype)
+        ends_E = expert_counts(experts, len(self.down_proj)).cumsum(0).to(torch.int32)
+        # index_select, not x_MD[tokens]: its backward is 5 times faster.
+        rows = x_MD.index_select(0, tokens)
+        gate, up = grouped_linear(rows, self.gate_up_proj, ends_E).chunk(2, dim=-1)
+        outputs = grouped_linear(F.silu(gate) * up, self.down_proj, ends_E)
+        return torch.zeros_like(x_MD).index_add(0, tokens, outputs * weights.unsqueeze(1))
+
+
+
+def grouped_linear(rows, weights, ends):
+    """`F.linear` of each expert on its own rows: (rows, in), (E, out, in), (E,) → (rows, out).
+
+    `ends` (int32): where each expert's run ends. One kernel call where the kernel can: one dtype of
+    at most 32 bits, rows of a multiple of 16 bytes; a product per expert elsewhere.
+    """
+    device = rows.device.type
+    if torch.is_autocast_enabled(device):  # the kernel is not on autocast's list
+        precision = torch.get_autocast_dtype(device)
+        rows, weights = rows.to(precision), weights.to(precision)
+    fits = rows.dtype == weights.dtype and rows.element_size() <= 4 and not rows.is_mps
+    if fits and all(width * rows.element_size() % 16 == 0 for width in weights.shape[1:]):
+        return F.grouped_mm(rows, weights.transpose(-2, -1), offs=ends)
+    starts = [0, *ends.tolist()[:-1]]
+    runs = [
+        F.linear(rows[start:end], weight)
+        for start, end, weight in zip(starts, ends.tolist(), weights, strict=True)
+    ]
+    return torch.cat(runs)
+
+
+# %% The layer
+class Routed(NamedTuple):
+    """What one MoE layer decided in one pass: what balance losses and biases are made from."""
+
+    layer: nn.Module
+    routing: Routing
+    batch_shape: tuple
+    token_mask: torch.Tensor | None
+
+    def balance_loss(self):
+        """The layer's own loss, a scalar; 0 if it has none."""
+        if self.layer.balance_loss is None:
+            return self.routing.scores.new_zeros(())
+        return self.layer.balance_loss(self.routing, self.batch_shape, self.token_mask)
+
+    def load(self):
+        """(E,) how often each expert was chosen; padding is left out."""
+        real_M = None if self.token_mask is None else self.token_mask.flatten()
+        return expert_counts(self.routing.indices, self.layer.gate.num_experts, real_M)
+
+
+class MixtureOfExperts(nn.Module):
+    """Router, routed experts, and shared experts that see every token. No residual inside.
+
+    `n_shared_experts` of width F are one SwiGLU of width n · F, as in the released checkpoints.
+    `balance_loss(routing, batch_shape, token_mask)` → scalar, or None: see `Routed`.
+    """
+
+    def __init__(
+        self, hidden_size, moe_intermediate_size, router, n_shared_experts=0, balance_loss=None
+    ):
+        super().__init__()
+        F_, D = moe_intermediate_size, router.weight.shape[1]
+        require(F_ >= 1, f"moe_intermediate_size={F_} must be at least 1")
+        require(hidden_size == D, f"the router reads width {D}, want hidden_size={hidden_size}")
+        self.gate = router
+        self.experts = Experts(router.num_experts, hidden_size, F_)
+        self.shared_experts = None
+        if n_shared_experts:
+            self.shared_experts = SwiGLU(hidden_size, n_shared_experts * F_)
+        self.balance_loss = balance_loss
+
+    def forward(self, x, token_mask=None, routed=None, dispatch="grouped"):
+        """(..., D) → (..., D).
+
+        token_mask: (...), False = padding, which enters neither balance loss nor load. routed: a
+        list that gets this pass's `Routed`. dispatch: "dense", "loop" or "grouped", all the same.
+        """
+        ways, D = ("dense", "loop", "grouped"), self.gate.weight.shape[1]
+        require(dispatch in ways, f"dispatch={dispatch!r} must be one of {ways}")
+        fits = x.dim() >= 2 and x.shape[-1] == D
+        require(fits, f"input must be (..., T, {D}), got {tuple(x.shape)}")
+        if token_mask is not None:
+            got, want = tuple(token_mask.shape), tuple(x.shape[:-1])
+            require(got == want, f"token_mask must be {want}, got {got}")
+        x_MD = x.flatten(0, -2)
+        routing = self.gate(x_MD, None if token_mask is None else token_mask.flatten())
+        output_MD = getattr(self.experts, dispatch)(x_MD, routing)
+        if self.shared_experts is not None:
+            output_MD = output_MD + self.shared_experts(x_MD)
+        if routed is not None:
+            routed.append(Routed(self, routing, x.shape[:-1], token_mask))
+        return output_MD.view_as(x)
+
+
+# %% The block: attention, then a feed-forward, each with a norm before and a residual around
+class TransformerBlock(nn.Module):
+    """h += attention(norm(h)); h += feed_forward(norm(h)); names as in the released checkpoints.
+
+    `attention`: `MultiHeadLatentAttention` or `MultiHeadAttention`. `feed_forward`: `SwiGLU` or
+    `MixtureOfExperts`.
+    """
+
+    def __init__(self, attention, feed_forward, norm_eps=1e-6):
+        super().__init__()
+        hidden_size = attention.o_proj.out_features
+        self.input_layernorm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.self_attn = attention
+        self.post_attention_layernorm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.mlp = feed_forward
+
+    def forward(self, hidden, token_mask=None, routed=None, **attention_options):
+        """(B, T, D) → (B, T, D). `attention_options` (mask, cache, ...) go to the attention.
+
+        token_mask (B, T) and the list `routed` go to the experts, if the block has any.
+        """
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), **attention_options)
+        normed = self.post_attention_layernorm(hidden)
+        if isinstance(self.mlp, MixtureOfExperts):
+            return hidden + self.mlp(normed, token_mask, routed)
+        return hidden + self.mlp(normed)
+
+
+# %% Balance losses: what training adds so that experts are used alike
+# Each is α when all experts are chosen equally often. As a rule, uneven use costs more, since the
+# scores P favour the experts that are chosen more often; but not always. Two experts, top 1, scores
+# (.51, .49), (.51, .49), (0, 1): f = (2/3, 1/3), P = (.34, .66), and the loss is 0.893 α.
 def switch_balance_loss(scores_ME, indices_MA, alpha, token_mask=None):
     """α E Σ_i f_i P_i (Switch, equation 4); f share of the tokens sent to i, P mean score of i."""
     return expert_balance_loss(scores_ME, indices_MA[:, :1], alpha, token_mask)
@@ -256,7 +432,7 @@ def device_balance_loss(scores_ME, indices_MA, alpha, devices, token_mask=None):
 
 def communication_balance_loss(
     scores_ME, indices_MA, alpha, devices, max_devices, token_mask=None
-):  # fmt: skip
+):
     """α Σ_d f''_d P''_d (V2, equations 29–31), over devices d.
 
     f''_d = devices / (max_devices · M) · tokens sent to d, where `max_devices` is how many devices
@@ -274,8 +450,9 @@ def communication_balance_loss(
 
 def _experts_of_devices(per_expert, devices):
     """(..., E) → (..., devices, E / devices): neighbours share a device."""
-    if devices < 1 or per_expert.shape[-1] % devices:
-        raise ValueError(f"{per_expert.shape[-1]} experts must be divisible by {devices} devices")
+    E = per_expert.shape[-1]
+    whole = devices >= 1 and E % devices == 0
+    require(whole, f"{E} experts must be divisible by {devices} devices")
     return per_expert.unflatten(-1, (devices, -1))
 
 
@@ -300,172 +477,10 @@ def sequence_balance_loss(scores_BTE, experts_per_token, alpha, token_mask=None)
     return alpha * per_sequence_B.sum() / has_tokens_B.sum().clamp(min=1)
 
 
-# %% The experts, and four ways to run them
-class Experts(nn.Module):
-    """E SwiGLU networks in two tensors, `gate_up_proj` (E, 2F, D) and `down_proj` (E, D, F)."""
-
-    def __init__(self, num_experts, hidden_size, intermediate_size):
-        super().__init__()
-        self.gate_up_proj = nn.Parameter(
-            torch.empty(num_experts, 2 * intermediate_size, hidden_size)
-        )
-        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
-        for weight in (self.gate_up_proj, self.down_proj):
-            nn.init.uniform_(weight, -(weight.shape[-1] ** -0.5), weight.shape[-1] ** -0.5)
-
-    def dense(self, x_MD, routing):
-        """The naive reference: every expert on every token, most of it weighed with zero."""
-        used_MA = routing.weights if routing.kept is None else routing.weights * routing.kept
-        weights_ME = torch.zeros_like(routing.scores).scatter(1, routing.indices, used_MA)
-        outputs = [
-            self._one_expert(e, x_MD) * weights_ME[:, e, None].to(x_MD.dtype)
-            for e in range(len(self.down_proj))
-        ]
-        return torch.stack(outputs).sum(dim=0)
-
-    def loop(self, x_MD, routing):
-        """Expert by expert, each on its own tokens."""
-        output_MD = torch.zeros_like(x_MD)
-        for e in range(len(self.down_proj)):
-            mine_MA = routing.indices == e
-            if routing.kept is not None:
-                mine_MA = mine_MA & routing.kept
-            tokens, places = mine_MA.nonzero(as_tuple=True)
-            weights = routing.weights[tokens, places, None].to(x_MD.dtype)
-            output_MD = output_MD.index_add(0, tokens, self._one_expert(e, x_MD[tokens]) * weights)
-        return output_MD
-
-    def by_choice(self, x_MD, routing):
-        """Token by token, only the experts it chose: nothing to sort, for a few tokens."""
-        weights_MA = routing.weights if routing.kept is None else routing.weights * routing.kept
-        outputs = [
-            self._one_expert(e, x, shared_linear)
-            for x, experts in zip(x_MD, routing.indices.tolist(), strict=True)
-            for e in experts
-        ]
-        outputs_MAD = torch.stack(outputs).unflatten(0, weights_MA.shape)
-        return (weights_MA.to(x_MD.dtype).unsqueeze(1) @ outputs_MAD).squeeze(1)
-
-    def grouped(self, x_MD, routing):
-        """Tokens sorted by expert, then two grouped matrix products for all experts at once."""
-        active = routing.indices.shape[1]
-        tokens = torch.arange(len(x_MD), device=x_MD.device).repeat_interleave(active)
-        experts, weights = routing.indices.flatten(), routing.weights.flatten()
-        if routing.kept is not None:
-            kept = routing.kept.flatten()
-            tokens, experts, weights = tokens[kept], experts[kept], weights[kept]
-        order = experts.argsort(stable=True)
-        tokens, weights = tokens[order], weights[order].to(x_MD.dtype)
-        ends_E = expert_counts(experts, len(self.down_proj)).cumsum(0).to(torch.int32)
-        # index_select, not x_MD[tokens]: its backward is 5 times faster.
-        rows = x_MD.index_select(0, tokens)
-        gate, up = grouped_linear(rows, self.gate_up_proj, ends_E).chunk(2, dim=-1)
-        outputs = grouped_linear(F.silu(gate) * up, self.down_proj, ends_E)
-        return torch.zeros_like(x_MD).index_add(0, tokens, outputs * weights.unsqueeze(1))
-
-    def _one_expert(self, e, x, linear=F.linear):
-        gate, up = linear(x, self.gate_up_proj[e]).chunk(2, dim=-1)
-        return linear(F.silu(gate) * up, self.down_proj[e])
-
-
-def grouped_linear(rows, weights, ends):
-    """`F.linear` of each expert on its own rows: (rows, in), (E, out, in), (E,) → (rows, out).
-
-    `ends` (int32): where each expert's run ends. One kernel call where the kernel can: one dtype of
-    at most 32 bits, rows of a multiple of 16 bytes; a product per expert elsewhere.
-    """
-    device = rows.device.type
-    if torch.is_autocast_enabled(device):  # the kernel is not on autocast's list
-        precision = torch.get_autocast_dtype(device)
-        rows, weights = rows.to(precision), weights.to(precision)
-    fits = rows.dtype == weights.dtype and rows.element_size() <= 4 and not rows.is_mps
-    if fits and all(width * rows.element_size() % 16 == 0 for width in weights.shape[1:]):
-        return F.grouped_mm(rows, weights.transpose(-2, -1), offs=ends)
-    starts = [0, *ends.tolist()[:-1]]
-    runs = [
-        F.linear(rows[start:end], weight)
-        for start, end, weight in zip(starts, ends.tolist(), weights, strict=True)
-    ]
-    return torch.cat(runs)
-
-
-# %% The layer
-class MixtureOfExperts(nn.Module):
-    """Router, routed experts, and shared experts that see every token. No residual inside.
-
-    `n_shared_experts` of width F are one SwiGLU of width n · F, as in the released checkpoints.
-    `balance_loss(routing, batch_shape, token_mask)` → scalar, or None; in training its value is
-    left in `last_balance_loss` for the training step to add. `last_routing` (detached) is for
-    reports; the router's `load` grows in training passes only.
-    """
-
-    def __init__(
-        self, hidden_size, moe_intermediate_size, router, n_shared_experts=0, balance_loss=None
-    ):
-        super().__init__()
-        if min(hidden_size, moe_intermediate_size) < 1 or n_shared_experts < 0:
-            raise ValueError(
-                f"hidden_size={hidden_size} and moe_intermediate_size={moe_intermediate_size} must "
-                f"be at least 1, n_shared_experts={n_shared_experts} at least 0"
-            )
-        if router.weight.shape[1] != hidden_size:
-            raise ValueError(
-                f"the router reads width {router.weight.shape[1]}, want hidden_size={hidden_size}"
-            )
-        self.gate = router
-        self.experts = Experts(router.num_experts, hidden_size, moe_intermediate_size)
-        self.shared_experts = None
-        if n_shared_experts:
-            self.shared_experts = SwiGLU(hidden_size, n_shared_experts * moe_intermediate_size)
-        self.balance_loss = balance_loss
-        self.last_balance_loss = None
-        self.last_routing = None
-
-    def forward(self, x, token_mask=None, dispatch="auto"):
-        """(..., D) → (..., D). `dispatch`: "grouped", "by_choice", "loop" or "dense", all the same.
-
-        "auto" is "by_choice" for up to 6 choices (tokens · A) on a CPU (A = 2, the whole model: one
-        token 1.23 ms against 1.42, three 1.91 against 1.99), and "grouped" otherwise.
-        token_mask (...): False = padding, which enters neither balance loss nor load.
-        """
-        if dispatch not in ("auto", "grouped", "by_choice", "loop", "dense"):
-            raise ValueError(
-                f"dispatch={dispatch!r} must be 'auto', 'grouped', 'by_choice', 'loop' or 'dense'"
-            )
-        hidden_size = self.gate.weight.shape[1]
-        if x.dim() < 2 or x.shape[-1] != hidden_size:
-            raise ValueError(f"input must be (..., T, {hidden_size}), got {tuple(x.shape)}")
-        if token_mask is not None and token_mask.shape != x.shape[:-1]:
-            raise ValueError(
-                f"token_mask must be {tuple(x.shape[:-1])}, got {tuple(token_mask.shape)}"
-            )
-        x_MD = x.flatten(0, -2)
-        routing = self.gate(x_MD, None if token_mask is None else token_mask.flatten())
-        if dispatch == "auto":
-            few = 0 < routing.indices.numel() <= 6 and x.device.type == "cpu"
-            dispatch = "by_choice" if few else "grouped"
-        output_MD = getattr(self.experts, dispatch)(x_MD, routing)
-        if self.shared_experts is not None:
-            output_MD = output_MD + self.shared_experts(x_MD)
-        if self.training and torch.is_grad_enabled():
-            self._record(routing, x.shape[:-1], token_mask)
-        self.last_routing = Routing(*(None if t is None else t.detach() for t in routing))
-        return output_MD.view_as(x)
-
-    def _record(self, routing, batch_shape, token_mask):
-        if self.balance_loss is not None:
-            self.last_balance_loss = self.balance_loss(routing, batch_shape, token_mask)
-        if hasattr(self.gate, "load"):
-            flat_mask = None if token_mask is None else token_mask.flatten()
-            self.gate.load += expert_counts(routing.indices, self.gate.num_experts, flat_mask)
-
-
 def balance_within_sequences(alpha, routing, batch_shape, token_mask):
     """`sequence_balance_loss` in the form that `MixtureOfExperts` calls (bind `alpha` first)."""
-    if len(batch_shape) != 2:
-        raise ValueError(
-            f"a loss within sequences needs input (B, T, D), got {(*batch_shape, 'D')}"
-        )
+    got = (*batch_shape, "D")
+    require(len(batch_shape) == 2, f"a loss within sequences needs input (B, T, D), got {got}")
     scores_BTE = routing.scores.unflatten(0, batch_shape)
     return sequence_balance_loss(scores_BTE, routing.indices.shape[1], alpha, token_mask)
 
@@ -474,37 +489,6 @@ def balance_over_batch(alpha, routing, batch_shape, token_mask):
     """`expert_balance_loss` in the form that `MixtureOfExperts` calls (bind `alpha` first)."""
     flat_mask = None if token_mask is None else token_mask.flatten()
     return expert_balance_loss(routing.scores, routing.indices, alpha, flat_mask)
-
-
-# %% The block: attention, then a feed-forward, each with a norm before and a residual around
-class TransformerBlock(nn.Module):
-    """h += attention(norm(h)); h += feed_forward(norm(h)); names as in the released checkpoints.
-
-    `attention`: `MultiHeadLatentAttention` or `MultiHeadAttention`. `feed_forward`: `SwiGLU` or
-    `MixtureOfExperts`.
-    """
-
-    def __init__(self, attention, feed_forward, norm_eps=1e-6):
-        super().__init__()
-        hidden_size = attention.o_proj.out_features
-        self.input_layernorm = RMSNorm(hidden_size, eps=norm_eps)
-        self.self_attn = attention
-        self.post_attention_layernorm = RMSNorm(hidden_size, eps=norm_eps)
-        self.mlp = feed_forward
-
-    def forward(self, hidden, token_mask=None, **attention_options):
-        """(B, T, D) → (B, T, D); `attention_options` (mask, cache, ...) go to the attention.
-
-        With the option `last` only the last tokens come out, (B, last, D).
-        """
-        attended = self.self_attn(self.input_layernorm(hidden), **attention_options)
-        last = attended.shape[1]
-        hidden = hidden[:, -last:] + attended
-        normed = self.post_attention_layernorm(hidden)
-        if not isinstance(self.mlp, MixtureOfExperts):
-            return hidden + self.mlp(normed)
-        token_mask = None if token_mask is None else token_mask[:, -last:]
-        return hidden + self.mlp(normed, token_mask=token_mask)
 
 
 # %% The cost
@@ -536,78 +520,54 @@ def train_on_clusters(balancing, steps, gamma, seed, device="cpu"):
     optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
     shares = []
     for _ in range(steps):
+        routed = []
         cluster_M = torch.multinomial(popularity, M, replacement=True, generator=generator)
         x_MD = centers[cluster_M] + torch.randn(M, D, generator=generator)
         target_MD = torch.einsum("md,mde->me", x_MD, maps[cluster_M]).to(device)
-        error = F.mse_loss(layer(x_MD.to(device)), target_MD)
-        loss = error if loss_function is None else error + layer.last_balance_loss
+        error = F.mse_loss(layer(x_MD.to(device), routed=routed), target_MD)
         optimizer.zero_grad()
-        loss.backward()
+        (error + routed[0].balance_loss()).backward()
         optimizer.step()
-        shares.append(router.load / router.load.sum())
-        router.update_bias(gamma if balancing == "bias" else 0.0)
+        load_E = routed[0].load()
+        router.update_bias(load_E, gamma if balancing == "bias" else 0.0)
+        shares.append(load_E / load_E.sum())
     return torch.stack(shares).cpu(), error.item()
 
 
-def draw_load(shares_by_name, path):
-    """A picture: for each way of balancing, each expert's share of the choices at each step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
-        1, len(shares_by_name), figsize=(13, 3.6), sharey=True, layout="constrained"
-    )
-    for axis, (name, step_shares) in zip(axes, shares_by_name.items(), strict=True):
-        axis.stackplot(
-            range(len(step_shares)), step_shares.T.numpy(), edgecolor="white", linewidth=0.3
-        )
-        worst = step_shares[-20:].mean(dim=0).max() * step_shares.shape[1]
-        axis.set(title=f"{name}: busiest expert {worst:.2f}× the mean", xlabel="training step")
-        axis.margins(0)
-    axes[0].set_ylabel("share of the choices, one band an expert")
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
 # %% The demonstration
-def check_dispatches(demo, device):
+def check_dispatches(demo):
+    """Loop and grouped products equal the dense reference, for every router."""
+    v2 = dict(scoring_func="softmax", topk_method="group_limited_greedy", norm_topk_prob=False)
     routers = {
         "V2 (softmax, best group)": TopKRouter(
-            32, 8, 3, "softmax", "group_limited_greedy", 4, 2, False, 16.0
+            32, 8, 3, n_group=4, topk_group=2, routed_scaling_factor=16.0, **v2
         ),
         "V3 (sigmoid, biased)": TopKRouter(32, 8, 3, n_group=4, topk_group=2),
         "Switch (capacity 0.5)": SwitchRouter(32, 8, capacity_factor=0.5),
     }
-    x_BTD = torch.randn(2, 20, 32, device=device)
+    routers["V3 (sigmoid, biased)"].e_score_correction_bias.uniform_(-0.5, 0.5)
+    x_BTD = torch.randn(2, 20, 32, device=demo.device)
     for name, router in routers.items():
-        if hasattr(router, "e_score_correction_bias"):
-            router.e_score_correction_bias.uniform_(-0.5, 0.5)
-        layer = MixtureOfExperts(32, 16, router, n_shared_experts=1).to(device)
+        layer = MixtureOfExperts(32, 16, router, n_shared_experts=1).to(demo.device)
         dense = layer(x_BTD, dispatch="dense")
-        for kind in ("loop", "by_choice", "grouped"):
+        for kind in ("loop", "grouped"):
             output = layer(x_BTD, dispatch=kind)
             demo.same(f"{name}: {kind} = dense", "(B, T, D)", output, dense)
-        if isinstance(router, SwitchRouter):
-            check_dropped_tokens(demo, layer, x_BTD)
+    check_dropped_tokens(demo, layer, x_BTD)
 
 
 def check_dropped_tokens(demo, layer, x_BTD):
     """In a block, a token without an expert keeps what attention and shared experts gave it."""
-    block = TransformerBlock(MultiHeadAttention(32, 4), layer).to(x_BTD.device)
-    output_BTD = block(x_BTD)
+    block, routed = TransformerBlock(MultiHeadAttention(32, 4), layer).to(demo.device), []
+    output_BTD = block(x_BTD, routed=routed)
     hidden_BTD = x_BTD + block.self_attn(block.input_layernorm(x_BTD))
     shared_BTD = layer.shared_experts(block.post_attention_layernorm(hidden_BTD))
-    routing = layer.last_routing
-    kept_BT = routing.kept.view(2, 20)
+    kept_BT = routed[0].routing.kept.view(2, 20)
     change_BT = (output_BTD - hidden_BTD - shared_BTD).abs().amax(dim=-1)
     untouched = change_BT[~kept_BT].max() < 1e-5 < change_BT[kept_BT].min()
-    dropped = routing.dropped()
-    demo.check("Switch: dropped tokens are passed through", "M 40", f"{dropped} dropped",
-               bool(dropped > 0 and untouched))  # fmt: skip
+    dropped = routed[0].routing.dropped()
+    ok = bool(dropped > 0 and untouched)
+    demo.check("Switch: dropped tokens are passed through", "M 40", f"{dropped} dropped", ok)
 
 
 def check_balance_losses(demo):
@@ -623,47 +583,49 @@ def check_balance_losses(demo):
         "sequence": (sequence_balance_loss(turning_BTE, 2, 1e-4), 1e-4),
     }
     for name, (loss, alpha) in losses.items():
-        demo.check(f"{name} balance loss is α at balance", "", f"{loss:.4f}, α {alpha}",
-                   abs(loss - alpha) < 1e-6)  # fmt: skip
+        ok = abs(loss - alpha) < 1e-6
+        demo.check(f"{name} balance loss is α at balance", "", f"{loss:.4f}, α {alpha}", ok)
 
 
-@one_line_errors
-def main(argv=None):
-    parser = demonstration_parser(__doc__)
-    parser.add_argument("--steps", type=int, default=120, help="training steps of the picture")
-    parser.add_argument("--gamma", type=float, default=0.02, help="speed of the bias update")
-    parser.add_argument("--picture", default="pictures/moe_load.png", help="where to draw it")
-    arguments = parse_arguments(parser, argv)
-    if arguments.steps < 20:
-        raise ValueError(f"--steps={arguments.steps} must be at least 20")
-    demo = Demonstration("moe_coded.py", arguments.device, arguments.seed)
-    check_dispatches(demo, arguments.device)
-
-    check_balance_losses(demo)
-    all_params, used_params = expert_parameters(7168, 2048, routed=256, active=8, shared=1)
-    demo.check("V3, experts of one layer", "parameters",
-               f"{all_params / 1e9:.2f}B exist, {used_params / 1e9:.2f}B used a token",
-               used_params * 28 < all_params)  # fmt: skip
-    block = TransformerBlock(
-        MultiHeadAttention(32, 4), MixtureOfExperts(32, 16, TopKRouter(32, 8, 2), 1)
-    ).to(arguments.device)
-    x_BTD = torch.randn(2, 6, 32, device=arguments.device)
-    demo.check("a block: attention, then experts", "(B, T, D) → (B, T, D)",
-               f"{tuple(x_BTD.shape)} → {tuple(block(x_BTD).shape)}",
-               block(x_BTD).shape == x_BTD.shape)  # fmt: skip
-
-    shares, worst = {}, {}
+def check_balancing(demo, steps, gamma, path):
+    """Trains with each way of balancing, draws the load, and compares the busiest experts."""
+    shares, busiest = {}, {}
     for name, balancing in {"no balancing": "none", "V3 bias": "bias", "V2 loss": "loss"}.items():
-        shares[name], error = train_on_clusters(
-            balancing, arguments.steps, arguments.gamma, arguments.seed, arguments.device
-        )
-        worst[name] = shares[name][-20:].mean(dim=0).max().item() * 8
-        demo.note(f"{name}: busiest expert {worst[name]:.2f}× the mean load, error {error:.3f}")
-    draw_load(shares, arguments.picture)
-    before, after = worst["no balancing"], worst["V3 bias"]
-    demo.check("V3's bias spreads the load", "max/mean load", f"{before:.2f} → {after:.2f}",
-               after < before or arguments.gamma == 0)  # fmt: skip
-    demo.note(f"picture: {arguments.picture}")
+        shares[name], error = train_on_clusters(balancing, steps, gamma, demo.seed, demo.device)
+        busiest[name] = shares[name][-20:].mean(dim=0).max().item() * 8
+        demo.note(f"{name}: busiest expert {busiest[name]:.2f}× the mean load, error {error:.3f}")
+    with picture(path, columns=3, size=(13, 3.6), sharey=True) as axes:
+        for axis, (name, parts) in zip(axes, shares.items(), strict=True):
+            title = f"{name}: busiest expert {busiest[name]:.2f}× the mean"
+            bands(axis, parts.numpy(), title=title, xlabel="training step")
+        axes[0].set_ylabel("share of the choices, one band an expert")
+    before, after = busiest["no balancing"], busiest["V3 bias"]
+    better = after < before or gamma == 0
+    figure = f"{before:.2f} → {after:.2f}"
+    demo.check("V3's bias spreads the load", "max/mean load", figure, better)
+    demo.note(f"picture: {path}")
+
+
+@demonstration(
+    __doc__,
+    flag("steps", 120, "training steps of the picture", at_least=20),
+    flag("gamma", 0.02, "speed of the bias update"),
+    flag("picture", "pictures/moe_load.png", "where to draw it"),
+)
+def main(demo, arguments):
+    check_dispatches(demo)
+    check_balance_losses(demo)
+    exist, used = expert_parameters(7168, 2048, routed=256, active=8, shared=1)
+    figure = f"{exist / 1e9:.2f}B exist, {used / 1e9:.2f}B used a token"
+    demo.check("V3, experts of one layer", "parameters", figure, used * 28 < exist)
+    experts = MixtureOfExperts(32, 16, TopKRouter(32, 8, 2), n_shared_experts=1)
+    block = TransformerBlock(MultiHeadAttention(32, 4), experts).to(demo.device)
+    x_BTD = torch.randn(2, 6, 32, device=demo.device)
+    shape = tuple(block(x_BTD).shape)
+    figure = f"{tuple(x_BTD.shape)} → {shape}"
+    demo.check("a block: attention, then experts", "(B, T, D) → (B, T, D)", figure,
+               shape == x_BTD.shape)
+    check_balancing(demo, arguments.steps, arguments.gamma, arguments.picture)
     demo.finish("--gamma 0: the bias stays at zero", "--steps 400", "--gamma 0.2: does it settle?")
 
 
