@@ -20,14 +20,8 @@ Run:  python causal_attention_coded.py [--length 6] [--dropout 0.5]
 
 import torch
 
-from self_attention_coded import (
-    Demonstration,
-    SelfAttention,
-    demonstration_parser,
-    one_line_errors,
-    parse_arguments,
-    scaled_dot_product_attention,
-)
+from lesson import demonstration, flag, require
+from self_attention_coded import SelfAttention, scaled_dot_product_attention
 
 
 # %% The naive reference: each query sees a shorter or longer list of keys
@@ -57,8 +51,8 @@ def causal_mask(query_length, key_length=None, device=None):
     Raises: ValueError if there are fewer keys than queries: some query would see nothing.
     """
     key_length = query_length if key_length is None else key_length
-    if key_length < query_length:
-        raise ValueError(f"key_length={key_length} must be at least query_length={query_length}")
+    enough = key_length >= query_length
+    require(enough, f"key_length={key_length} must be at least query_length={query_length}")
     ones = torch.ones(query_length, key_length, dtype=torch.bool, device=device)
     return ones.tril(diagonal=key_length - query_length)
 
@@ -69,8 +63,7 @@ class CausalSelfAttention(SelfAttention):
 
     def __init__(self, d_in, d_out, dropout=0.0, bias=False):
         super().__init__(d_in, d_out, bias)
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout={dropout} must be at least 0 and below 1")
+        require(0.0 <= dropout < 1.0, f"dropout={dropout} must be at least 0 and below 1")
         self.dropout = dropout
 
     def forward(self, x, mask=None):
@@ -110,54 +103,43 @@ def gradient_reach(attention, x):
 
 
 # %% The demonstration
-@one_line_errors
-def main(argv=None):
-    parser = demonstration_parser(__doc__)
-    parser.add_argument("--length", type=int, default=6, help="tokens in the example sequence")
-    parser.add_argument("--dropout", type=float, default=0.5, help="share of weights dropped")
-    arguments = parse_arguments(parser, argv)
-    if arguments.length < 3:
-        raise ValueError(f"--length={arguments.length} must be at least 3")
-    demo = Demonstration("causal_attention_coded.py", arguments.device, arguments.seed)
-    attention = CausalSelfAttention(16, 8, dropout=arguments.dropout).to(arguments.device).eval()
-    x_TD = torch.randn(arguments.length, 16, device=arguments.device)
+@demonstration(
+    __doc__,
+    flag("length", 6, "tokens in the example sequence", at_least=3),
+    flag("dropout", 0.5, "share of weights dropped"),
+)
+def main(demo, arguments):
+    length, device = arguments.length, demo.device
+    attention = CausalSelfAttention(16, 8, dropout=arguments.dropout).to(device).eval()
+    x_TD = torch.randn(length, 16, device=device)
 
     for row in causal_mask(2, 4).int().tolist():
         demo.note(f"mask of 2 queries over 4 keys: {row}")
-    query, key, value = attention.project(x_TD)
-    loops = causal_attention_loops(query, key, value)
-    demo.same("shrinking key lists = mask", "(T, V)", attention(x_TD), loops)
-
-    last_two, _ = scaled_dot_product_attention(
-        query[-2:], key, value, causal_mask(2, arguments.length, device=arguments.device)
-    )
-    demo.same("2 queries over T keys = last 2 rows", "(2, V)", last_two, loops[-2:])
+    query_TK, key_SK, value_SV = attention.project(x_TD)
+    loops_TV = causal_attention_loops(query_TK, key_SK, value_SV)
+    demo.same("shrinking key lists = mask", "(T, V)", attention(x_TD), loops_TV)
+    mask_2S = causal_mask(2, length, device=device)
+    last_two_2V, _ = scaled_dot_product_attention(query_TK[-2:], key_SK, value_SV, mask_2S)
+    demo.same("2 queries over T keys = last 2 rows", "(2, V)", last_two_2V, loops_TV[-2:])
 
     leak = largest_leak_by_perturbation(attention, x_TD)
     demo.check("changing a token leaves all before it alone", "(T, D)", f"leak {leak}", leak == 0)
-    reach = gradient_reach(attention, x_TD)
-    future, past = reach.triu(1), reach.tril()
-    demo.check(
-        "no gradient from a later token", "(T, T)",
-        f"future {future.max():.1e}, past {past.max():.1e}",
-        future.max() == 0 and bool((past.diagonal() > 0).all()),
-    )  # fmt: skip
+    reach_TS = gradient_reach(attention, x_TD)
+    future, past = reach_TS.triu(1).max(), reach_TS.diagonal().min()
+    demo.check("no gradient from later tokens, some from its own", "(T, T)",
+               f"later {future:.1e}, own at least {past:.1e}", future == 0 and past > 0)
 
-    nothing = torch.zeros(arguments.length, arguments.length, dtype=torch.bool)
-    nothing = nothing.to(arguments.device)
-    masked = attention(x_TD, mask=nothing)
-    demo.check("a fully masked row gives zeros, not NaN", "(T, V)", f"sum {masked.sum()}",
-               bool((masked == 0).all()))  # fmt: skip
+    nothing_TS = torch.zeros(length, length, dtype=torch.bool, device=device)
+    masked_TV = attention(x_TD, mask=nothing_TS)
+    demo.check("a fully masked row gives zeros, not NaN", "(T, V)", f"sum {masked_TV.sum()}",
+               bool((masked_TV == 0).all()))
 
-    many = scaled_dot_product_attention(
-        torch.zeros(20000, 1, 8), torch.zeros(20000, 4, 8), torch.ones(20000, 4, 1),
-        dropout_p=arguments.dropout,
-    )[0]  # fmt: skip
-    demo.check(
-        "dropout keeps the mean of the output", "(20000, 1, 1)",
-        f"mean {many.mean():.3f}, want 1 within 0.05", abs(many.mean() - 1) < 0.05,
-    )  # fmt: skip
-    demo.finish("--length 12", "--dropout 0.9: the mean stays, the spread grows")
+    query, key, value = torch.zeros(20000, 1, 8), torch.zeros(20000, 4, 8), torch.ones(20000, 4, 1)
+    dropped, _ = scaled_dot_product_attention(query, key, value, dropout_p=arguments.dropout)
+    demo.check("dropout keeps the mean of the output", "(20000, 1, 1)",
+               f"mean {dropped.mean():.3f}, want 1 within 0.05", abs(dropped.mean() - 1) < 0.05)
+    demo.finish("--length 12: the mask grows, the last row still sees everything",
+                "--dropout 0.9: the mean stays, the spread grows")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from grpo_coded import VARIANTS, GRPOTrainer, Settings, draw_run, roll_out
+from lesson import one_line_errors, parse_arguments
 from mla_coded import cache_elements_per_token
 from moe_coded import (
     MixtureOfExperts,
@@ -65,7 +66,6 @@ from quantization_coded import (
     quantized_skeleton,
 )
 from rope_coded import RotaryEmbedding, RotaryLatentAttention, YarnScaling
-from self_attention_coded import one_line_errors, parse_arguments
 
 HERE = pathlib.Path(__file__).parent
 

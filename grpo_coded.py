@@ -44,16 +44,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from lesson import Demonstration, demonstration_parser, one_line_errors, parse_arguments
 from moe_coded import MixtureOfExperts, TopKRouter, TransformerBlock, balance_within_sequences
 from mtp_coded import CausalLM
 from quantization_coded import copied
 from rope_coded import RotaryEmbedding, RotaryLatentAttention
-from self_attention_coded import (
-    Demonstration,
-    demonstration_parser,
-    one_line_errors,
-    parse_arguments,
-)
 
 # %% Rewards to advantages: better or worse than the rest of the group
 STD_EPSILON = 1e-6

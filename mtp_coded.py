@@ -33,15 +33,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lesson import Demonstration, demonstration_parser, one_line_errors, parse_arguments
 from mla_coded import MultiHeadLatentAttention
 from moe_coded import SwiGLU, TransformerBlock
 from multihead_attention_coded import GrowingBuffer, Linear, RMSNorm
-from self_attention_coded import (
-    Demonstration,
-    demonstration_parser,
-    one_line_errors,
-    parse_arguments,
-)
 
 
 # %% The simple idea: independent heads on the same hidden state

@@ -40,16 +40,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
+from lesson import Demonstration, demonstration_parser, one_line_errors, parse_arguments
 from mla_coded import LatentCache, MultiHeadLatentAttention
 from moe_coded import Experts, MixtureOfExperts, SwiGLU, TopKRouter, TransformerBlock
 from mtp_coded import CausalLM, next_token_loss, small_language, train_small
 from multihead_attention_coded import GrowingBuffer, Linear
-from self_attention_coded import (
-    Demonstration,
-    demonstration_parser,
-    one_line_errors,
-    parse_arguments,
-)
 
 
 # %% Integers: who shares a scale

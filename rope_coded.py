@@ -29,13 +29,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lesson import Demonstration, demonstration_parser, one_line_errors, parse_arguments
 from mla_coded import LatentCache, MultiHeadLatentAttention
-from self_attention_coded import (
-    Demonstration,
-    demonstration_parser,
-    one_line_errors,
-    parse_arguments,
-)
 
 
 # %% The naive reference: a rotation matrix for each position

@@ -22,10 +22,10 @@ import torch
 
 import deepseek_full_model as full
 from deepseek_full_model import DeepSeekConfig, DeepSeekModel
+from lesson import one_line_errors
 from moe_coded import MixtureOfExperts, TopKRouter
 from mtp_coded import decoding_head, slots
 from pipeline import corpus
-from self_attention_coded import one_line_errors
 
 # The least that each row should reach, as a ratio.
 TARGETS = {

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 import deepseek_full_model as full
 from deepseek_full_model import DeepSeekConfig, DeepSeekModel
+from lesson import one_line_errors
 from pipeline import corpus
 from pipeline.loop import learning_rate
 from quantization_coded import (
@@ -36,7 +37,6 @@ from quantization_coded import (
     quantize_model,
     scaled_mm_by_rows,
 )
-from self_attention_coded import one_line_errors
 
 # The least that each ratio to FP32 (or to BF16) should reach.
 TARGETS = {

@@ -18,10 +18,10 @@ import torch
 
 import deepseek_full_model as full
 from deepseek_full_model import DeepSeekConfig, DeepSeekModel
+from lesson import one_line_errors
 from mla_coded import cache_elements_per_token
 from moe_coded import MixtureOfExperts, TopKRouter
 from mtp_coded import EXPAND_FROM
-from self_attention_coded import one_line_errors
 
 
 def default_model(**changes):

@@ -9,6 +9,7 @@ from lesson.checks import Demonstration, require
 from lesson.command_line import (
     OneLineParser,
     demonstration,
+    demonstration_parser,
     flag,
     inside_ipython,
     one_line_errors,
@@ -28,6 +29,7 @@ __all__ = [
     "chosen_settings",
     "curves",
     "demonstration",
+    "demonstration_parser",
     "flag",
     "inside_ipython",
     "one_line_errors",

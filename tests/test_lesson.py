@@ -1,0 +1,245 @@
+"""The room below the lessons: checks, flags, settings, one-line errors, pictures."""
+
+import argparse
+import dataclasses
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from lesson import (
+    Demonstration,
+    add_flags,
+    bands,
+    check_settings,
+    chosen_settings,
+    curves,
+    demonstration,
+    flag,
+    one_line_errors,
+    parse_arguments,
+    pick_device,
+    picture,
+    progress_bar,
+    require,
+    setting,
+)
+
+
+# %% Checks
+def test_require_names_a_mistake_and_lets_the_rest_pass():
+    require(2 > 1, "not raised")
+    with pytest.raises(ValueError, match="^width=3 must be even$"):
+        require(3 % 2 == 0, "width=3 must be even")
+
+
+def test_a_failed_check_exits_with_status_1(capsys):
+    demo = Demonstration("x.py", "cpu", 0)
+    demo.check("right", "", "", True)
+    demo.check("wrong", "", "", False)
+    with pytest.raises(SystemExit) as exit_info:
+        demo.finish("--more: of it")
+    assert exit_info.value.code == 1
+    output = capsys.readouterr()
+    assert "FAILED: wrong" in output.err and "Try changing:\n  --more: of it" in output.out
+
+
+def test_a_header_names_script_versions_and_seed_and_fixes_the_seed(capsys):
+    demo = Demonstration("x.py", "cpu", 7)
+    first = torch.rand(3)
+    assert torch.equal(first, torch.rand(3, generator=torch.Generator().manual_seed(7)))
+    assert (demo.device, demo.seed) == ("cpu", 7)
+    header = f"x.py · torch {torch.__version__} · cpu · torch.float32 · seed 7\n"
+    assert capsys.readouterr().out == header
+
+
+def test_same_allows_rounding_and_no_more(capsys):
+    demo = Demonstration("x.py", "cpu", 0)
+    demo.same("close", "(T,)", torch.ones(2), torch.ones(2) + 1e-6)
+    demo.same("far", "(T,)", torch.ones(2), torch.ones(2) + 1e-3)
+    assert demo.failures == ["far"]
+    assert "largest difference 1.0e-03" in capsys.readouterr().out
+
+
+def test_columns_line_up_whatever_the_length_of_a_text(capsys):
+    checks = [("short", "(T, V)", "figure 1"), ("a name " * 12, "(B, T, V) " * 4, "figure " * 9)]
+    demo = Demonstration("x.py", "cpu", 0)
+    capsys.readouterr()
+    for check in checks:
+        demo.check(*check, True)
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].endswith(" ok") and lines[0].index(" ok") == 122
+        for text, start, end in zip(check, (2, 51, 78), (50, 77, 122), strict=True):
+            column = " ".join(line[start:end].strip() for line in lines)
+            assert column.strip() == text.strip()
+
+
+# %% The command line
+@demonstration("The docstring.", flag("most-steps", 3, "how many", at_least=2))
+def sample(demo, arguments):
+    demo.note(f"{arguments.most_steps} steps")
+    return demo
+
+
+def test_a_demonstration_has_its_flags_and_those_of_all(capsys):
+    assert sample(["--device", "cpu", "--seed", "5"]).seed == 5
+    output = capsys.readouterr().out
+    assert output.startswith("test_lesson.py · torch") and "  3 steps\n" in output
+    with pytest.raises(SystemExit):
+        sample(["--help"])
+    text = capsys.readouterr().out
+    assert "The docstring." in text and "how many (default: 3)" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--most-steps", "1"], "error: --most-steps=1 must be at least 2\n"),
+        (["--device", "abacus"], "error: device 'abacus' is not available, got here: "),
+        (["--most-steps", "x"], "error: argument --most-steps: invalid int value: 'x'"),
+        (["--nonsense"], "error: unrecognized arguments: --nonsense (see --help)\n"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line_and_status_2(capsys, arguments, message):
+    with pytest.raises(SystemExit) as exit_info:
+        sample(arguments)
+    error = capsys.readouterr().err
+    assert exit_info.value.code == 2 and error.startswith(message) and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "status"),
+    [(ValueError("no"), "error: no", 2), (OSError("gone"), "error: gone", 2),
+     (KeyboardInterrupt(), "stopped", 130)],
+)
+def test_errors_of_a_user_end_in_one_line(capsys, error, line, status):
+    @one_line_errors
+    def main(argv):
+        raise error
+
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    assert exit_info.value.code == status and capsys.readouterr().err == f"{line}\n"
+
+
+def test_errors_of_ours_keep_their_traceback():
+    @one_line_errors
+    def main(argv):
+        raise TypeError("a bug")
+
+    with pytest.raises(TypeError):
+        main()
+
+
+def test_inside_ipython_there_are_no_arguments(monkeypatch):
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    monkeypatch.setattr("builtins.get_ipython", lambda: None, raising=False)
+    monkeypatch.setattr(sys, "argv", ["ipykernel", "-f", "kernel.json"])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=3)
+    assert parse_arguments(parser, None).steps == 3
+    assert parse_arguments(parser, ["--steps", "4"]).steps == 4
+
+
+def test_the_device_is_named_or_the_best_there_is():
+    assert pick_device("cpu") == "cpu"
+    assert pick_device() in ("cuda", "mps", "cpu")
+    with pytest.raises(ValueError, match="device 'abacus' is not available, got here: .*cpu"):
+        pick_device("abacus")
+
+
+def test_a_progress_bar_writes_to_stderr(capsys):
+    with progress_bar(3, "steps", leave=True) as bar:
+        bar.update(3)
+    output = capsys.readouterr()
+    assert output.out == "" and "  steps" in output.err and "3/3" in output.err
+
+
+# %% Settings
+@dataclasses.dataclass
+class Sample:
+    learning_rate: float = setting(0.1, "size of a step", above=0)
+    steps: int | None = setting(None, "how long", at_least=1)
+    dropout: float = setting(0.0, at_least=0, below=1)
+    scheme: str = setting("int8", "which grid", choices=("int8", "int4"))
+    quick: bool = setting(False, "a short run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 0.0}, "learning_rate=0.0 must be a number above 0"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan must be a number above 0"),
+        ({"learning_rate": float("inf")}, "learning_rate=inf must be a number above 0"),
+        ({"steps": 0}, "steps=0 must be at least 1"),
+        ({"dropout": 1.0}, "dropout=1.0 must be below 1"),
+        ({"dropout": -0.5}, "dropout=-0.5 must be at least 0"),
+        ({"scheme": "int3"}, "scheme=int3 must be one of int8, int4"),
+    ],
+)
+def test_a_setting_outside_its_bounds_is_named(changes, message):
+    with pytest.raises(ValueError) as raised:
+        check_settings(Sample(**changes))
+    assert str(raised.value) == message
+    name, rest = message.split("=", 1)
+    with pytest.raises(ValueError) as raised:
+        check_settings(Sample(**changes), as_flags=True)
+    assert str(raised.value) == f"--{name.replace('_', '-')}={rest}"
+
+
+def test_settings_within_their_bounds_pass():
+    check_settings(Sample())
+    check_settings(Sample(learning_rate=1e-9, steps=1, dropout=0.999, scheme="int4"))
+
+
+def test_fields_become_flags_and_only_flags_that_are_given_are_chosen(capsys):
+    parser = argparse.ArgumentParser()
+    add_flags(parser, Sample, ["learning_rate", "steps", "scheme", "quick"])
+    assert chosen_settings(parser.parse_args([]), Sample) == {}
+    given = parser.parse_args(["--learning-rate", "0.5", "--steps", "7", "--quick"])
+    assert chosen_settings(given, Sample) == {"learning_rate": 0.5, "steps": 7, "quick": True}
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--scheme", "int3"])
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--dropout", "0.5"])  # not among the names
+    assert "unrecognized arguments: --dropout" in capsys.readouterr().err
+    text = " ".join(parser.format_help().split())
+    assert "size of a step (default: 0.1)" in text and "{int8,int4}" in text
+
+
+# %% Pictures
+def test_curves_are_running_means_with_the_values_behind_them(tmp_path):
+    path = tmp_path / "deep" / "picture.png"
+    with picture(path) as axis:
+        curves(axis, range(4), {"loss": [4.0, 2.0, 6.0, 0.0]}, window=2, title="a", xlabel="step")
+        values, means = axis.lines
+        assert list(values.get_ydata()) == [4, 2, 6, 0]
+        assert list(means.get_ydata()) == [4, 3, 4, 3]
+        assert values.get_color() == means.get_color() and means.get_label() == "loss"
+        assert axis.get_title() == "a" and axis.get_xlabel() == "step"
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_curves_without_a_window_are_the_values_in_the_colours_given(tmp_path):
+    with picture(tmp_path / "picture.png", columns=2) as axes:
+        curves(axes[0], [1, 2], {"a": [5.0, 7.0], "b": [1.0, 1.0]}, colors=["red", "blue"])
+        assert [line.get_color() for line in axes[0].lines] == ["red", "blue"]
+        assert list(axes[0].lines[0].get_ydata()) == [5, 7]
+
+
+def test_bands_stand_on_top_of_each_other(tmp_path):
+    shares = np.array([[0.25, 0.75], [0.5, 0.5], [1.0, 0.0]])
+    with picture(tmp_path / "picture.png") as axis:
+        bands(axis, shares, ylabel="share")
+        tops = [band.get_paths()[0].vertices[:, 1].max() for band in axis.collections]
+    assert tops == [1.0, 1.0] and axis.get_ylabel() == "share"
+
+
+def test_a_drawing_that_fails_leaves_no_picture_and_no_open_figure(tmp_path):
+    from matplotlib import pyplot
+
+    with pytest.raises(RuntimeError), picture(tmp_path / "picture.png"):
+        raise RuntimeError
+    assert not list(tmp_path.iterdir()) and not pyplot.get_fignums()
