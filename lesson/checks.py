@@ -16,7 +16,7 @@ def require(condition, message):
 class Demonstration:
     """Prints a header, then one line a check; `finish` exits with status 1 if a check failed."""
 
-    WIDTHS = (48, 26, 44)  # of the columns: what is shown, its shape, the measured figure
+    WIDTHS = (52, 26, 42)  # of the columns: what is shown, its shape, the measured figure
 
     def __init__(self, script, device, seed, dtype=torch.float32):
         print(f"{script} · torch {torch.__version__} · {device} · {dtype} · seed {seed}")

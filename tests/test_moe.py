@@ -46,6 +46,13 @@ def build_router(kind):
     return router
 
 
+def decisions(layer, x, token_mask=None):
+    """The `Routed` of one pass."""
+    routed = []
+    layer(x, token_mask, routed)
+    return routed[0]
+
+
 def biased_router(scores, bias, active, **options):
     """A V3 router that sees these affinities: one-hot tokens, weights that invert the sigmoid."""
     scores = torch.tensor(scores)
@@ -107,8 +114,7 @@ def test_routers_compute_in_float32_for_half_precision_inputs_and_autocast():
 def test_bias_keeps_float32_when_the_model_is_cast():
     router = TopKRouter(4, 4, 1).bfloat16()
     router.e_score_correction_bias.fill_(0.5)
-    router.load += torch.tensor([6, 2, 4, 4])
-    router.update_bias(0.001)
+    router.update_bias(torch.tensor([6, 2, 4, 4]), 0.001)
     expected = torch.tensor([0.499, 0.501, 0.5, 0.5])
     torch.testing.assert_close(router.e_score_correction_bias, expected)
 
@@ -121,7 +127,7 @@ def test_dispatches_agree_in_other_precisions(kind, dtype):
         torch.randn(9, 16, dtype=dtype),
     )
     tolerance = 1e-6 if dtype == torch.float64 else 0.05
-    for dispatch in ("loop", "by_choice", "grouped"):
+    for dispatch in ("loop", "grouped"):
         torch.testing.assert_close(
             layer(x, dispatch=dispatch), layer(x, dispatch="dense"), rtol=tolerance, atol=tolerance
         )
@@ -139,19 +145,20 @@ def test_switch_gives_padding_no_place():
 def test_switch_block_passes_dropped_tokens_through():
     layer = MixtureOfExperts(16, 8, build_router("switch"))
     block, x = TransformerBlock(MultiHeadAttention(16, 4), layer), torch.randn(1, 30, 16)
-    output = block(x)
+    routed = []
+    output = block(x, routed=routed)
     hidden = x + block.self_attn(block.input_layernorm(x))
-    dropped = ~layer.last_routing.kept.view(1, 30)
+    dropped = ~routed[0].routing.kept.view(1, 30)
     assert dropped.any()
     assert torch.equal(output[dropped], hidden[dropped])
     assert not torch.isclose(output[~dropped], hidden[~dropped]).all(dim=-1).any()
 
 
 def test_block_hands_the_token_mask_to_its_experts():
-    layer = MixtureOfExperts(16, 8, build_router("v3"))
+    layer, routed = MixtureOfExperts(16, 8, build_router("v3")), []
     block = TransformerBlock(MultiHeadAttention(16, 4), layer)
-    block(torch.randn(1, 5, 16), token_mask=torch.tensor([[0, 0, 1, 1, 1]]))
-    assert layer.gate.load.sum() == 3 * 3
+    block(torch.randn(1, 5, 16), torch.tensor([[0, 0, 1, 1, 1]]), routed)
+    assert routed[0].load().sum() == 3 * 3
 
 
 def test_v3_masked_groups_stay_out_when_biased_scores_are_negative():
@@ -209,9 +216,10 @@ def test_switch_drops_what_exceeds_the_capacity_in_order():
 
 def test_switch_dropped_tokens_get_nothing_from_the_routed_experts():
     layer, x = MixtureOfExperts(16, 8, build_router("switch")), torch.randn(30, 16)
-    for dispatch in ("dense", "loop", "by_choice", "grouped"):
-        output = layer(x, dispatch=dispatch)
-        dropped = ~layer.last_routing.kept.squeeze(1)
+    for dispatch in ("dense", "loop", "grouped"):
+        routed = []
+        output = layer(x, routed=routed, dispatch=dispatch)
+        dropped = ~routed[0].routing.kept.squeeze(1)
         assert dropped.any() and (output[dropped] == 0).all()
         assert (output[~dropped].abs().sum(1) > 0).all()
 
@@ -227,14 +235,14 @@ def test_dispatches_agree_forward_and_backward(kind, width, tokens):
         x = torch.randn(1, 1, 16).expand(2, 9, 16).clone()  # the other experts are empty
     x.requires_grad_()
     results = {}
-    for dispatch in ("dense", "loop", "by_choice", "grouped"):
+    for dispatch in ("dense", "loop", "grouped"):
         layer.zero_grad()
         x.grad = None
         output = layer(x, dispatch=dispatch)
         output.square().sum().backward()
         gradients = {name: p.grad.clone() for name, p in layer.named_parameters()}
         results[dispatch] = {"output": output.detach(), "x": x.grad.clone(), **gradients}
-    for dispatch in ("loop", "by_choice", "grouped"):
+    for dispatch in ("loop", "grouped"):
         torch.testing.assert_close(results[dispatch], results["dense"], rtol=1e-3, atol=1e-4)
 
 
@@ -297,7 +305,21 @@ def test_block_is_two_normed_residual_steps():
     torch.testing.assert_close(block(x), expected)
 
 
+def test_routing_example_of_the_docstring():
+    scores = [[0.9, 0.1, 0.6, 0.7], [0.2, 0.4, 0.3, 0.1]]
+    router, x = biased_router(scores, [0.0, 0.0, 0.0, -0.2], 1, n_group=2, topk_group=1)
+    routing = router(x)
+    torch.testing.assert_close(routing.scores, torch.tensor(scores))
+    assert routing.indices.tolist() == [[2], [1]] and routing.weights.tolist() == [[1.0], [1.0]]
+
+
 # Balance losses
+def test_uneven_use_can_cost_less_than_alpha():
+    scores = torch.tensor([[0.51, 0.49], [0.51, 0.49], [0.0, 1.0]])
+    loss = expert_balance_loss(scores, torch.tensor([[0], [0], [1]]), 1.0)
+    assert loss.item() == pytest.approx(0.8933, abs=1e-4)
+
+
 def even_routing(tokens=16, experts=8, active=2):
     scores = torch.full((tokens, experts), 1 / experts)
     indices = (torch.arange(tokens * active) % experts).view(tokens, active)
@@ -309,7 +331,7 @@ def test_losses_are_alpha_at_perfect_balance():
     assert expert_balance_loss(scores, indices, 0.003).item() == pytest.approx(0.003)
     assert device_balance_loss(scores, indices, 0.05, 4).item() == pytest.approx(0.05)
     assert switch_balance_loss(scores, indices[:, :1] + torch.tensor([0, 1] * 8)[:, None], 0.01) \
-        .item() == pytest.approx(0.01)  # fmt: skip
+        .item() == pytest.approx(0.01)
     # neighbours share a device, so each of these tokens is sent to one device: M' = 1
     communication = communication_balance_loss(scores, indices, 0.02, devices=4, max_devices=1)
     assert communication.item() == pytest.approx(0.02)
@@ -336,8 +358,8 @@ def test_losses_by_hand_when_unbalanced():
 def test_sequence_loss_normalises_scores_and_ignores_the_bias():
     router, x = build_router("v3"), torch.randn(2, 6, 16)
     layer = MixtureOfExperts(16, 8, router, 0, functools.partial(balance_within_sequences, 1.0))
-    layer(x)
-    scores = layer.last_routing.scores.view(2, 6, 8)
+    before = decisions(layer, x)
+    scores = before.routing.scores.view(2, 6, 8)
     expected = 0.0
     for sequence in scores:
         counts = torch.zeros(8)
@@ -345,11 +367,9 @@ def test_sequence_loss_normalises_scores_and_ignores_the_bias():
             counts[token.topk(3).indices] += 1
         shares = (sequence / sequence.sum(1, keepdim=True)).mean(0)
         expected += (counts * 8 / (3 * 6) * shares).sum() / 2
-    torch.testing.assert_close(layer.last_balance_loss, expected)
-    before = layer.last_balance_loss
+    torch.testing.assert_close(before.balance_loss(), expected)
     router.e_score_correction_bias.uniform_(-2, 2)
-    layer(x)
-    torch.testing.assert_close(layer.last_balance_loss, before)
+    torch.testing.assert_close(decisions(layer, x).balance_loss(), before.balance_loss())
 
 
 @pytest.mark.parametrize("balance", [balance_within_sequences, balance_over_batch])
@@ -357,14 +377,12 @@ def test_padding_enters_neither_loss_nor_load(balance):
     kind = "v3" if balance is balance_within_sequences else "v2"
     layer = MixtureOfExperts(16, 8, build_router(kind), 0, functools.partial(balance, 1.0))
     x = torch.randn(2, 6, 16)
-    layer(x)
-    plain_loss, plain_load = layer.last_balance_loss, layer.gate.load.clone()
-    layer.gate.load.zero_()
+    plain = decisions(layer, x)
     padded = torch.cat([torch.randn(2, 3, 16), x], dim=1)
     real = torch.tensor([0] * 3 + [1] * 6).expand(2, 9)  # integers, as attention masks are
-    layer(padded, token_mask=real)
-    torch.testing.assert_close(layer.last_balance_loss, plain_loss)
-    assert torch.equal(layer.gate.load, plain_load)
+    with_padding = decisions(layer, padded, real)
+    torch.testing.assert_close(with_padding.balance_loss(), plain.balance_loss())
+    assert torch.equal(with_padding.load(), plain.load())
 
 
 def test_device_losses_leave_padding_out_and_empty_rows_do_not_dilute():
@@ -382,37 +400,36 @@ def test_device_losses_leave_padding_out_and_empty_rows_do_not_dilute():
 def test_balance_loss_reaches_the_router(balance):
     kind = "v3" if balance is balance_within_sequences else "v2"
     layer = MixtureOfExperts(16, 8, build_router(kind), 0, functools.partial(balance, 1.0))
-    layer(torch.randn(2, 6, 16))
-    layer.last_balance_loss.backward()
+    decisions(layer, torch.randn(2, 6, 16)).balance_loss().backward()
     assert layer.gate.weight.grad.abs().sum() > 0
 
 
 # The bias update
 def test_overloaded_expert_loses_exactly_gamma():
     router = TopKRouter(4, 4, 1)
-    router.load += torch.tensor([6, 2, 4, 4])  # mean 4
-    router.update_bias(0.25)
+    router.update_bias(torch.tensor([6, 2, 4, 4]), 0.25)  # mean 4
     assert router.e_score_correction_bias.tolist() == [-0.25, 0.25, 0.0, 0.0]
-    assert (router.load == 0).all()
-    router.update_bias(0.25)  # no load since: nothing moves
+    router.update_bias(torch.zeros(4), 0.25)  # no load: nothing moves
     assert router.e_score_correction_bias.tolist() == [-0.25, 0.25, 0.0, 0.0]
+    without = TopKRouter(4, 4, 1, "softmax", "greedy")
+    without.update_bias(torch.tensor([6, 2, 4, 4]), 0.25)
+    assert not dict(without.named_buffers())
 
 
-def test_load_counts_training_passes_only_and_adds_up():
-    layer, x = MixtureOfExperts(16, 8, build_router("v3")), torch.randn(10, 16)
-    layer.eval()
-    layer(x)
-    assert layer.gate.load.sum() == 0
-    layer.train()
-    layer(x)
-    layer(x)
-    expected = expert_counts(layer.last_routing.indices, 8) * 2
-    assert torch.equal(layer.gate.load, expected) and expected.sum() == 2 * 10 * 3
+def test_a_pass_leaves_nothing_behind_but_what_was_asked_for():
+    layer, x, routed = MixtureOfExperts(16, 8, build_router("v3")), torch.randn(10, 16), []
+    before = {**vars(layer), **vars(layer.gate)}
+    layer(x, routed=routed)
+    layer(x, routed=routed)
+    assert {**vars(layer), **vars(layer.gate)} == before
+    for one in routed:
+        assert torch.equal(one.load(), expert_counts(one.routing.indices, 8))
+        assert one.load().sum() == 10 * 3 and one.balance_loss() == 0
 
 
 def test_bias_is_stored_with_the_model_and_gets_no_gradient():
     router = build_router("v3")
-    assert "e_score_correction_bias" in router.state_dict() and "load" not in router.state_dict()
+    assert "e_score_correction_bias" in router.state_dict()
     assert "e_score_correction_bias" not in dict(router.named_parameters())
 
 
@@ -434,9 +451,9 @@ def test_published_expert_parameters():
 @pytest.mark.performance
 def test_loop_runs_each_expert_on_its_own_tokens_only(monkeypatch):
     layer, x, rows = MixtureOfExperts(16, 8, build_router("v3")), torch.randn(20, 16), []
-    one_expert = layer.experts._one_expert
+    expert = layer.experts.expert
     monkeypatch.setattr(
-        layer.experts, "_one_expert", lambda e, x: rows.append(len(x)) or one_expert(e, x)
+        layer.experts, "expert", lambda e, x: rows.append(len(x)) or expert(e, x)
     )
     layer(x, dispatch="loop")
     assert sum(rows) == 20 * 3
@@ -474,7 +491,7 @@ def test_every_parameter_gets_a_gradient(kind):
          r"token_mask must be \(3,\), got \(2,\)"),
         (lambda: device_balance_loss(*even_routing(), 1.0, 3), "8 experts must be divisible by 3"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -5,14 +5,12 @@ import torch
 from torch import nn
 
 from multihead_attention_coded import (
-    GrowingBuffer,
     KVCache,
-    Linear,
     MultiHeadAttention,
-    RMSNorm,
+    RowStore,
+    attention_at_once,
+    attention_by_heads,
     fused_attention,
-    product_attention,
-    shared_linear,
 )
 from self_attention_coded import scaled_dot_product_attention
 
@@ -95,16 +93,24 @@ def test_cache_holds_two_widths_of_the_kv_heads_per_token(kv_heads):
     assert cache.used_bytes() == 3 * 11 * 2 * kv_heads * (32 // 8) * 4
 
 
-@pytest.mark.performance
-def test_buffer_reserves_by_doubling_or_as_told():
-    buffer, sizes = GrowingBuffer(), set()
-    for _ in range(100):
-        buffer.append(torch.zeros(1, 1, 2))
-        sizes.add(buffer.storage.shape[-2])
-    assert sizes == {1, 2, 4, 8, 16, 32, 64, 128}
-    told = GrowingBuffer(capacity=50)
-    told.append(torch.zeros(1, 3, 2))
-    assert told.storage.shape[-2] == 50
+def test_a_store_returns_all_rows_and_carries_no_gradient():
+    store, rows = RowStore(), torch.randn(2, 5, 3, requires_grad=True)
+    assert (store.length, store.used_bytes()) == (0, 0)
+    store.append(rows[:, :2])
+    everything = store.append(rows[:, 2:])
+    assert torch.equal(everything, rows) and not everything.requires_grad
+    assert (store.length, store.used_bytes()) == (5, 2 * 5 * 3 * 4)
+    store.truncate(2)
+    assert torch.equal(store.append(rows[:, 4:]), rows[:, [0, 1, 4]])
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_heads_at_once_are_heads_one_by_one(groups):
+    q, (k, v) = torch.randn(2, 4, 3, 8), torch.randn(2, 2, groups, 5, 8)
+    mask = torch.rand(2, 1, 3, 5) > 0.3
+    by_heads = attention_by_heads(q, k, v, mask)
+    torch.testing.assert_close(attention_at_once(q, k, v, mask), by_heads)
+    torch.testing.assert_close(fused_attention(q, k, v, mask), by_heads)
 
 
 def test_cache_rolls_back():
@@ -145,8 +151,6 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="mask must be boolean"):
         MultiHeadAttention(8, 2)(torch.ones(1, 2, 8), mask=torch.ones(2))
     cache = KVCache()
-    with pytest.raises(ValueError, match="the cache is empty"):
-        cache.keys.view()
     with pytest.raises(ValueError, match="path='magic'"):
         MultiHeadAttention(8, 2)(torch.ones(1, 2, 8), path="magic", cache=cache)
     with pytest.raises(ValueError, match="mask must be broadcastable"):
@@ -155,84 +159,10 @@ def test_mistakes_are_named():
     MultiHeadAttention(8, 2)(torch.ones(1, 2, 8), cache=cache)
     with pytest.raises(ValueError, match="cannot truncate a cache of length 2 to 3"):
         cache.truncate(3)
-    with pytest.raises(ValueError, match="cache holds rows"):
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
         MultiHeadAttention(8, 2)(torch.ones(2, 1, 8), cache=cache)
 
 
 @pytest.mark.integration
 def test_script(check_script):
     check_script("multihead_attention_coded.py", [], ["--kv-heads", 3], "num_kv_heads=3")
-
-
-# The same without the fused kernel
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("T", [1, 4, 7])
-def test_product_attention_is_fused_attention(causal, masked, T):
-    query, key, value = (torch.randn(2, 3, n, w) for n, w in ((T, 8), (7, 8), (7, 5)))
-    mask = None
-    if masked:
-        mask = torch.rand(2, 1, T, 7) < 0.6
-        mask[1, :, 0] = False  # a query with no key at all
-    results = []
-    for attend in (fused_attention, product_attention):
-        leaves = [t.clone().requires_grad_() for t in (query, key, value)]
-        output = attend(*leaves, mask, 0.3, causal=causal)
-        results.append((output, torch.autograd.grad(output.square().sum(), leaves)))
-    # another order of summation
-    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
-
-
-# Places in a cache
-def test_a_gap_in_a_buffer_is_refused():
-    for start in (1, torch.tensor([0, 1])):
-        with pytest.raises(ValueError, match="start=1 would leave a gap behind the 0 rows held"):
-            GrowingBuffer().append(torch.zeros(2, 1, 4), start=start)
-
-
-def test_a_buffer_overwrites_from_where_it_is_told():
-    buffer, rows = GrowingBuffer(), torch.arange(12.0).view(1, 6, 2)
-    buffer.append(rows)
-    assert buffer.append(-rows[:, :1], start=2).shape == (1, 3, 2)  # the rest is forgotten
-    assert torch.equal(buffer.view(), torch.cat([rows[:, :2], -rows[:, :1]], dim=1))
-
-
-def test_sequences_of_unequal_length_have_places_of_their_own():
-    buffer = GrowingBuffer(capacity=6)
-    buffer.append(torch.zeros(3, 4, 1))
-    view = buffer.append(torch.tensor([1.0, 2.0]).view(1, 2, 1).expand(3, -1, -1),
-                         start=torch.tensor([0, 4, 2]))  # fmt: skip
-    assert view[..., 0].tolist() == [[1, 2, 0, 0, 0, 0], [0, 0, 0, 0, 1, 2], [0, 0, 1, 2, 0, 0]]
-    assert buffer.storage.shape == (3, 6, 1)  # no reallocation
-
-
-# A few rows on all cores
-@pytest.mark.parametrize("cores", [1, 2, 3])
-@pytest.mark.parametrize("shape", [(64,), (1, 1, 64), (3, 64), (2, 3, 64)])
-def test_a_few_rows_shared_out_are_the_same_product(cores, shape, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
-    for out in (1536, 1537):  # which two and three cores can share out, and which not
-        layer, x = Linear(64, out, bias=False), torch.randn(shape)
-        expected = torch.nn.functional.linear(x, layer.weight)
-        with torch.no_grad():
-            # another order of summation
-            torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(
-                shared_linear(x, layer.weight), expected, rtol=1e-5, atol=1e-5
-            )
-        assert layer(x).requires_grad  # with gradients, PyTorch's own
-
-
-def test_norm_of_a_single_row_is_torchs():
-    norm = RMSNorm(24, eps=1e-3)
-    with torch.no_grad():
-        norm.weight.uniform_(0.5, 2)
-        for x in (torch.randn(1, 1, 24), torch.randn(24), torch.zeros(1, 24), torch.randn(1, 48)):
-            x = x[..., :24]
-            expected = torch.nn.functional.rms_norm(x, (24,), norm.weight, 1e-3)
-            torch.testing.assert_close(norm(x), expected, rtol=1e-6, atol=1e-7)
-        norm = RMSNorm(24)  # PyTorch's own eps
-        x = torch.randn(1, 24)
-        torch.testing.assert_close(norm(x), torch.nn.functional.rms_norm(x, (24,)))
-    norm(torch.randn(1, 24)).sum().backward()
-    assert norm.weight.grad is not None
