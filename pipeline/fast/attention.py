@@ -1,0 +1,44 @@
+"""Attention by two products, for short texts in BF16."""
+
+import torch
+
+from causal_attention_coded import causal_mask
+from multihead_attention_coded import fused_attention
+from self_attention_coded import expanded_mask
+
+# Tokens up to which storing all scores pays. One sequence of 1,024: 0.30 s a training step against
+# 0.33 fused; of 2,048: 1.07 against 0.80, and 827 MB against 544.
+PRODUCTS_UP_TO = 1024
+
+
+def quickest_attention(query, key, value, mask=None, scale=None, causal=False):
+    """`fused_attention`, or `product_attention` where that is faster: a whole text in BF16, CPU."""
+    T, S = query.shape[-2], key.shape[-2]
+    short = T == S <= PRODUCTS_UP_TO and query.dtype == torch.bfloat16
+    pays = short and query.device.type == "cpu" and query.shape[1] == key.shape[1]
+    attend = product_attention if pays else fused_attention
+    return attend(query, key, value, mask, scale=scale, causal=causal)
+
+
+def product_attention(query, key, value, mask=None, scale=None, causal=False):
+    """`fused_attention` as two batched matrix products with the scores in between.
+
+    It stores all B·H·T·S scores, which the fused kernel avoids; for short texts they fit in the
+    processor's cache, and its matrix units run at full rate: BF16, 32 heads of 256 × 48, forward
+    and backward 3.6 ms against 9.5 (FP32: 7.9 against 8.6). Shapes as there, groups = H.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    shape = (*query.shape[:-1], key.shape[-2])
+    allowed = causal_mask(*shape[-2:], device=query.device) if causal else None
+    if mask is not None:
+        mask = expanded_mask(mask, shape)
+        allowed = mask if allowed is None else mask & allowed
+    bias = query.new_zeros(1)  # nothing hidden
+    if allowed is not None:  # finite, so that a row without any key gives no NaN
+        hidden = torch.finfo(query.dtype).min / 2
+        bias = query.new_zeros(allowed.shape).masked_fill(~allowed, hidden)
+    scores = torch.baddbmm(
+        bias.expand(shape).flatten(0, 1), query.flatten(0, 1), key.flatten(0, 1).mT, alpha=scale
+    )
+    output = torch.bmm(scores.softmax(dim=-1), value.flatten(0, 1)).unflatten(0, shape[:2])
+    return output if mask is None else output * allowed.any(dim=-1, keepdim=True)

@@ -1,0 +1,238 @@
+"""Speed as a pass: each quicker piece equals its plain twin, and so does a model with and without."""
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+import pipeline.fast.experts
+from deepseek_full_model import DeepSeekConfig, DeepSeekModel, build_optimizers, training_step
+from moe_coded import Experts, MixtureOfExperts, SwitchRouter, TopKRouter
+from mtp_coded import CausalLM, shifted_loss
+from multihead_attention_coded import fused_attention
+from pipeline.fast import (
+    QuickExperts,
+    QuickLinear,
+    QuickNorm,
+    decoding_head,
+    head_loss,
+    product_attention,
+    quickest_attention,
+    shared_linear,
+    speed_up,
+)
+
+SIZES = dict(
+    vocab_size=300,
+    hidden_size=64,
+    intermediate_size=128,
+    moe_intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    kv_lora_rank=32,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=8,
+    v_head_dim=16,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    first_k_dense_replace=1,
+    num_nextn_predict_layers=1,
+    max_position_embeddings=128,
+)
+
+
+def plain_and_quick(monkeypatch, **changes):
+    """The same model without and with the pass."""
+    config = DeepSeekConfig(**{**SIZES, **changes})
+    monkeypatch.setattr(DeepSeekModel, "prepared", CausalLM.prepared)
+    plain = DeepSeekModel(config)
+    quick = speed_up(plain.copy())
+    assert {type(m) for m in plain.modules()} & {QuickLinear, QuickNorm, QuickExperts} == set()
+    return plain, quick
+
+
+# The whole model
+@pytest.mark.integration
+@pytest.mark.parametrize("q_lora_rank", [None, 24])
+def test_a_model_with_the_pass_equals_one_without(monkeypatch, q_lora_rank):
+    plain, quick = plain_and_quick(monkeypatch, q_lora_rank=q_lora_rank)
+    assert {QuickLinear, QuickNorm, QuickExperts} <= {type(m) for m in quick.modules()}
+    ids = torch.randint(300, (2, 20))
+    documents = torch.zeros_like(ids)
+    for tokens in (ids, ids[:1, :1]):
+        with torch.no_grad():
+            torch.testing.assert_close(quick(tokens), plain(tokens), rtol=1e-5, atol=1e-5)
+    for speculative in (False, True):
+        texts = [m.eval().generate(ids[:, :9], 24, speculative=speculative) for m in (plain, quick)]
+        assert torch.equal(*texts)
+    gradients = []
+    for model in (plain, quick):
+        step = dict(rate=0.0, mtp_weight=0.3, gamma=0.0)
+        training_step(model, build_optimizers(model, 0.0, muon=False), ids, documents, **step)
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_state_dicts_are_the_plain_ones_and_the_pass_may_be_repeated(monkeypatch):
+    plain, quick = plain_and_quick(monkeypatch)
+    classes = [type(module) for module in quick.modules()]
+    again = speed_up(speed_up(quick).copy())
+    assert [type(module) for module in again.modules()] == classes
+    assert plain.state_dict().keys() == again.state_dict().keys()
+    plain.load_state_dict(again.state_dict())
+    with torch.device("meta"):
+        assert DeepSeekModel(DeepSeekConfig(**SIZES)).prepared() is not None
+        assert all(p.is_meta for p in speed_up(plain.copy().to("meta")).parameters())
+
+
+def test_decoding_never_reads_old_weights(monkeypatch):
+    monkeypatch.setattr("pipeline.fast.head.PACK_FROM_NUMBERS", 1)
+    plain, quick = plain_and_quick(monkeypatch)
+    ids = torch.randint(300, (2, 12))
+    for _ in range(2):  # generate, take an optimizer step, generate
+        assert torch.equal(plain.eval().generate(ids, 20), quick.eval().generate(ids, 20))
+        for model in (plain, quick):
+            torch.manual_seed(1)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+            nn.functional.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+# The output head
+@pytest.mark.parametrize("shift", [1, 2])
+@pytest.mark.parametrize("rows", [3, 600])
+def test_chunked_loss_is_the_plain_loss(shift, rows):
+    head, hidden = nn.Linear(16, 50, bias=False), torch.randn(2, rows, 16, requires_grad=True)
+    ids, documents = torch.randint(50, (2, rows)), torch.randint(2, (2, rows))
+    mask = torch.rand(2, rows) > 0.2
+    results = []
+    for loss in (
+        shifted_loss(head(hidden), ids, shift, documents, mask),
+        head_loss(head, hidden, ids, shift, documents, mask),
+    ):
+        results.append([loss, *torch.autograd.grad(3 * loss, [hidden, head.weight])])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 6])
+def test_the_packed_head_is_the_head(monkeypatch, rows):
+    monkeypatch.setattr("pipeline.fast.head.PACK_FROM_NUMBERS", 1)
+    head, x = QuickLinear(64, 512, bias=False), torch.randn(rows, 64)
+    packed = decoding_head(head, 16)
+    assert packed is not head
+    with torch.no_grad():
+        torch.testing.assert_close(packed(x), head(x), rtol=1e-5, atol=1e-5)
+
+
+def test_short_texts_small_heads_and_other_layers_are_not_packed():
+    large, small = QuickLinear(1024, 1024, bias=False), QuickLinear(64, 64, bias=False)
+    plain = nn.Linear(1024, 1024, bias=False)
+    assert decoding_head(large, 15) is large
+    assert decoding_head(small, 100) is small
+    assert decoding_head(plain, 100) is plain
+    assert decoding_head(large.bfloat16(), 100) is large
+
+
+# Experts by choice
+ROUTERS = {
+    "v2": functools.partial(TopKRouter, 16, 8, 3, scoring_func="softmax", topk_method="greedy"),
+    "v3": functools.partial(TopKRouter, 16, 8, 3, n_group=4, topk_group=2),
+    "switch": functools.partial(SwitchRouter, 16, 8, capacity_factor=0.75),
+}
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("tokens", [1, 2, 9])
+def test_experts_by_choice_are_the_dense_ones(monkeypatch, kind, dtype, tokens):
+    monkeypatch.setattr(pipeline.fast.experts, "FEW_CHOICES", 100)
+    router = ROUTERS[kind]()
+    nn.init.normal_(router.weight)
+    layer = MixtureOfExperts(16, 8, router, n_shared_experts=1).to(dtype)
+    x = torch.randn(tokens, 16, dtype=dtype, requires_grad=True)
+    results = []
+    for layer.experts.__class__, dispatch in ((Experts, "dense"), (QuickExperts, "grouped")):
+        layer.zero_grad()
+        output = layer(x, dispatch=dispatch)
+        results.append([output, *torch.autograd.grad(output.square().sum(), [x, *layer.parameters()])])
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+
+
+def test_only_a_few_choices_go_one_by_one(monkeypatch):
+    layer = speed_up(MixtureOfExperts(16, 8, TopKRouter(16, 8, 3)))
+    taken = []
+    monkeypatch.setattr(
+        pipeline.fast.experts, "by_choice", lambda e, x, routing: taken.append(len(x)) or x
+    )
+    for tokens in (1, 2, 3, 0):
+        layer(torch.randn(tokens, 16))
+    assert taken == [1, 2]
+
+
+# Attention by two products
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("T", [1, 4, 7])
+def test_product_attention_is_fused_attention(causal, masked, T):
+    query, key, value = (torch.randn(2, 3, n, w) for n, w in ((T, 8), (7, 8), (7, 5)))
+    mask = None
+    if masked:
+        mask = torch.rand(2, 1, T, 7) < 0.6
+        mask[1, :, 0] = False  # a query with no key at all
+    results = []
+    for attend in (fused_attention, product_attention):
+        leaves = [t.clone().requires_grad_() for t in (query, key, value)]
+        output = attend(*leaves, mask, 0.3, causal=causal)
+        results.append((output, torch.autograd.grad(output.square().sum(), leaves)))
+    # another order of summation
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+# A few rows on all cores
+@pytest.mark.parametrize("cores", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(64,), (1, 1, 64), (3, 64), (2, 3, 64)])
+def test_a_few_rows_shared_out_are_the_same_product(cores, shape, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    for out in (1536, 1537):  # which two and three cores can share out, and which not
+        layer, x = QuickLinear(64, out, bias=False), torch.randn(shape)
+        expected = torch.nn.functional.linear(x, layer.weight)
+        with torch.no_grad():
+            # another order of summation
+            torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                shared_linear(x, layer.weight), expected, rtol=1e-5, atol=1e-5
+            )
+        assert layer(x).requires_grad  # with gradients, PyTorch's own
+
+
+def test_norm_of_a_single_row_is_torchs():
+    norm = QuickNorm(24, eps=1e-3)
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 2)
+        for x in (torch.randn(1, 1, 24), torch.randn(24), torch.zeros(1, 24), torch.randn(1, 48)):
+            x = x[..., :24]
+            expected = torch.nn.functional.rms_norm(x, (24,), norm.weight, 1e-3)
+            torch.testing.assert_close(norm(x), expected, rtol=1e-6, atol=1e-7)
+        norm = QuickNorm(24)  # PyTorch's own eps
+        x = torch.randn(1, 24)
+        torch.testing.assert_close(norm(x), torch.nn.functional.rms_norm(x, (24,)))
+    norm(torch.randn(1, 24)).sum().backward()
+    assert norm.weight.grad is not None
+
+
+def test_products_are_for_whole_short_texts_in_bfloat16():
+    def chosen(T, S, dtype):
+        seen = []
+        q, k = torch.randn(1, 2, T, 8, dtype=dtype), torch.randn(1, 2, S, 8, dtype=dtype)
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("fused_attention", "product_attention"):
+                patch.setattr(f"pipeline.fast.attention.{name}",
+                              lambda *_, name=name, **__: seen.append(name))
+            quickest_attention(q, k, k, causal=True)
+        return seen[0]
+
+    assert chosen(6, 6, torch.bfloat16) == "product_attention"
+    assert chosen(6, 6, torch.float32) == chosen(2, 6, torch.bfloat16) == "fused_attention"
+    assert chosen(1025, 1025, torch.bfloat16) == "fused_attention"
