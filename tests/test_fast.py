@@ -1,4 +1,4 @@
-"""Speed as a pass: each quicker piece equals its plain twin, and so does a model with and without."""
+"""Speed as a pass: each quicker piece equals its plain twin, and so does a whole model."""
 
 import functools
 
@@ -9,7 +9,7 @@ from torch import nn
 import pipeline.fast.experts
 from deepseek_full_model import DeepSeekConfig, DeepSeekModel, build_optimizers, training_step
 from moe_coded import Experts, MixtureOfExperts, SwitchRouter, TopKRouter
-from mtp_coded import CausalLM, shifted_loss
+from mtp_coded import CausalLM, next_token_loss, shifted_loss
 from multihead_attention_coded import fused_attention
 from pipeline.fast import (
     QuickExperts,
@@ -95,7 +95,7 @@ def test_decoding_never_reads_old_weights(monkeypatch):
         for model in (plain, quick):
             torch.manual_seed(1)
             optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-            nn.functional.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+            next_token_loss(model(ids), ids).backward()
             optimizer.step()
             optimizer.zero_grad()
 
@@ -156,7 +156,8 @@ def test_experts_by_choice_are_the_dense_ones(monkeypatch, kind, dtype, tokens):
     for layer.experts.__class__, dispatch in ((Experts, "dense"), (QuickExperts, "grouped")):
         layer.zero_grad()
         output = layer(x, dispatch=dispatch)
-        results.append([output, *torch.autograd.grad(output.square().sum(), [x, *layer.parameters()])])
+        leaves = [x, *layer.parameters()]
+        results.append([output, *torch.autograd.grad(output.square().sum(), leaves)])
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
 
 
