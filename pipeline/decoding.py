@@ -1,0 +1,487 @@
+"""Generation at speed, for batches of unequal rows: what `DeepSeekModel.complete` does.
+
+Phase 6 shows the two ideas in plain form: `CausalLM.complete`, token by token with caches, and
+`speculative_generate`, drafts that the main model checks in one pass. This is their production
+form. Caches have their room set aside, and each row of a batch keeps its own place in them, so that
+rows may accept different numbers of drafts. Prompts can be read in chunks, texts come as a stream,
+and the number of drafts follows the text. Tests hold it equal to phase 6.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from lesson import require
+from mtp_coded import Generation, Sampling, verify
+from pipeline.fast import decoding_head
+
+# Queries from which rebuilding keys and values is faster than absorbing: after 1,024 tokens, 24
+# take 7.3 ms absorbed and 8.4 expanded, 64 take 12.9 and 12.5 (benchmarks/scaling.py).
+EXPAND_FROM = 48
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to write. prompts (B, T): at the left of their rows; lengths (B,): without padding.
+
+    Other fields: see `complete`.
+    """
+
+    prompts: torch.Tensor
+    lengths: torch.Tensor
+    new_tokens: int
+    sampling: Sampling
+    eos_token_id: int | None
+    pad_token_id: int
+    prefill_chunk: int | None
+    stream: Any
+
+
+def complete(
+    model, input_ids, max_new_tokens, sampling, attention_mask=None, eos_token_id=None,
+    pad_token_id=0, speculative=False, depth=None, prefill_chunk=None, stream=None,
+):
+    """Continues each prompt (B, T): a `Generation`, whose ids are (B, T + new).
+
+    Args:
+        sampling, attention_mask, eos_token_id, pad_token_id: see `CausalLM.generate`.
+        speculative: draft with the MTP modules. Greedy text stays the same (in FP32, up to ties in
+            the last bit, where a pass over several tokens may round differently than one over one;
+            in BF16 such ties are common). Sampled text keeps its distribution.
+        depth: tokens drafted a round. Where it asks for more than there are modules, the last one
+            is applied again to its own hidden states. Default: as `Depth` says (independent heads:
+            at most one each).
+        prefill_chunk: the main model reads prompts so many tokens at a time, which bounds the
+            memory that its layers take; None: at once. (With drafts or prompts of unequal length
+            all last hidden states are kept, and the modules read a prompt at once.)
+        stream: called after each pass with the new tokens, one list a sequence.
+
+    Raises: ValueError if prompt and new tokens exceed the context, before any work is done.
+    """
+    model.check_prompts(input_ids, max_new_tokens, attention_mask, pad_token_id)
+    chunk = prefill_chunk
+    require(chunk is None or chunk >= 1, f"prefill_chunk={chunk} must be at least 1")
+    require(depth is None or speculative, f"depth={depth} is for speculative=True")
+    input_ids = input_ids.long()
+    if max_new_tokens == 0 or len(input_ids) == 0:
+        ids = F.pad(input_ids, (0, max_new_tokens), value=pad_token_id)
+        return Generation(ids, torch.zeros(len(ids), max_new_tokens, device=ids.device))
+    prompts, lengths = left_aligned(input_ids, attention_mask)
+    task = Task(
+        prompts, lengths, max_new_tokens, sampling, eos_token_id, pad_token_id, chunk, stream
+    )
+    result = write_with_drafts(model, task, depth) if speculative else write(model, task)
+    # Clones are made outside of inference mode: they may enter later training.
+    result.ids = torch.cat([input_ids, result.ids.clone()], dim=1)
+    result.logprobs = None if result.logprobs is None else result.logprobs.clone()
+    return result
+
+
+# %% Caches with room, in which each row has a place of its own
+class PreallocatedRows:
+    """Rows (..., length, width) in one tensor with room for more; its plain twin: `RowStore`.
+
+    capacity: the room that the first append sets aside. When it runs out, space doubles, so n
+    appends copy O(n) rows in all. For inference: what is stored is cut off from the gradient.
+
+    The sequences of a batch (B, ..., length, width) may have lengths of their own: `truncate` takes
+    a (B,) tensor, too. Then `length` is the longest, `append` puts each sequence's rows at its own
+    end, and returns a view as long as the longest: a mask must hide what lies behind the others.
+    """
+
+    def __init__(self, capacity=0):
+        self.capacity, self.length = capacity, 0
+        self.storage = None
+        self.lengths = None  # (B,); None: all sequences are `length` long
+
+    def append(self, rows):
+        """Stores rows (..., new, width) behind the others; returns all of them (a view)."""
+        if self.storage is not None:
+            kept = (*self.storage.shape[:-2], self.length, self.storage.shape[-1])
+            fits = kept[:-2] == rows.shape[:-2] and kept[-1] == rows.shape[-1]
+            require(fits, f"cache holds rows {kept}, got {tuple(rows.shape)} to append")
+        new = rows.shape[-2]
+        end = self.length + new
+        if self.storage is None or end > self.storage.shape[-2]:
+            self._grow(rows, end)
+        if self.lengths is None:
+            self.storage[..., self.length : end, :] = rows.detach()
+        else:
+            places = self.lengths[:, None] + torch.arange(new, device=rows.device)
+            sequences = torch.arange(len(rows), device=rows.device)[:, None]
+            self.storage.movedim(-2, 1)[sequences, places] = rows.detach().movedim(-2, 1)
+            self.lengths = self.lengths + new
+        self.length = end
+        return self.storage[..., :end, :]
+
+    def _grow(self, rows, needed):
+        held = 0 if self.storage is None else self.storage.shape[-2]
+        size = max(needed, self.capacity, 2 * held)
+        storage = rows.new_zeros(*rows.shape[:-2], size, rows.shape[-1])
+        if self.storage is not None:
+            storage[..., : self.length, :] = self.storage[..., : self.length, :]
+        self.storage = storage
+
+    def truncate(self, length):
+        """Forgets all rows after the first `length`, a number or (B,): rolls the cache back."""
+        each = torch.is_tensor(length)
+        longest = int(length.max()) if each else length
+        fits = 0 <= longest <= self.length
+        require(fits, f"cannot truncate a cache of length {self.length} to {longest}")
+        self.length, self.lengths = longest, length if each else None
+
+    def used_bytes(self):
+        if self.storage is None:
+            return 0
+        return self.storage[..., : self.length, :].numel() * self.storage.element_size()
+
+    def allocated_bytes(self):
+        return 0 if self.storage is None else self.storage.nbytes
+
+
+def new_caches(model, capacity, blocks=None):
+    """Empty caches of the blocks (default: the main model's) with room for `capacity` tokens."""
+    return model.new_caches(blocks, functools.partial(PreallocatedRows, capacity))
+
+
+def used_bytes(caches):
+    return sum(cache.used_bytes() for cache in caches)
+
+
+# %% Places: where the rows of a batch stand
+def left_aligned(input_ids, attention_mask):
+    """Prompts (B, T) with padding behind them, where nobody looks, and their lengths (B,)."""
+    if attention_mask is None:
+        return input_ids, torch.full_like(input_ids[:, 0], input_ids.shape[1])
+    real_BT = attention_mask.bool()
+    order_BT = (~real_BT).long().argsort(dim=1, stable=True)
+    return input_ids.gather(1, order_BT), real_BT.sum(dim=1)
+
+
+def one_or_each(start):
+    """A (B,) tensor of places as a number where there is one sequence: slices instead of masks."""
+    return int(start) if len(start) == 1 else start
+
+
+def take(rows, start, count):
+    """Rows start … start + count − 1 of (B, n, ...): start a number, or (B,) one a sequence."""
+    if not torch.is_tensor(start):
+        return rows[:, start : start + count]
+    places = start[:, None] + torch.arange(count, device=rows.device)
+    return rows[torch.arange(len(rows), device=rows.device)[:, None], places]
+
+
+def slots(start, count, device):
+    """The options of a block that reads `count` tokens a sequence from position `start` on.
+
+    start: a number, or (B,) where sequences have different lengths: then a mask hides from each
+    what lies behind its own tokens (left from a longer prompt or from a rejected draft). The
+    caches must be truncated to `start` first.
+    """
+    steps = torch.arange(count, device=device)
+    path = "absorbed" if count < EXPAND_FROM else "expanded"
+    if not torch.is_tensor(start):
+        return dict(positions=start + steps, path=path)
+    positions_BT = start[:, None] + steps
+    keys_S = torch.arange(int(start.max()) + count, device=device)
+    mask = (keys_S <= positions_BT[..., None]).unsqueeze(1)
+    return dict(positions=positions_BT, mask=mask, path=path)
+
+
+# %% Reading: a pass of the main model over tokens at their places
+def read(model, ids, caches, start, last=None):
+    """The main model's states of ids (B, n), which stand from position `start` on: (B, n, D).
+
+    What the caches hold from `start` on is forgotten. last: only the states of the last so many
+    tokens (`start` must be a number).
+    """
+    for cache in caches:
+        cache.truncate(start)
+    places, hidden = slots(start, ids.shape[1], ids.device), model.embed_tokens(ids)
+    for layer, cache in zip(model.layers, caches, strict=True):
+        if layer is model.layers[-1] and last is not None:
+            hidden = last_outputs(layer, hidden, cache, start, last)
+        else:
+            hidden = layer(hidden, cache=cache, **places)
+    return model.norm(hidden)
+
+
+def last_outputs(block, hidden, cache, start, last):
+    """A block's outputs at the last tokens alone: (B, n, D) from position `start` on → (B, last, D).
+
+    Of the tokens before, it fills only its cache, which is all that later tokens need (a prompt of
+    1,024 in four layers: 74 → 58 ms).
+    """
+    before = hidden.shape[1] - last
+    if before > 0:
+        positions = torch.arange(start, start + before, device=hidden.device)
+        block.self_attn.remember(block.input_layernorm(hidden[:, :before]), positions, cache)
+        hidden, start = hidden[:, before:], start + before
+    return block(hidden, cache=cache, **slots(start, last, hidden.device))
+
+
+def read_prompts(model, task, caches, last=None):
+    """The states of the prompts (B, T, D), read a chunk at a time; last: see `read`, of each."""
+    pieces, start = [], 0
+    for piece in task.prompts.split(task.prefill_chunk or task.prompts.shape[1], dim=1):
+        pieces.append(read(model, piece, caches, start, last))
+        start += piece.shape[1]
+    return torch.cat(pieces, dim=1)
+
+
+# %% Writing token by token
+@torch.inference_mode()
+def write(model, task):
+    """`Generation` of the new tokens alone, (B, new). Each pass writes one token a row."""
+    (B, T), new_tokens = task.prompts.shape, task.new_tokens
+    head, caches = decoding_head(model.lm_head, new_tokens), new_caches(model, T + new_tokens - 1)
+    # Rows of one length share their place in the caches, which then need no mask.
+    even = bool((task.lengths == T).all())
+    start = T if even else task.lengths
+    hidden = read_prompts(model, task, caches, last=1 if even else None)
+    hidden = hidden[:, -1:] if even else take(hidden, task.lengths - 1, 1)
+    output = task.prompts.new_full((B, new_tokens), task.pad_token_id)
+    logprobs = torch.zeros(B, new_tokens, device=output.device)
+    finished = torch.zeros_like(task.lengths, dtype=torch.bool)
+    for i in range(new_tokens):
+        fresh, logprobs[:, i] = task.sampling.choose(head(hidden[:, 0]))
+        output[:, i] = fresh.masked_fill(finished, task.pad_token_id)
+        if task.stream is not None:
+            rows = zip(finished.tolist(), fresh.tolist(), strict=True)
+            task.stream([[] if done else [token] for done, token in rows])
+        if task.eos_token_id is not None:
+            finished |= fresh == task.eos_token_id
+            if finished.all():
+                break
+        if i + 1 < new_tokens:
+            hidden = read(model, output[:, i : i + 1], caches, start + i)
+    return Generation(
+        output, logprobs, forwards=i + 1, tokens=i + 1, cache_bytes=used_bytes(caches)
+    )
+
+
+# %% Writing with drafts
+@torch.inference_mode()
+def write_with_drafts(model, task, depth=None):
+    """`Generation` of the new tokens alone, (B, new).
+
+    A round: the main model reads the last confirmed token and the drafts after it. `verify`
+    accepts drafts from the left up to the first wrong one, and puts one token of the model's own
+    after them. Then the modules draft again.
+    """
+    require(len(model.mtp) > 0, "speculative decoding needs MTP modules, and this model has none")
+    adaptive, asked = Depth(deepest_draft(model, depth)), depth
+    # Finished rows are read along, as far past their end as another row drafts or pauses.
+    room = max(adaptive.deepest, Depth.LONGEST_PAUSE) + 2 * len(model.mtp)
+    text, result = Continuation(task, room), Generation(None)
+    capacity, head = text.tokens.shape[1], decoding_head(model.lm_head, task.new_tokens)
+    caches, drafter = new_caches(model, capacity), Drafter(model, capacity, task.sampling, head)
+    # `start` (B,): where the states in `hidden` begin. `judging` (B, drafted + 1, D): those from
+    # the last confirmed token on; at first only the state of the prompt's last token.
+    start, drafted, chances = torch.zeros_like(task.lengths), 0, None
+    hidden = read_prompts(model, task, caches)
+    judging = take(hidden, task.lengths - 1, 1)
+    while True:  # check the drafts, confirm, draft anew, one pass over last token and drafts
+        drafts = take(text.tokens, one_or_each(text.lengths), drafted)
+        useful = text.drafts_wanted(drafted)
+        accepted, own = verify(head(judging), drafts, chances, task.sampling)
+        appended = text.confirm(drafts, accepted, own)
+        counts = list(map(len, appended))
+        kept = zip(accepted.tolist(), useful.tolist(), counts, strict=True)
+        result.forwards += 1
+        result.drafted += int(useful.sum())
+        result.accepted += sum(map(min, kept))
+        if task.stream is not None:
+            task.stream(appended)
+        if not text.active.any():
+            break
+        # As many as asked for or as seem to pay; one past the end would be thrown away.
+        wanted = asked or adaptive.next(drafted, accepted=max(counts) - 1)
+        drafted = int(text.drafts_wanted(wanted).max())
+        drafter.observe(hidden, start)
+        chances = drafter.draft(text.tokens, text.lengths, drafted) if drafted else None
+        start = text.lengths - 1
+        unread_ids = take(text.tokens, one_or_each(start), drafted + 1)
+        hidden = judging = read(model, unread_ids, caches, one_or_each(start))
+    result.ids, result.tokens = text.new(), int((text.lengths - task.lengths).max())
+    result.cache_bytes = used_bytes(caches) + used_bytes(drafter.caches)
+    return result
+
+
+def deepest_draft(model, depth):
+    """How many tokens a round may draft: `depth`, if it is given and possible."""
+    modules, chained = len(model.mtp), model.mtp[-1].chained
+    require(depth is None or depth >= 1, f"depth={depth} must be at least 1")
+    if not chained:
+        possible = depth is None or depth <= modules
+        require(possible, f"depth={depth}: {modules} independent heads guess no further")
+    return depth or (Depth.DEEPEST if chained else modules)
+
+
+class Depth:
+    """How many tokens to draft in the next round, where the caller does not say.
+
+    Draft one token more than the last round accepted. If every draft was rejected, skip drafting
+    for a while: a text that the modules guess badly costs little more than without drafts.
+    """
+
+    DEEPEST, LONGEST_PAUSE = 12, 16
+
+    def __init__(self, deepest=DEEPEST):
+        self.deepest, self.pause, self.waiting = deepest, 0, 0
+
+    def next(self, drafted, accepted):
+        """Tokens to draft now.
+
+        drafted: how many the last round drafted, 0 = none. accepted: how many of them the main
+        model accepted; in a batch, those of the sequence with the most.
+
+        If every draft was rejected, skip drafting for 1 round, then 2, 4, 8, at most 16. One
+        accepted draft resets this.
+        """
+        if drafted and not accepted:
+            self.pause = self.waiting = min(max(1, 2 * self.pause), self.LONGEST_PAUSE)
+        elif drafted:
+            self.pause = 0
+        if self.waiting:
+            self.waiting -= 1
+            return 0
+        return min(accepted + 1, self.deepest)
+
+
+class Drafter:
+    """The MTP modules, their caches, and the main model's hidden states that they start from.
+
+    A place in a cache is a position in the text, as in the main model's. What a rejected draft left
+    is overwritten.
+    """
+
+    def __init__(self, model, capacity, sampling, head):
+        self.model, self.sampling, self.head = model, sampling, head
+        self.unread = None  # (B,): from here on the states are new to the modules; None: nowhere
+        self.caches = new_caches(model, capacity, [module.block for module in model.mtp])
+        self.hidden = PreallocatedRows(capacity)  # the main model's, at every token read so far
+
+    def observe(self, hidden, start):
+        """The main model's states (B, n, D) from position `start` (B,) on, new or once more."""
+        self.hidden.truncate(one_or_each(start))
+        self.hidden.append(hidden)
+        self.unread = start if self.unread is None else self.unread
+
+    def draft(self, tokens, lengths, depth):
+        """Writes `depth` drafts into tokens (B, ·) behind each row's `lengths`.
+
+        Returns: (B, depth, W) the distributions they were drawn from; greedy: None.
+
+        Module k at position i joins the state of module k − 1 there with token i + k, and guesses
+        token i + k + 1. So at the last positions module k needs drafts of the modules before it.
+        They may prove wrong, so these positions are read again next time. With 2 modules, tokens
+        0–6 confirmed (lengths 7) and states 0–5 observed, of which 4 and 5 are new (unread 4):
+
+            module   reads positions   joined with tokens   drafts token
+            1        3 4 5             4 5 6                7             catching up
+            2        3 4 5             5 6 7                8             catching up
+            2        6                 8                    9             going on
+            2        7                 9                    10            going on
+
+        All rows read as many positions as the one that has most to catch up with. What a row reads
+        past its own last position means nothing; masks hide it until it is overwritten.
+        """
+        modules, newest_at, chances = len(self.model.mtp), lengths - 2, []
+        first = (self.unread - modules + 1).clamp(min=0)
+        count = int((newest_at - first).max()) + 1
+        state = take(self.hidden.storage, one_or_each(first), count)
+        self.unread = None
+        for k in range(1, max(depth, modules) + 1):
+            if k <= modules:
+                output = self.catch_up(k, state, tokens, first)
+                newest = output[:, -1:]
+                if len(tokens) > 1:
+                    newest = take(output, newest_at - first, 1)
+                state = output if self.model.mtp[k - 1].chained else state
+            else:
+                newest = self.go_on(newest, tokens, newest_at + k - modules)
+            if k <= depth:  # else it only reads along, so that its cache has no gaps
+                drafts = self.choose(newest, chances)
+                tokens.scatter_(1, (lengths + k - 1)[:, None], drafts[:, None])
+        return torch.stack(chances, dim=1) if chances else None
+
+    def catch_up(self, k, state, tokens, first):
+        """Module k reads the states (B, n, D) of the one before, from position `first` (B,) on.
+
+        Returns its states (B, n, D). For one sequence, the last module gives only the last one.
+        """
+        module, cache, start = self.model.mtp[k - 1], self.caches[k - 1], one_or_each(first)
+        count = state.shape[1]
+        joined = module.join(state, take(tokens, one_or_each(first + k), count))
+        cache.truncate(start)
+        if k == len(self.caches) and len(tokens) == 1:
+            return module.norm(last_outputs(module.block, joined, cache, start, last=1))
+        places = slots(start, count, tokens.device)
+        return module.norm(module.block(joined, cache=cache, **places))
+
+    def go_on(self, newest, tokens, position):
+        """The last module once more, at `position` (B,), from its own state one position before."""
+        modules = len(self.caches)
+        module, cache, start = self.model.mtp[-1], self.caches[-1], one_or_each(position)
+        cache.truncate(start)
+        future_ids = take(tokens, one_or_each(position + modules), 1)
+        return module(newest, future_ids, cache=cache, **slots(start, 1, tokens.device))
+
+    def choose(self, newest, chances):
+        """Drafts (B,) from states (B, 1, D); their distribution (B, W) goes to the list."""
+        logits = self.head(newest[:, 0])
+        if self.sampling.greedy:
+            return logits.argmax(dim=-1)
+        chances.append(self.sampling.probabilities(logits))
+        return self.sampling.draw(chances[-1])
+
+
+class Continuation:
+    """Tokens (B, ·), row by row from the left: prompt, what is confirmed, then drafts.
+
+    `room`: extra places, so that what is drafted past a row's end has one. `end` (B,): the length
+    at which a row is full.
+    """
+
+    def __init__(self, task, room):
+        new_tokens, pad = task.new_tokens, task.pad_token_id
+        self.tokens = F.pad(task.prompts, (0, new_tokens + room), value=pad)
+        self.lengths, self.prompt_lengths = task.lengths, task.lengths
+        self.end, self.new_tokens = task.lengths + new_tokens, new_tokens
+        self.eos_token_id, self.pad_token_id = task.eos_token_id, pad
+        self.active = torch.ones_like(task.lengths, dtype=torch.bool)
+
+    def confirm(self, drafts, accepted, own):
+        """Each row's accepted drafts (B, d) stay; the model's `own` token (B,) goes behind them.
+
+        Nothing counts past the end or an end-of-text, and nothing in finished rows.
+        Returns: the tokens appended, a list a row.
+        """
+        self.tokens.scatter_(1, (self.lengths + accepted)[:, None], own[:, None])
+        left, active = (self.end - self.lengths).tolist(), self.active.tolist()
+        rows = zip(drafts.tolist(), accepted.tolist(), own.tolist(), strict=True)
+        appended = []
+        for row, (draft, count, token) in enumerate(rows):
+            new = [*draft[:count], token][: left[row]] if active[row] else []
+            if self.eos_token_id in new:
+                new = new[: new.index(self.eos_token_id) + 1]
+                self.active[row] = False
+            appended.append(new)
+        self.lengths = self.lengths + torch.tensor(list(map(len, appended))).to(self.lengths)
+        self.active = self.active & (self.lengths < self.end)
+        return appended
+
+    def drafts_wanted(self, depth):
+        """(B,): how many of `depth` drafts each row can still use."""
+        return (self.end - self.lengths - 1).clamp(max=depth) * self.active
+
+    def new(self):
+        """(B, new): the tokens appended, then padding."""
+        ids = take(self.tokens, self.prompt_lengths, self.new_tokens)
+        places = torch.arange(self.new_tokens, device=ids.device)
+        written = places < (self.lengths - self.prompt_lengths)[:, None]
+        return ids.masked_fill(~written, self.pad_token_id)
