@@ -10,24 +10,26 @@ from rope_coded import (
     RotaryEmbedding,
     RotaryLatentAttention,
     YarnScaling,
+    absorbed_by_distance,
+    absorbed_content_scores,
     apply_rotary,
     inverse_frequencies,
     ntk_aware,
     position_interpolation,
     rotate_complex,
+    rotated_content_scores,
     rotation_matrix,
     similarity_bound,
-    turn,
 )
 
 POSITIONS = torch.tensor([0, 1, 7, 100, 4095])
 
 
 def build(scaling=None, **changes):
-    sizes = {
-        "hidden_size": 32, "num_attention_heads": 4, "kv_lora_rank": 12, "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 8, "v_head_dim": 6, "q_lora_rank": 10,
-    }  # fmt: skip
+    sizes = dict(
+        hidden_size=32, num_attention_heads=4, kv_lora_rank=12, qk_nope_head_dim=8,
+        qk_rope_head_dim=8, v_head_dim=6, q_lora_rank=10,
+    )
     return RotaryLatentAttention(**{**sizes, **changes}, rotary=RotaryEmbedding(8, scaling=scaling))
 
 
@@ -37,23 +39,25 @@ def test_three_forms_are_one_rotation():
         [rotation_matrix(m, thetas) @ row for m, row in zip(POSITIONS, x, strict=True)]
     )
     # angles up to 4095 rad in float32: their rounding is about 2e-4
-    torch.testing.assert_close(rotate_complex(x, POSITIONS, thetas), matrices, rtol=0, atol=1e-3)
-    real = apply_rotary(x, *RotaryEmbedding(16)(POSITIONS))
+    rotary = RotaryEmbedding(16)
+    in_complex = rotate_complex(x, rotary.rotations(POSITIONS))
+    torch.testing.assert_close(in_complex, matrices, rtol=0, atol=1e-3)
+    real = apply_rotary(x, *rotary(POSITIONS))
     torch.testing.assert_close(real, matrices, rtol=0, atol=1e-3)
 
 
 def test_rotation_by_hand():
-    # one pair, θ = 1: a quarter turn takes (1, 0) to (0, 1)
+    # one pair, θ = 1: a quarter of a circle takes (1, 0) to (0, 1)
     quarter = torch.tensor([[math.pi / 2]])
-    turned = apply_rotary(torch.tensor([[1.0, 0.0]]), quarter.cos(), quarter.sin())
-    torch.testing.assert_close(turned, torch.tensor([[0.0, 1.0]]))
+    rotated = apply_rotary(torch.tensor([[1.0, 0.0]]), quarter.cos(), quarter.sin())
+    torch.testing.assert_close(rotated, torch.tensor([[0.0, 1.0]]))
 
 
 def test_pairs_are_neighbours():
     x = torch.zeros(1, 8)
     x[0, 2] = 1.0
-    turned = apply_rotary(x, *RotaryEmbedding(8)(torch.tensor([3])))
-    assert turned[0].nonzero().flatten().tolist() == [2, 3]
+    rotated = apply_rotary(x, *RotaryEmbedding(8)(torch.tensor([3])))
+    assert rotated[0].nonzero().flatten().tolist() == [2, 3]
 
 
 def test_rotations_are_orthogonal_and_add_up():
@@ -68,7 +72,7 @@ def test_score_depends_on_relative_position_only():
     scores = [
         (apply_rotary(q, *rotary(torch.tensor([m]))) * apply_rotary(k, *rotary(torch.tensor([n]))))
         .sum().item() for m, n in ((7, 0), (12, 5), (1007, 1000))
-    ]  # fmt: skip
+    ]
     assert scores == pytest.approx([scores[0]] * 3, abs=1e-3)
 
 
@@ -112,11 +116,10 @@ def test_yarn_matches_transformers(mscales):
     from transformers import DeepseekV3Config
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
 
-    settings = {
-        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "beta_fast": 32,
-        "beta_slow": 1, "original_max_position_embeddings": 128,
-        "mscale": mscales[0], "mscale_all_dim": mscales[1],
-    }  # fmt: skip
+    settings = dict(
+        rope_type="yarn", rope_theta=10000.0, factor=8.0, beta_fast=32, beta_slow=1,
+        original_max_position_embeddings=128, mscale=mscales[0], mscale_all_dim=mscales[1],
+    )
     settings = {key: value for key, value in settings.items() if value is not None}
     config = DeepseekV3Config(
         qk_rope_head_dim=32, max_position_embeddings=1024, rope_parameters=settings
@@ -141,8 +144,8 @@ def test_rotated_chunks_match_one_pass(path, chunks):
     attention, x, cache = build(), torch.randn(2, 9, 32), LatentCache()
     with torch.no_grad():
         pieces = [attention(part, cache=cache, path=path) for part in x.split(chunks, dim=1)]
-        torch.testing.assert_close(torch.cat(pieces, 1), attention(x, path="naive"), rtol=1e-4,
-                                   atol=1e-5)  # fmt: skip
+        naive = attention(x, path="naive")
+    torch.testing.assert_close(torch.cat(pieces, 1), naive, rtol=1e-4, atol=1e-5)
 
 
 def test_cache_holds_the_rotated_key():
@@ -150,8 +153,9 @@ def test_cache_holds_the_rotated_key():
     attention(x, cache=cache)
     plain = x @ attention.kv_a_proj_with_mqa.weight[12:].T
     expected = apply_rotary(plain, *attention.rotary(torch.arange(5)))
-    torch.testing.assert_close(cache.view()[..., 12:], expected)
-    assert cache.view().shape == (1, 5, 12 + 8)
+    memory = cache.append(torch.empty(1, 0, 20))
+    torch.testing.assert_close(memory[..., 12:], expected)
+    assert memory.shape == (1, 5, 12 + 8)
 
 
 def test_only_distances_matter_and_order_does():
@@ -200,6 +204,8 @@ def test_mistakes_are_named():
         RotaryEmbedding(8, base=1)
     with pytest.raises(ValueError, match=r"positions must be \(5,\) or \(1, 5\), got \(1,\)"):
         build()(torch.ones(1, 5, 32), positions=torch.tensor([3]))
+    with pytest.raises(ValueError, match=r"positions must be \(5,\) or \(2, 5\), got \(3, 5\)"):
+        build()(torch.ones(2, 5, 32), positions=torch.zeros(3, 5))
     with pytest.raises(ValueError, match="2 or more pairs"):
         ntk_aware(2, 1e4, 2)
 
@@ -209,26 +215,81 @@ def test_script(check_script):
     check_script("rope_coded.py", ["--dim", 32], ["--dim", 7], "rotary dim=7")
 
 
-def test_complex_turns_are_exact_in_float64_and_follow_positions_changed_in_place():
+def test_complex_rotations_are_exact_in_float64_and_follow_positions_changed_in_place():
     x = torch.randn(1, 2, 5, 8, dtype=torch.float64, requires_grad=True)
     rotary, positions = RotaryEmbedding(8), torch.arange(5)
-    assert torch.autograd.gradcheck(lambda x: turn(x, rotary.turns(positions)), [x])
-    before = rotary.turns(positions)
+    before = rotary.rotations(positions)
+    assert torch.autograd.gradcheck(lambda x: rotate_complex(x, before), [x])
     positions += 3
-    torch.testing.assert_close(rotary.turns(positions)[:2], before[3:])
+    torch.testing.assert_close(rotary.rotations(positions)[:2], before[3:])
 
 
 def test_rotated_attention_trains_after_inference_on_the_same_positions():
-    attention = RotaryLatentAttention(
-        16, 2, 8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4, rotary=RotaryEmbedding(4)
-    )
-    x, positions = torch.randn(1, 5, 16), torch.arange(5)
+    attention, x, positions = build(), torch.randn(1, 5, 32), torch.arange(5)
     with torch.inference_mode():
         attention(x, positions)
     attention(x, positions).sum().backward()
     assert attention.o_proj.weight.grad.norm() > 0
 
 
-def test_slices_at_odd_places_are_turned():
-    memory, turns = torch.randn(1, 5, 27), torch.polar(torch.ones(5, 4), torch.rand(5, 4))
-    torch.testing.assert_close(turn(memory[..., 19:], turns), turn(memory[..., 19:].clone(), turns))
+def test_slices_at_odd_places_are_rotated():
+    memory, rotations = torch.randn(1, 5, 27), torch.polar(torch.ones(5, 4), torch.rand(5, 4))
+    part = memory[..., 19:]
+    torch.testing.assert_close(
+        rotate_complex(part, rotations), rotate_complex(part.clone(), rotations)
+    )
+
+
+def rotated_content(T=5, S=5, N=6, C=8):
+    """Queries, latents and W_UK of two heads in float64, and a rotation by positions 0, 1, …"""
+
+    def rotate(x):
+        rotary = RotaryEmbedding(x.shape[-1])
+        return rotate_complex(x, rotary.rotations(torch.arange(x.shape[-2])))
+
+    shapes = ((3, 2, T, N), (3, S, C), (2, N, C))
+    return [torch.randn(shape, dtype=torch.float64) for shape in shapes], rotate
+
+
+def test_rotated_content_matches_the_equation():
+    (q, latent, w_uk), rotate = rotated_content()
+    got, thetas = rotated_content_scores(q, latent, w_uk, rotate), inverse_frequencies(6).double()
+    for i, j in ((0, 0), (3, 1), (1, 4)):
+        key = rotation_matrix(j, thetas) @ w_uk[1] @ latent[2, j]
+        wanted = (rotation_matrix(i, thetas) @ q[2, 1, i]) @ key
+        # the angles have FP32's rounding
+        torch.testing.assert_close(got[2, 1, i, j], wanted, rtol=0, atol=1e-5)
+
+
+def test_content_that_is_rotated_cannot_be_absorbed():
+    parts, rotate = rotated_content()
+    rebuilt, absorbed = (
+        scores(*parts, lambda x: x) for scores in (rotated_content_scores, absorbed_content_scores)
+    )
+    torch.testing.assert_close(absorbed, rebuilt)  # without rotation, W_UK may move
+    wanted = rotated_content_scores(*parts, rotate)
+    mismatch = absorbed_content_scores(*parts, rotate) - wanted
+    assert mismatch.norm() > 0.3 * wanted.norm()
+    # at position 0 nothing is rotated
+    torch.testing.assert_close(mismatch[..., 0, 0], torch.zeros(3, 2).double())
+
+
+def test_rotated_content_is_absorbed_by_a_matrix_for_each_distance():
+    parts, rotate = rotated_content(T=4, S=6)
+    wanted = rotated_content_scores(*parts, rotate)
+    # the angles have FP32's rounding
+    torch.testing.assert_close(absorbed_by_distance(*parts), wanted, rtol=0, atol=1e-5)
+
+
+def test_decoupled_scores_are_absorbed_with_the_rotated_part_beside_them():
+    attention, x = build(), torch.randn(2, 7, 32)
+    with torch.no_grad():
+        expanded = attention(x)
+        # a function of order, and yet the latents are all that the content needs
+        torch.testing.assert_close(attention(x, path="absorbed"), expanded, rtol=1e-4, atol=1e-5)
+        attention.rotary = RotaryEmbedding(8, base=3.0)
+        assert (attention(x) - expanded).abs().max() > 1e-4
+
+
+def test_in_bf16_two_positions_would_be_one():
+    assert torch.tensor([256.0, 257.0]).bfloat16().unique().numel() == 1
