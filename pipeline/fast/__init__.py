@@ -15,7 +15,9 @@ from pipeline.fast.attention import product_attention, quickest_attention
 from pipeline.fast.experts import QuickExpertList, QuickExperts
 from pipeline.fast.few_rows import QuickLinear, QuickNorm, shared_linear
 from pipeline.fast.head import ChunkedHeadLoss, decoding_head, head_loss
+from pipeline.fast.rotary import QuickRotary
 from quantization_coded import ExpertList
+from rope_coded import RotaryEmbedding
 
 __all__ = [
     "ChunkedHeadLoss",
@@ -23,6 +25,7 @@ __all__ = [
     "QuickExperts",
     "QuickLinear",
     "QuickNorm",
+    "QuickRotary",
     "decoding_head",
     "head_loss",
     "product_attention",
@@ -37,6 +40,7 @@ QUICKER = {  # plain twin → quicker class, with the same parameters
     RMSNorm: QuickNorm,
     Experts: QuickExperts,
     ExpertList: QuickExpertList,
+    RotaryEmbedding: QuickRotary,
 }
 
 
