@@ -1,25 +1,27 @@
 """Phase 8: quantisation, a model in fewer bits and what it costs.
 
 A weight needs no 32 bits. Rounded to one of 255 or of 15 values it takes a quarter or an eighth
-of the bytes, and decoding, which mostly waits for weights, gets faster by about as much. What goes
-wrong is the grid, not the bits: one large number stretches it for all that share its scale. So the
-ladder here is a ladder of who shares a scale (tensor, row, group, tile), of what happens to the
-large ones (LLM.int8(), SmoothQuant), and of rounding so that errors cancel (GPTQ, AWQ, training
-with rounded weights). All of it applies to the whole model, experts and latent cache included.
+of the bytes, and decoding, which mostly waits for weights, gets faster by about as much. Few bits
+are not the problem. Numbers that share a scale share a grid, and one large number makes it coarse
+for all. Part 1 takes one matrix: who shares a scale (tensor, row, group, tile), what to do with
+large numbers (LLM.int8(), SmoothQuant), how to round so that errors cancel (GPTQ, AWQ). Part 2
+takes a model: layers, schemes, training with rounded weights, training in FP8, the latent cache.
 
     absmax        q = round(x / s),  s = max|x| / (2^(bits−1) − 1),      x̂ = s q
     W8A8          y_ij = s_i s_j Σ_k q_ik q_jk                           (integers inside the sum)
     LLM.int8()    columns with an |x| ≥ 6 apart, in high precision, the others as W8A8
-    SmoothQuant   x W = (x / σ)(σ W),  σ_j = max|X_j|^α / max|W_j|^(1−α),  α = ½
     GPTQ          round column i; w_j −= (w_i − ŵ_i) [H⁻¹]_ij / [H⁻¹]_ii for j > i
                   with H = X Xᵀ of the columns from i on
     AWQ           Ŵ = round(σ W) / σ,  σ_j = mean|X_j|^α,  α by search
+    SmoothQuant   x W = (x / σ)(σ W),  σ_j = max|X_j|^α / max|W_j|^(1−α),  α = ½
     FP8 (V3)      E4M3, 1×128 tiles of x and 128×128 blocks of W, s = max|·| / 448
     QAT           forward ŵ, backward ∂w = ∂ŵ                            (straight-through)
 
-Papers: Dettmers et al., LLM.int8() (2022); Xiao et al., SmoothQuant (2023); Frantar et al., GPTQ
-(2023); Lin et al., AWQ (2024); DeepSeek-V3 (2024), section 3.3; Bengio et al. (2013) for the
-straight-through estimator. DeepSeek-V2 reports a KV cache of 6 bits, not how it is made.
+Papers: Dettmers et al., LLM.int8() (2022, arXiv:2208.07339); Frantar et al., GPTQ (2023,
+arXiv:2210.17323); Lin et al., AWQ (2024, arXiv:2306.00978); Xiao et al., SmoothQuant (2023,
+arXiv:2211.10438); DeepSeek-V3 (2024, arXiv:2412.19437), section 3.3; Bengio et al. (2013,
+arXiv:1308.3432) for the straight-through estimator. DeepSeek-V2 (2024, arXiv:2405.04434) reports a
+KV cache of 6 bits and does not say how it is made.
 Simplified: σ is applied to the input of a layer, where the papers fold it into the norm before;
 FP8 products are emulated (rounded to FP8, multiplied in FP32).
 
@@ -29,8 +31,6 @@ part · M tokens (B·T) · E routed experts · F expert hidden width.
 Run:  python quantization_coded.py [--bits 3] [--steps 150]
 """
 
-import contextlib
-import copy
 import functools
 import math
 from dataclasses import asdict, dataclass
@@ -40,37 +40,59 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lesson import Demonstration, demonstration_parser, one_line_errors, parse_arguments
+from lesson import check_settings, demonstration, flag, require, setting
 from mla_coded import LatentCache, MultiHeadLatentAttention
 from moe_coded import Experts, MixtureOfExperts, SwiGLU, TopKRouter, TransformerBlock
 from mtp_coded import CausalLM, next_token_loss, small_language, train_small
-from multihead_attention_coded import GrowingBuffer, Linear
+from multihead_attention_coded import RowStore
 
 
-# %% Integers: who shares a scale
+# %% Part 1, one matrix. Integers: who shares a scale
 def absmax_quantize(x, bits=8, dim=None, scale_dtype=torch.float32):
     """Symmetric integers: x ≈ codes · scale, the largest number at the end of the grid.
 
     dim: the dimension along which numbers share a scale: −1 one scale a row, 0 one a column, None
-    one for all; `grouped(x, size)` and −1 one a group. Ties go to the even code.
+    one for all; `in_groups(x, size)` and −1 one a group. Ties go to the even code.
 
     Returns: codes (int8, within ±(2^(bits−1) − 1)) and scale (x's shape, 1 along `dim`), rounded to
         `scale_dtype` before the codes are chosen. All-zero x comes back exactly.
     """
-    limit = _largest_code(bits)
     x = x if x.dtype == torch.float64 else x.float()
     largest = x.abs().amax() if dim is None else x.abs().amax(dim, keepdim=True)
-    scale = (largest / limit).to(scale_dtype)
+    scale = (largest / largest_code(bits)).to(scale_dtype)
     scale = torch.where(scale == 0, 1, scale)
-    codes = (x / scale).round_().clamp_(-limit, limit)
-    return codes.to(torch.int8), scale
+    return nearest_codes(x, scale, bits), scale
 
 
-def _largest_code(bits):
+def nearest_codes(x, scale, bits):
+    limit = largest_code(bits)
+    return (x / scale).round_().clamp_(-limit, limit).to(torch.int8)
+
+
+def largest_code(bits):
     """The end of the symmetric grid, 2^(bits−1) − 1."""
-    if type(bits) is not int or not 2 <= bits <= 8:
-        raise ValueError(f"bits={bits!r} must be from 2 to 8")
+    require(type(bits) is int and 2 <= bits <= 8, f"bits={bits!r} must be from 2 to 8")
     return 2 ** (bits - 1) - 1
+
+
+def in_groups(x, group_size):
+    """(..., width) → (..., width / group_size, group_size); None: the whole row is one group."""
+    group_size, width = group_size or x.shape[-1], x.shape[-1]
+    require(width % group_size == 0,
+            f"group_size={group_size} must divide the row of {width} numbers")
+    return x.unflatten(-1, (-1, group_size))
+
+
+def round_nearest(weight, bits, group_size=None):
+    """Each weight to its nearest code: codes (out, in) and BF16 scale (out, groups)."""
+    codes, scale = absmax_quantize(in_groups(weight, group_size), bits, -1, torch.bfloat16)
+    return codes.flatten(-2), scale.squeeze(-1)
+
+
+def dequantize(codes, scale):
+    """Ŵ (..., out, in), FP32, from codes of that shape and scale (..., out, groups)."""
+    groups = codes.float().unflatten(-1, (scale.shape[-1], -1))
+    return groups.mul_(scale.float().unsqueeze(-1)).flatten(-2)
 
 
 def zero_point_quantize(x, bits=8, dim=None):
@@ -79,7 +101,7 @@ def zero_point_quantize(x, bits=8, dim=None):
     Returns: codes and zero (uint8, 0 … 2^bits − 1) and scale. The range always includes 0, which
         is represented exactly.
     """
-    limit, x = 2 * _largest_code(bits) + 1, x.float()
+    limit, x = 2 * largest_code(bits) + 1, x.float()
     options = dict() if dim is None else dict(dim=dim, keepdim=True)
     low, high = x.amin(**options).clamp(max=0), x.amax(**options).clamp(min=0)
     scale = (high - low) / limit
@@ -89,24 +111,15 @@ def zero_point_quantize(x, bits=8, dim=None):
     return codes.to(torch.uint8), scale, zero.to(torch.uint8)
 
 
-def grouped(x, group_size):
-    """(..., width) → (..., width / group_size, group_size); None: the whole row is one group."""
-    group_size = x.shape[-1] if group_size is None else group_size
-    if group_size < 1 or x.shape[-1] % group_size:
-        raise ValueError(f"group_size={group_size} must divide the row of {x.shape[-1]} numbers")
-    return x.unflatten(-1, (-1, group_size))
-
-
 def rounding_and_clipping(x, bits, largest):
     """Mean squared error of a grid that ends at `largest`: (of what lies within, of the rest)."""
-    limit = _largest_code(bits)
-    scale = largest / limit
-    error = (x - (x / scale).round().clamp(-limit, limit) * scale) ** 2
+    scale = largest / largest_code(bits)
+    error = (x - nearest_codes(x, scale, bits) * scale) ** 2
     inside = x.abs() <= largest
     return (error * inside).mean().item(), (error * ~inside).mean().item()
 
 
-# %% Floating point in 8 bits
+# %% Floating point in 8 bits: every number has a step of its own
 def float8_grid(exponent_bits, mantissa_bits):
     """All finite numbers ≥ 0 of an 8-bit float, in the order of their bit patterns.
 
@@ -171,13 +184,175 @@ def tile_rounded(x, columns=128):
     return block_dequantize(*block_quantize(flat, 1, columns), 1, columns).view_as(x)
 
 
+# %% Outliers: a few large inputs, and the product that rounds all others
+def w8a8_product(x, codes, scale, kernel=True):
+    """x Ŵᵀ with integers inside the sum: y_ij = s_i s_j Σ_k q_ik q_jk.
+
+    x (M, in), each row rounded as it comes; codes (out, in), scale (out, 1). Without `kernel` the
+    rounded numbers are multiplied in FP32: the reference.
+    """
+    x_codes, x_scale = absmax_quantize(x.float(), dim=-1)
+    # torch._int_mm is wrong for a single column, and on processors that are too old.
+    if kernel and x.device.type == "cpu" and x.shape[1] > 1 and int_mm_is_exact():
+        return torch._int_mm(x_codes, codes.T) * (x_scale * scale.T)
+    return F.linear(x_codes * x_scale, dequantize(codes, scale))
+
+
+@functools.cache
+def int_mm_is_exact():
+    """Whether `torch._int_mm` is: without VNNI instructions its 16-bit sums overflow silently."""
+    largest = torch.full((16, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(largest, largest.T) == 64 * 127**2).all())
+
+
+def llm_int8_product(x, codes, scale, threshold=6.0, kernel=True):
+    """LLM.int8(): columns in which some |x| reaches the threshold are multiplied in high precision.
+
+    They are looked for in every input, so the output of a token depends a little on the other
+    tokens of its batch. Their weights come from the INT8 codes: no second copy is kept (0 bytes
+    more), and the outliers themselves are never rounded.
+    """
+    outliers = (x.abs() >= threshold).any(dim=0)
+    ordinary = w8a8_product(x.masked_fill(outliers, 0.0), codes, scale, kernel)
+    columns = outliers.nonzero().squeeze(1)
+    return ordinary + F.linear(x[:, columns].float(), dequantize(codes[:, columns], scale))
+
+
+# %% Rounding that looks at the inputs: GPTQ
+class InputStatistics:
+    """What calibration leaves of a layer's inputs, all one needs for GPTQ, AWQ and SmoothQuant."""
+
+    def __init__(self, width, device=None):
+        self.hessian = torch.zeros(width, width, device=device)  # Σ x xᵀ
+        self.largest = torch.zeros(width, device=device)  # max |x_j|
+        self.total = torch.zeros(width, device=device)  # Σ |x_j|
+
+    def add(self, x):
+        rows = x.detach().reshape(-1, len(self.total)).float()
+        if len(rows):
+            self.hessian += rows.T @ rows
+            self.largest = torch.maximum(self.largest, rows.abs().amax(dim=0))
+            self.total += rows.abs().sum(dim=0)
+
+
+def output_error(weight, rounded, hessian):
+    """‖(W − Ŵ) X‖², summed over all inputs seen: tr((W − Ŵ) H (W − Ŵ)ᵀ)."""
+    difference = weight - rounded
+    return ((difference @ hessian) * difference).sum().item()
+
+
+def gptq_by_inverses(weight, hessian, bits, group_size=None, dampening=0.01):
+    """The naive reference of `gptq`: a new inverse of what is left of H after each column.
+
+    One column by hand, with 3 bits, dampening 0, one row and three inputs, the first two alike:
+
+        W = (0.4, 1.4, 3.0)     H = (1.0 0.8 0.0)     scale = 3.0 / 3 = 1
+                                    (0.8 1.0 0.0)
+                                    (0.0 0.0 1.0)
+
+    Column 0 is rounded to 0, an error of 0.4. [H⁻¹]_01 / [H⁻¹]_00 = −0.8, so column 1 becomes
+    1.4 + 0.8 · 0.4 = 1.72 and is rounded to 2: it makes up for column 0. Column 2 has nothing to
+    do with them and stays 3. The codes (0, 2, 3) have an output error of 0.136; rounded to nearest
+    they would be (0, 1, 3), with an error of 0.576.
+    """
+    codes, scale = round_nearest(weight, bits, group_size)
+    weight, scale = weight.clone(), scale_of_each(weight, scale)
+    hessian = dampened(hessian.to(weight.dtype), dampening)
+    for i in range(weight.shape[1]):
+        inverse = torch.linalg.inv(hessian[i:, i:])
+        codes[:, i] = nearest_codes(weight[:, i], scale[:, i], bits)
+        error = weight[:, i] - codes[:, i] * scale[:, i]
+        weight[:, i:] -= error[:, None] * inverse[0] / inverse[0, 0]
+    return codes
+
+
+def gptq(
+    weight, hessian, bits, group_size=None, block_size=128, dampening=0.01, activation_order=True
+):
+    """Rounds column by column and lets the columns not yet rounded make up for each error.
+
+    The rows of one Cholesky factor U of H⁻¹ (H⁻¹ = Uᵀ U) hold all that the inverses above would
+    tell: [H⁻¹]_ij / [H⁻¹]_ii = U_ij / U_ii. Corrections reach beyond the block of `block_size`
+    columns once it is finished. Scales are those of the weights as they came, so groups stay
+    together when `activation_order` takes the columns with the largest inputs first.
+
+    Args: weight (out, in); hessian Σ x xᵀ (in, in); dampening: share of the mean of H's diagonal
+        that is added to it. Returns: codes (out, in) and BF16 scale (out, groups).
+    """
+    codes, scale = round_nearest(weight, bits, group_size)
+    column_scale, weight = scale_of_each(weight, scale), weight.clone()
+    hessian = dampened(hessian.double(), dampening)
+    width = weight.shape[1]
+    order = torch.arange(width, device=weight.device)
+    if activation_order:
+        order = hessian.diagonal().argsort(descending=True, stable=True)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
+    upper = torch.linalg.cholesky(inverse, upper=True).to(weight.dtype)
+    weight, column_scale, codes = weight[:, order], column_scale[:, order], codes[:, order]
+    for start in range(0, width, block_size):
+        end = min(start + block_size, width)
+        errors = torch.zeros_like(weight[:, start:end])
+        for i in range(start, end):
+            codes[:, i] = nearest_codes(weight[:, i], column_scale[:, i], bits)
+            rounded = codes[:, i] * column_scale[:, i]
+            errors[:, i - start] = (weight[:, i] - rounded) / upper[i, i]
+            weight[:, i:end] -= errors[:, i - start, None] * upper[i, i:end]
+        weight[:, end:] -= errors @ upper[start:end, end:]
+    return codes[:, order.argsort()], scale
+
+
+def scale_of_each(weight, scale):
+    """A scale for each weight: (out, groups) → (out, in), in the precision of the weights."""
+    return scale.to(weight.dtype).repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)
+
+
+def dampened(hessian, dampening):
+    """H + λI; a column that never had an input counts as independent of the others."""
+    diagonal = hessian.diagonal()
+    unused = (diagonal == 0).to(hessian.dtype)
+    return hessian + torch.diag(unused + dampening * diagonal.mean())
+
+
+# %% Scaling before rounding: AWQ and SmoothQuant
+def awq_input_scale(weight, statistics, bits, group_size=None, steps=20):
+    """σ = mean|X_j|^α for the α of 0, 1/steps, … 1 whose rounding moves the outputs least.
+
+    Weights that meet large inputs are scaled up before rounding, so that they lose less; α = 0 is
+    plain rounding.
+    """
+    size = statistics.total / statistics.total.mean().clamp(min=1e-12)
+    best, best_error = None, math.inf
+    for step in range(steps + 1):
+        sigma = size.clamp(min=1e-4) ** (step / steps)
+        rounded = dequantize(*round_nearest(weight * sigma, bits, group_size)) / sigma
+        error = output_error(weight, rounded, statistics.hessian)
+        if error < best_error:
+            best, best_error = sigma, error
+    return best
+
+
+def smoothing_scale(weight, largest_input, alpha=0.5):
+    """SmoothQuant's σ (in,): moves large inputs into the weights, half of the way at α = ½.
+
+    A column small in the few inputs that an expert saw need not stay so: max|X_j| counts as a
+    tenth of the columns' mean at least. A column of zeros has σ = 1.
+    """
+    largest_weight = weight.abs().amax(dim=0)
+    unused, floor = largest_input == 0, largest_input.mean() / 10
+    largest_input = largest_input.clamp(min=floor)
+    sigma = largest_input**alpha / largest_weight.clamp(min=1e-12) ** (1 - alpha)
+    return torch.where(unused | (largest_weight == 0), 1.0, sigma)
+
+
 # %% Fewer than 8 bits: packed, no bit wasted
 def pack_bits(codes, bits):
     """Signed codes (..., n), int8 → bytes (..., ⌈n · bits / 8⌉), uint8; the first code lowest.
 
     Codes are stored as code + 2^(bits−1). INT4: two to a byte, the first in the low half:
-    [−8, 7] → 0b1111_0000. 6 bits: four codes in three bytes.
+    [−8, 7] → 0b1111_0000. 6 bits: four codes in three bytes. 8 bits: the codes as they are.
     """
+    if bits == 8:
+        return codes
     codes = codes.long() + 2 ** (bits - 1)
     size = math.ceil(codes.shape[-1] * bits / 8)
     words = F.pad(codes, (0, -codes.shape[-1] % 8)).unflatten(-1, (-1, 8))
@@ -188,7 +363,9 @@ def pack_bits(codes, bits):
 
 def unpack_bits(packed, bits, count):
     """The inverse of `pack_bits`: bytes (..., ⌈count · bits / 8⌉) → codes (..., count), int8."""
-    if bits == 4:  # the same, quicker
+    if bits == 8:
+        return packed
+    if bits == 4:  # the low and the high half of each byte: the same, quicker
         codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)[..., :count]
         return codes.view(torch.int8) - 8
     packed = F.pad(packed, (0, -packed.shape[-1] % bits)).unflatten(-1, (-1, bits)).long()
@@ -197,21 +374,25 @@ def unpack_bits(packed, bits, count):
     return (codes.flatten(-2)[..., :count] - 2 ** (bits - 1)).to(torch.int8)
 
 
-# %% Layers that hold rounded weights and nothing else
+# %% Part 2, a model. Layers that hold rounded weights and nothing else
+def straight_through(exact, rounded):
+    """`rounded` in the forward pass; in the backward pass the gradient goes to `exact`."""
+    return exact + (rounded - exact).detach()
+
+
 class QuantizedLinear(nn.Module):
     """y = (x / input_scale) Ŵᵀ + bias, (..., in) → (..., out). The subclasses say what Ŵ is.
 
-    `weight` is the FP32 matrix that the layer stands for, worked out at each call: who reads it,
-    as MLA's absorption does, sees what the layer does.
+    `weight` is the FP32 matrix that the layer stands for, worked out at each call: MLA's absorption
+    reads it and sees what the layer does.
     """
 
     def __init__(self, in_features, out_features, bias=False, scaled_input=False):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
-        self.register_buffer(
-            "input_scale", torch.ones(in_features).bfloat16() if scaled_input else None
-        )
+        scale = torch.ones(in_features).bfloat16() if scaled_input else None
+        self.register_buffer("input_scale", scale)
 
     def rounded_weight(self):
         """Ŵ (out, in), FP32."""
@@ -228,14 +409,14 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x):
         rows = x.reshape(-1, self.in_features).contiguous()
-        if self.input_scale is not None:
-            rows = (rows / self.input_scale).to(x.dtype)
         if not len(rows):  # an expert without tokens
             return x.new_zeros(*x.shape[:-1], self.out_features)
+        if self.input_scale is not None:
+            rows = (rows / self.input_scale).to(x.dtype)
+        output = self.product(rows.detach()).to(x.dtype)
         if rows.requires_grad:
-            output = RoundedProduct.apply(rows, self)
-        else:
-            output = self.product(rows).to(x.dtype)
+            exact = F.linear(rows, self.rounded_weight().to(x.dtype))
+            output = straight_through(exact, output)
         if self.bias is not None:
             output = output + self.bias.to(x.dtype)
         return output.view(*x.shape[:-1], self.out_features)
@@ -251,159 +432,68 @@ class QuantizedLinear(nn.Module):
             setattr(self, name, buffer.to(device))
         return self
 
-    def extra_repr(self):
-        return f"{self.in_features}, {self.out_features}"
-
-
-class RoundedProduct(torch.autograd.Function):
-    """A quantised layer's product; the input gets the gradient of the unrounded one, ∂y Ŵ."""
-
-    @staticmethod
-    def forward(context, rows, layer):
-        context.layer = layer
-        return layer.product(rows).to(rows.dtype)
-
-    @staticmethod
-    def backward(context, gradient):
-        return gradient @ context.layer.rounded_weight().to(gradient.dtype), None
-
 
 class IntegerLinear(QuantizedLinear):
-    """Weights in 2 to 8 bits, one scale a row or group; inputs stay as they are.
+    """Weights in 2 to 8 bits, one BF16 scale a row or group; inputs stay as they are.
 
-    `kernel=True` takes PyTorch's products for 8 and 4 bits on a CPU where the widths fit: they read
-    the codes and compute in BF16 (inputs, outputs and scales; sums in FP32). Elsewhere, and
-    with `kernel=False`, the reference: dequantise, then `F.linear`. They differ by the rounding of
-    BF16. Scales are BF16 in both.
+    Codes and scales are dequantised, then multiplied: the reference. `kernel=True` takes PyTorch's
+    product for 8 bits on a CPU, which reads the codes as they are and computes in BF16 (inputs,
+    outputs and scales; sums in FP32); the two differ by the rounding of BF16.
     """
 
-    def __init__(self, in_features, out_features, bias=False, scaled_input=False, bits=8,
-                 group_size=None, kernel=True):  # fmt: skip
+    def __init__(
+        self, in_features, out_features, bias=False, scaled_input=False, bits=8, group_size=None,
+        kernel=True,
+    ):
         super().__init__(in_features, out_features, bias, scaled_input)
         self.bits, self.group_size, self.kernel = bits, group_size or in_features, kernel
-        self.kernel_layout = False
         codes, scale = round_nearest(torch.zeros(out_features, in_features), bits, group_size)
-        self.register_buffer("codes", codes if bits == 8 else pack_bits(codes, bits))
+        self.register_buffer("codes", pack_bits(codes, bits))
         self.register_buffer("scale", scale)
 
     def fill(self, codes, scale, input_scale=None):
         """codes (out, in), int8; scale (out, groups), BF16; input_scale (in,), BF16."""
-        groups = self.in_features // self.group_size
-        shapes = (self.out_features, self.in_features), (self.out_features, groups)
-        if (codes.shape, scale.shape) != shapes:
-            got = tuple(codes.shape), tuple(scale.shape)
-            raise ValueError(f"codes and scale must be {shapes[0]} and {shapes[1]}, got {got}")
-        with self.row_layout():
-            self.codes = codes if self.bits == 8 else pack_bits(codes, self.bits)
-            self.scale, self.input_scale = scale, input_scale
+        rows, width = self.out_features, self.in_features
+        got, want = (codes.shape, scale.shape), ((rows, width), (rows, width // self.group_size))
+        require(got == want, f"codes and scale must be {want[0]} and {want[1]}, got {got}")
+        self.codes = pack_bits(codes, self.bits)
+        self.scale, self.input_scale = scale, input_scale
         return self
 
     def fill_nearest(self, weight):
         """weight (out, in), rounded to nearest."""
         return self.fill(*round_nearest(weight, self.bits, self.group_size))
 
-    def set_kernel(self, wanted):
-        with self.row_layout():
-            self.kernel = wanted
+    def codes_and_scale(self):
+        """codes (out, in), int8, and scale (out, groups), BF16."""
+        return unpack_bits(self.codes, self.bits, self.in_features), self.scale
 
     def rounded_weight(self):
-        if self.kernel_layout:
-            codes, scale = self._kernel_codes(), self.scale[..., 0].T
-        else:
-            codes, scale = self.codes, self.scale
-            if self.bits < 8:
-                codes = unpack_bits(codes, self.bits, self.in_features)
-        groups = grouped(codes, self.group_size).float()
-        return groups.mul_(scale.float().unsqueeze(-1)).flatten(1)
+        return dequantize(*self.codes_and_scale())
 
     def product(self, rows):
-        usable = self.kernel and rows.device.type == "cpu" and rows.dtype != torch.float64
-        if usable and self.kernel_layout:
-            return torch.ops.aten._weight_int4pack_mm_for_cpu(
-                rows.bfloat16(), self.codes, self.group_size, self.scale
-            )
-        # Reading 16 numbers at a time, the kernel for 8 bits runs past the end of other widths.
-        whole_rows = self.group_size == self.in_features and self.in_features % 16 == 0
-        if usable and self.bits == 8 and whole_rows:
+        # The kernel reads 16 numbers at a time, past the end of rows of other widths.
+        fits = self.bits == 8 and self.group_size == self.in_features and self.in_features % 16 == 0
+        if self.kernel and fits and rows.device.type == "cpu" and rows.dtype != torch.float64:
             return torch._weight_int8pack_mm(rows.bfloat16(), self.codes, self.scale[:, 0])
         return super().product(rows)
 
-    # The kernel for 4 bits wants the codes in an order of its own, which depends on the processor.
-    # Only one order is kept; a state dict, and what goes to another device, is in rows.
-    @contextlib.contextmanager
-    def row_layout(self):
-        """Within it, codes and scale are in rows; after it, in the kernel's order if it fits."""
-        if self.kernel_layout:
-            codes, scale = self._kernel_codes().contiguous(), self.scale[..., 0].T.contiguous()
-            self.codes, self.scale, self.kernel_layout = pack_bits(codes, 4), scale, False
-        yield
-        fits = self.bits == 4 and self.out_features % 16 == 0
-        fits = fits and self.group_size in (32, 64, 128, 256) and self.codes.device.type == "cpu"
-        if fits and self.kernel:
-            codes = unpack_bits(self.codes, 4, self.in_features).int() + 8
-            self.codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-            scale = self.scale.T  # the kernel takes (groups, out) pairs of scale and zero
-            self.scale = torch.stack((scale, torch.zeros_like(scale)), dim=-1)
-            self.kernel_layout = True
-
-    def _kernel_codes(self):
-        """(out, in) from the kernel's order: its product with unit vectors, all scales 1."""
-        ones = torch.stack((torch.ones_like(self.scale[..., 0]), self.scale[..., 1]), dim=-1)
-        unit_vectors = torch.eye(self.in_features, dtype=torch.bfloat16)
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(
-            unit_vectors, self.codes, self.group_size, ones
-        ).T.to(torch.int8)
-
-    def _apply(self, function, recurse=True):
-        with self.row_layout():
-            return super()._apply(function, recurse)
-
-    def _save_to_state_dict(self, *arguments):
-        with self.row_layout():
-            super()._save_to_state_dict(*arguments)
-
-    def _load_from_state_dict(self, *arguments):
-        with self.row_layout():
-            super()._load_from_state_dict(*arguments)
-
-
-@functools.cache
-def int_mm_is_exact():
-    """Whether `torch._int_mm` is: without VNNI instructions its 16-bit sums overflow silently."""
-    largest = torch.full((16, 64), 127, dtype=torch.int8)
-    return bool((torch._int_mm(largest, largest.T) == 64 * 127**2).all())
-
 
 class W8A8Linear(IntegerLinear):
-    """INT8 rows of weights times INT8 rows of inputs, each input row rounded as it comes.
+    """INT8 rows of weights times INT8 rows of inputs; with `outlier_threshold`, LLM.int8()."""
 
-    outlier_threshold: LLM.int8(). Columns of the input in which some |x| reaches it are multiplied
-    in high precision; they are looked for in every input, so a token's output depends a little on
-    the others of its batch. Their weights come from the INT8 codes: no second copy is kept (0
-    bytes more), and the outliers themselves are never rounded.
-    """
-
-    def __init__(self, in_features, out_features, bias=False, scaled_input=False,
-                 outlier_threshold=None, kernel=True):  # fmt: skip
+    def __init__(
+        self, in_features, out_features, bias=False, scaled_input=False, outlier_threshold=None,
+        kernel=True,
+    ):
         super().__init__(in_features, out_features, bias, scaled_input, kernel=kernel)
         self.outlier_threshold = outlier_threshold
 
     def product(self, rows):
         if self.outlier_threshold is None:
-            return self._integer_product(rows)
-        outliers = (rows.abs() >= self.outlier_threshold).any(dim=0)
-        output = self._integer_product(rows.masked_fill(outliers, 0.0))
-        columns = outliers.nonzero().squeeze(1)
-        weight = self.codes[:, columns] * self.scale.float()
-        return output + F.linear(rows[:, columns].float(), weight)
-
-    def _integer_product(self, rows):
-        codes, scale = absmax_quantize(rows.float(), dim=-1)
-        # A single column is another case that the product gets wrong.
-        usable = self.kernel and rows.device.type == "cpu" and self.in_features > 1
-        if usable and int_mm_is_exact():
-            return torch._int_mm(codes, self.codes.T) * (scale * self.scale.T)
-        return F.linear(codes * scale, self.rounded_weight())
+            return w8a8_product(rows, self.codes, self.scale, self.kernel)
+        threshold = self.outlier_threshold
+        return llm_int8_product(rows, self.codes, self.scale, threshold, self.kernel)
 
 
 class Fp8Linear(QuantizedLinear):
@@ -433,165 +523,33 @@ class Fp8Linear(QuantizedLinear):
         return super().product(tile_rounded(rows).to(rows.dtype) if self.rounds_input else rows)
 
 
-# %% Rounding that looks at the inputs
-class InputStatistics:
-    """What calibration leaves of a layer's inputs, all one needs for GPTQ, AWQ and SmoothQuant."""
-
-    def __init__(self, width, device=None):
-        self.hessian = torch.zeros(width, width, device=device)  # Σ x xᵀ
-        self.largest = torch.zeros(width, device=device)  # max |x_j|
-        self.total = torch.zeros(width, device=device)  # Σ |x_j|
-
-    def add(self, x):
-        rows = x.detach().reshape(-1, len(self.total)).float()
-        if len(rows):
-            self.hessian += rows.T @ rows
-            self.largest = torch.maximum(self.largest, rows.abs().amax(dim=0))
-            self.total += rows.abs().sum(dim=0)
-
-
-def output_error(weight, rounded, hessian):
-    """‖(W − Ŵ) X‖², summed over all inputs seen: tr((W − Ŵ) H (W − Ŵ)ᵀ)."""
-    difference = weight - rounded
-    return ((difference @ hessian) * difference).sum().item()
-
-
-def round_nearest(weight, bits, group_size=None):
-    """The plain way: codes (out, in) and BF16 scale (out, groups), each weight on its own."""
-    codes, scale = absmax_quantize(grouped(weight, group_size), bits, -1, torch.bfloat16)
-    return codes.flatten(-2), scale.squeeze(-1)
-
-
-def gptq_by_inverses(weight, hessian, bits, group_size=None, dampening=0.01):
-    """The naive reference of `gptq`: a new inverse of what is left of H after each column."""
-    codes, scale = round_nearest(weight, bits, group_size)
-    weight, scale = weight.clone(), _columns(scale, weight)
-    hessian = _dampened(hessian.to(weight.dtype), dampening)
-    for i in range(weight.shape[1]):
-        inverse = torch.linalg.inv(hessian[i:, i:])
-        codes[:, i] = _nearest_codes(weight[:, i], scale[:, i], bits)
-        error = weight[:, i] - codes[:, i] * scale[:, i]
-        weight[:, i:] -= error[:, None] * inverse[0] / inverse[0, 0]
-    return codes
-
-
-def gptq(weight, hessian, bits, group_size=None, block_size=128, dampening=0.01,
-         activation_order=True):  # fmt: skip
-    """Rounds column by column and lets the columns not yet rounded make up for each error.
-
-    The rows of one Cholesky factor U of H⁻¹ (H⁻¹ = Uᵀ U) hold all that the inverses above would
-    tell: [H⁻¹]_ij / [H⁻¹]_ii = U_ij / U_ii. Corrections reach beyond the block of `block_size`
-    columns once it is finished. Scales are those of the weights as they came, so groups stay
-    together when `activation_order` takes the columns with the largest inputs first.
-
-    Args: weight (out, in); hessian Σ x xᵀ (in, in); dampening: share of the mean of H's diagonal
-        that is added to it. Returns: codes (out, in) and BF16 scale (out, groups).
-    """
-    codes, scale = round_nearest(weight, bits, group_size)
-    column_scale, weight = _columns(scale, weight), weight.clone()
-    hessian = _dampened(hessian.double(), dampening)
-    width = weight.shape[1]
-    order = torch.arange(width, device=weight.device)
-    if activation_order:
-        order = hessian.diagonal().argsort(descending=True, stable=True)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
-    upper = torch.linalg.cholesky(inverse, upper=True).to(weight.dtype)
-    weight, column_scale, codes = weight[:, order], column_scale[:, order], codes[:, order]
-    for start in range(0, width, block_size):
-        end = min(start + block_size, width)
-        errors = torch.zeros_like(weight[:, start:end])
-        for i in range(start, end):
-            codes[:, i] = _nearest_codes(weight[:, i], column_scale[:, i], bits)
-            rounded = codes[:, i] * column_scale[:, i]
-            errors[:, i - start] = (weight[:, i] - rounded) / upper[i, i]
-            weight[:, i:end] -= errors[:, i - start, None] * upper[i, i:end]
-        weight[:, end:] -= errors @ upper[start:end, end:]
-    return codes[:, order.argsort()], scale
-
-
-def _columns(scale, weight):
-    """A scale for each weight: (out, groups) → (out, in), in the precision of the weights."""
-    return scale.to(weight.dtype).repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)
-
-
-def _nearest_codes(column, scale, bits):
-    limit = _largest_code(bits)
-    return (column / scale).round().clamp(-limit, limit).to(torch.int8)
-
-
-def _dampened(hessian, dampening):
-    """H + λI; a column that never had an input counts as independent of the others."""
-    diagonal = hessian.diagonal()
-    unused = torch.diag((diagonal == 0).to(hessian.dtype))
-    mean = diagonal.mean() * dampening
-    return hessian + unused + mean * torch.eye(len(hessian), dtype=hessian.dtype).to(hessian.device)
-
-
-def awq_input_scale(weight, statistics, bits, group_size=None, steps=20):
-    """σ = mean|X_j|^α for the α of 0, 1/steps, … 1 whose rounding moves the outputs least.
-
-    Weights that meet large inputs are scaled up before rounding, so that they lose less; α = 0 is
-    plain rounding.
-    """
-    size = statistics.total / statistics.total.mean().clamp(min=1e-12)
-    best, best_error = None, math.inf
-    for step in range(steps + 1):
-        scale = size.clamp(min=1e-4) ** (step / steps)
-        codes, row_scale = round_nearest(weight * scale, bits, group_size)
-        rounded = codes * _columns(row_scale, weight) / scale
-        error = output_error(weight, rounded, statistics.hessian)
-        if error < best_error:
-            best, best_error = scale, error
-    return best
-
-
-def smoothing_scale(weight, largest_input, alpha=0.5):
-    """SmoothQuant's σ (in,): moves large inputs into the weights, half of the way at α = ½.
-
-    A column small in the few inputs that an expert saw need not stay so: max|X_j| counts as a
-    tenth of the columns' mean at least. A column of zeros has σ = 1.
-    """
-    largest_weight = weight.abs().amax(dim=0)
-    unused, floor = largest_input == 0, largest_input.mean() / 10
-    largest_input = largest_input.clamp(min=floor)
-    scale = largest_input**alpha / largest_weight.clamp(min=1e-12) ** (1 - alpha)
-    return torch.where(unused | (largest_weight == 0), 1.0, scale)
-
-
-# %% The whole model
-LAYERS = ("weights", "w8a8", "llm_int8", "fp8")
-METHODS = ("nearest", "smooth", "gptq", "awq")
-
-
+# %% Schemes: what is done to every matrix of a model
 @dataclass(frozen=True)
 class Scheme:
     """What `quantize_model` does to every matrix.
 
     layer: "weights" (inputs stay as they are), "w8a8", "llm_int8" or "fp8". bits: of the weights.
     group_size: numbers of a row that share a scale; None: the row; "auto": 128, 64 or 32, the
-    largest that divides the row, or else the row. method: "nearest", "smooth", "gptq" or "awq".
+    largest that divides the row, or else the row. method: how weights are rounded.
     """
 
-    layer: str = "weights"
+    layer: str = setting("weights", choices=("weights", "w8a8", "llm_int8", "fp8"))
     bits: int = 8
     group_size: int | str | None = None
-    method: str = "nearest"
+    method: str = setting("nearest", choices=("nearest", "smooth", "gptq", "awq"))
 
     def __post_init__(self):
-        if self.layer not in LAYERS:
-            raise ValueError(f"layer={self.layer!r} must be one of {', '.join(LAYERS)}")
-        if self.method not in METHODS:
-            raise ValueError(f"method={self.method!r} must be one of {', '.join(METHODS)}")
-        _largest_code(self.bits)
-        size = self.group_size
-        if size not in (None, "auto") and (type(size) is not int or size < 1):
-            raise ValueError(f"group_size={size!r} must be a number above 0, None or 'auto'")
-        if self.layer != "weights" and (self.bits, self.group_size) != (8, None):
-            raise ValueError(f"layer={self.layer!r} takes bits=8 and group_size=None")
-        if self.layer != "weights" and self.method in ("gptq", "awq"):
-            raise ValueError(f"method={self.method!r} is for layer='weights'")
-        if self.method == "smooth" and self.layer != "w8a8":
-            raise ValueError("method='smooth' is for layer='w8a8'")
+        check_settings(self)
+        largest_code(self.bits)
+        size, weights = self.group_size, self.layer == "weights"
+        require(size in (None, "auto") or (type(size) is int and size >= 1),
+                f"group_size={size!r} must be a number above 0, None or 'auto'")
+        require(weights or (self.bits, size) == (8, None),
+                f"layer={self.layer!r} takes bits=8 and group_size=None")
+        require(weights or self.method not in ("gptq", "awq"),
+                f"method={self.method!r} is for layer='weights'")
+        require(self.method != "smooth" or self.layer == "w8a8",
+                "method='smooth' is for layer='w8a8'")
 
     def groups(self, width):
         """Numbers that share a scale in rows of `width`."""
@@ -616,11 +574,11 @@ def scheme_of(scheme):
     """The `Scheme` of that name, or the `Scheme` itself."""
     if isinstance(scheme, Scheme):
         return scheme
-    if not isinstance(scheme, str) or scheme not in SCHEMES:
-        raise ValueError(f"scheme={scheme!r} must be one of {', '.join(SCHEMES)}")
+    require(scheme in list(SCHEMES), f"scheme={scheme!r} must be one of {', '.join(SCHEMES)}")
     return SCHEMES[scheme]
 
 
+# %% From a model to its quantised copy, block by block
 class ExpertList(Experts):
     """`Experts` with a layer of its own for every expert's matrix: one by one they are rounded."""
 
@@ -633,7 +591,7 @@ class ExpertList(Experts):
                 linear.weight = nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
                 getattr(self, name).append(linear)
 
-    def _one_expert(self, e, x, linear=None):
+    def expert(self, e, x):
         gate, up = self.gate_up_proj[e](x).chunk(2, dim=-1)
         return self.down_proj[e](F.silu(gate) * up)
 
@@ -641,24 +599,12 @@ class ExpertList(Experts):
         return self.loop(x_MD, routing)
 
 
-def model_blocks(model):
-    """All `TransformerBlock`s, those of the MTP modules last."""
-    return [*model.layers, *(predictor.block for predictor in model.mtp)]
-
-
 def listed_experts(model):
     """The model itself, each expert now in layers of its own (an `ExpertList`)."""
-    for block in model_blocks(model):
-        moe = block.mlp if isinstance(block.mlp, MixtureOfExperts) else None
-        if moe is not None and not isinstance(moe.experts, ExpertList):
+    for moe in model.moe_layers().values():
+        if not isinstance(moe.experts, ExpertList):
             moe.experts = ExpertList(moe.experts)
     return model
-
-
-def copied(model):
-    """A copy; what a training pass left behind for its step, a loss with its graph, stays here."""
-    moes = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
-    return copy.deepcopy(model, {id(moe.last_balance_loss): None for moe in moes})
 
 
 def linears_of(block):
@@ -669,10 +615,10 @@ def linears_of(block):
 def quantize_model(model, scheme, calibration=None):
     """A quantised copy for inference; the argument is untouched.
 
-    Rounded are the matrices of attention, dense, shared and routed feed-forward, those of the MTP
-    modules' blocks, too. Embedding, head, router, norms and `eh_proj` stay as they are. Activations
-    of `kv_b_proj` are never rounded, and it takes no BF16 kernel: absorbed, its inputs are not the
-    ones it has expanded, and both paths must give the same numbers.
+    Rounded are the matrices of attention and of dense, shared and routed feed-forward, also those
+    in the blocks of the MTP modules. Embedding, head, router, norms and `eh_proj` stay as they are.
+    The absorbed path feeds `kv_b_proj` other inputs than the expanded path; rounding them would
+    make the two disagree. So its inputs are never rounded, and it takes no BF16 kernel.
 
     Args:
         model: a `CausalLM`. scheme: a name in `SCHEMES` or a `Scheme`.
@@ -683,58 +629,49 @@ def quantize_model(model, scheme, calibration=None):
         divide no row, weights that are not finite, a model already quantised or prepared for QAT.
     """
     scheme = scheme_of(scheme)
-    _check_model(model)
-    if scheme.method != "nearest":
-        _check_calibration(model, calibration, scheme)
-    quantized = listed_experts(copied(model).eval().requires_grad_(False))
-    for number, block in enumerate(model_blocks(quantized)):
-        linears, statistics = linears_of(block), {}
-        if scheme.method != "nearest":
-            statistics = input_statistics(quantized, calibration, linears)
+    check_model(model)
+    calibrates = scheme.method != "nearest"
+    if calibrates:
+        check_calibration(model, calibration, scheme)
+    quantized = listed_experts(model.copy().eval().requires_grad_(False))
+    for number, block in enumerate(quantized.blocks()):
+        linears = linears_of(block)
+        statistics = input_statistics(quantized, calibration, linears) if calibrates else {}
         for name, linear in linears.items():
             where = f"block {number} {name}"
             layer = quantized_linear(linear, scheme, where, statistics.get(name))
             block.set_submodule(name, layer)
     quantized.quantization = asdict(scheme)
-    return quantized
+    return quantized.prepared()
 
 
-def _check_model(model):
-    if not isinstance(model, CausalLM):
-        raise ValueError(f"the model must be a CausalLM, got {type(model).__name__}")
-    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
-        raise ValueError("the model is quantised already")
-    if any(map(parametrize.is_parametrized, model.modules())):
-        raise ValueError("the model is prepared for QAT: convert_qat makes it integer")
+def check_model(model):
+    require(isinstance(model, CausalLM),
+            f"the model must be a CausalLM, got {type(model).__name__}")
+    modules = list(model.modules())
+    require(not any(isinstance(module, QuantizedLinear) for module in modules),
+            "the model is quantised already")
+    require(not any(map(parametrize.is_parametrized, modules)),
+            "the model is prepared for QAT: convert_qat makes it integer")
 
 
-def _check_calibration(model, calibration, scheme):
-    if calibration is None:
-        raise ValueError(f"method {scheme.method!r} needs calibration: token ids (B, T)")
+def check_calibration(model, ids, scheme):
+    require(ids is not None, f"method {scheme.method!r} needs calibration: token ids (B, T)")
+    require(torch.is_tensor(ids), f"calibration must be a tensor, got {type(ids).__name__}")
     shortest = len(model.mtp) + 1
-    if not torch.is_tensor(calibration):
-        raise ValueError(f"calibration must be a tensor, got {type(calibration).__name__}")
-    if calibration.dim() != 2 or calibration.shape[0] < 1 or calibration.shape[1] < shortest:
-        raise ValueError(
+    require(ids.dim() == 2 and ids.shape[0] >= 1 and ids.shape[1] >= shortest,
             f"calibration must be token ids (B, T) with B ≥ 1 and T ≥ {shortest}, "
-            f"got {tuple(calibration.shape)}"
-        )
-    model._check_tokens(calibration, 0)
+            f"got {tuple(ids.shape)}")
 
 
 @torch.no_grad()
 def input_statistics(model, calibration, linears, batch_size=8):
     """{name: `InputStatistics`} of {name: linear} while the model reads calibration ids (B, T)."""
-    statistics = {
-        name: InputStatistics(linear.in_features, linear.weight.device)
-        for name, linear in linears.items()
-    }
-    hooks = [
-        linear.register_forward_pre_hook(
-            lambda _, inputs, name=name: statistics[name].add(inputs[0])
-        )
-        for name, linear in linears.items()
-    ]
+    statistics, hooks = {}, []
+    for name, linear in linears.items():
+        statistics[name] = seen = InputStatistics(linear.in_features, linear.weight.device)
+        hook = linear.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.add(inputs[0]))
+        hooks.append(hook)
     try:
         for ids in calibration.split(batch_size):
             model.mtp_hidden_states(model.hidden_states(ids), ids)
@@ -742,8 +679,8 @@ def input_statistics(model, calibration, linears, batch_size=8):
         for hook in hooks:
             hook.remove()
     for name, seen in statistics.items():
-        if not seen.hessian.isfinite().all():
-            raise ValueError(f"{name}: NaN or infinite inputs while reading the calibration text")
+        require(seen.hessian.isfinite().all(),
+                f"{name}: NaN or infinite inputs while reading the calibration text")
     return statistics
 
 
@@ -756,19 +693,18 @@ def empty_layer(scheme, name, in_features, out_features, bias=False):
         threshold = 6.0 if scheme.layer == "llm_int8" else None
         smooth = scheme.method == "smooth"
         return W8A8Linear(*sizes, scaled_input=smooth, outlier_threshold=threshold)
-    scaled = scheme.method == "awq"
-    return IntegerLinear(*sizes, scaled, scheme.bits, scheme.groups(in_features), not absorbed)
+    return IntegerLinear(*sizes, scaled_input=scheme.method == "awq", bits=scheme.bits,
+                         group_size=scheme.groups(in_features), kernel=not absorbed)
 
 
 def quantized_linear(linear, scheme, name, statistics=None):
     """The layer that replaces `linear`, filled; `statistics` of its inputs, if the method asks."""
     weight = linear.weight.detach().float()
-    if not weight.isfinite().all():
-        raise ValueError(f"{name}: the weights hold NaN or infinite numbers")
-    if weight.shape[1] % scheme.groups(weight.shape[1]):
-        raise ValueError(f"{name}: group_size={scheme.group_size} must divide {weight.shape[1]}")
-    layer = empty_layer(scheme, name, *weight.shape[::-1], linear.bias is not None)
-    layer = layer.to(weight.device)
+    width = linear.in_features
+    require(weight.isfinite().all(), f"{name}: the weights hold NaN or infinite numbers")
+    require(width % scheme.groups(width) == 0,
+            f"{name}: group_size={scheme.group_size} must divide {width}")
+    layer = empty_layer(scheme, name, width, linear.out_features, linear.bias is not None)
     if linear.bias is not None:
         layer.bias = linear.bias.detach().clone()
     if scheme.method == "gptq":
@@ -785,7 +721,7 @@ def quantized_linear(linear, scheme, name, statistics=None):
 
 def quantized_skeleton(model, scheme):
     """The model itself with empty layers where `quantize_model` puts full ones: for loading."""
-    for block in model_blocks(listed_experts(model)):
+    for block in listed_experts(model).blocks():
         for name, linear in linears_of(block).items():
             sizes = linear.in_features, linear.out_features, linear.bias is not None
             block.set_submodule(name, empty_layer(scheme, name, *sizes))
@@ -797,7 +733,7 @@ def use_reference(model):
     """The quantised model itself, from now on without PyTorch's kernels: dequantise, `F.linear`."""
     for layer in model.modules():
         if isinstance(layer, IntegerLinear):
-            layer.set_kernel(False)
+            layer.kernel = False
     return model
 
 
@@ -811,20 +747,6 @@ def matrix_bytes(model):
 
 
 # %% Training with rounded weights
-class StraightThrough(torch.autograd.Function):
-    """Rounds in the forward pass; in the backward pass the gradient goes through unchanged."""
-
-    @staticmethod
-    def forward(context, weight, bits, group_size):
-        codes, scale = round_nearest(weight, bits, group_size)
-        rounded = grouped(codes, group_size) * scale.float().unsqueeze(-1)
-        return rounded.flatten(-2).to(weight.dtype)
-
-    @staticmethod
-    def backward(context, gradient):
-        return gradient, None, None
-
-
 class FakeQuantize(nn.Module):
     """Weights (..., out, in) → the same as the integer layer will hold them."""
 
@@ -833,20 +755,22 @@ class FakeQuantize(nn.Module):
         self.scheme = scheme
 
     def forward(self, weight):
-        return StraightThrough.apply(weight, self.scheme.bits, self.scheme.groups(weight.shape[-1]))
+        groups = self.scheme.groups(weight.shape[-1])
+        rounded = dequantize(*round_nearest(weight, self.scheme.bits, groups))
+        return straight_through(weight, rounded.to(weight.dtype))
 
 
 def prepare_qat(model, scheme):
     """A copy that trains with rounded weights: `int8`, `int4` or another that rounds to nearest.
 
-    Whoever reads a weight gets it rounded; the optimizer moves the number behind it.
+    Every reader of a weight gets it rounded; the optimizer moves the number behind it.
     """
     scheme = scheme_of(scheme)
-    if scheme.layer != "weights" or scheme.method != "nearest":
-        raise ValueError("QAT is for schemes that round weights to nearest: int8 and int4")
-    _check_model(model)
-    model = copied(model)
-    for module in [module for block in model_blocks(model) for module in block.modules()]:
+    require((scheme.layer, scheme.method) == ("weights", "nearest"),
+            "QAT is for schemes that round weights to nearest: int8 and int4")
+    check_model(model)
+    model = model.copy()
+    for module in [module for block in model.blocks() for module in block.modules()]:
         names = ["weight"] if isinstance(module, nn.Linear) else []
         if isinstance(module, Experts) and not isinstance(module, ExpertList):
             names = ["gate_up_proj", "down_proj"]
@@ -857,7 +781,7 @@ def prepare_qat(model, scheme):
 
 def convert_qat(model):
     """The integer model (a copy) that `prepare_qat`'s model has been trained to be."""
-    model, scheme = copied(model), None
+    model, scheme = model.copy(), None
     for module in filter(parametrize.is_parametrized, list(model.modules())):
         found = dict(module.parametrizations.items())
         # remove_parametrizations would change the class, which the copy shares with its original.
@@ -866,8 +790,7 @@ def convert_qat(model):
         for name, parametrization in found.items():
             scheme = parametrization[0].scheme
             module.register_parameter(name, parametrization.original)
-    if scheme is None:
-        raise ValueError("the model was not prepared by prepare_qat")
+    require(scheme is not None, "the model was not prepared by prepare_qat")
     return quantize_model(model, scheme)
 
 
@@ -894,7 +817,7 @@ class Fp8Product(torch.autograd.Function):
         return tile_rounded(gradient) @ rounded, weight_gradient
 
 
-class Fp8TrainingLinear(Linear):
+class Fp8TrainingLinear(nn.Linear):
     """A linear whose master weights stay FP32 and whose products run in simulated FP8."""
 
     def forward(self, x):
@@ -906,11 +829,11 @@ class Fp8TrainingLinear(Linear):
 def prepare_fp8_training(model):
     """A copy that trains in simulated FP8; embedding, head, router, norms and attention do not.
 
-    The projections around attention do: what V3 keeps is the attention operator itself.
+    The projections around attention do: V3 keeps only the attention operator itself.
     """
-    _check_model(model)
-    model = listed_experts(copied(model))
-    for block in model_blocks(model):
+    check_model(model)
+    model = listed_experts(model.copy())
+    for block in model.blocks():
         for linear in linears_of(block).values():
             linear.__class__ = Fp8TrainingLinear
     return model
@@ -920,35 +843,32 @@ def prepare_fp8_training(model):
 class QuantizedLatentCache:
     """A `LatentCache` of packed integers and two BF16 scales a token: latent and rotary key apart.
 
-    What attends to it sees dequantised numbers, the newest token's, too. V2-sized, 6 bits: 576
-    numbers in 432 + 4 bytes. `bits`: 8 or less.
+    Attention reads dequantised numbers, those of the newest token included. V2-sized, 6 bits: 576
+    numbers in 432 + 4 bytes. `bits`: 8 or less. `store`: as in `LatentCache`, one for the codes and
+    one for the scales.
     """
 
-    def __init__(self, capacity=0, *, bits, latent_width):
+    def __init__(self, store=RowStore, *, bits, latent_width):
         self.bits, self.latent_width = bits, latent_width
-        self.codes, self.scales = GrowingBuffer(capacity), GrowingBuffer(capacity)
+        self.codes, self.scales = store(), store()
 
     @property
     def length(self):
         return self.codes.length
 
-    def append(self, memory, start=None):
-        """Like `GrowingBuffer.append`: (B, new, C + R) → all, dequantised, (B, S, C + R)."""
-        rotary_width = memory.shape[-1] - self.latent_width
-        widths = [self.latent_width, rotary_width] if rotary_width else [self.latent_width]
+    def append(self, memory):
+        """(B, new, C + R) → all so far, dequantised, (B, S, C + R)."""
+        width = memory.shape[-1]
+        widths = [part for part in (self.latent_width, width - self.latent_width) if part]
         parts = [
             absmax_quantize(part, self.bits, -1, torch.bfloat16)
             for part in memory.split(widths, dim=-1)
         ]
         codes, scales = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
-        codes = codes if self.bits == 8 else pack_bits(codes, self.bits)
-        codes, scales = self.codes.append(codes, start), self.scales.append(scales, start)
-        if self.bits < 8:
-            codes = unpack_bits(codes, self.bits, memory.shape[-1])
-        spread = scales.to(memory.dtype).repeat_interleave(
-            torch.tensor(widths, device=memory.device), dim=-1, output_size=sum(widths)
-        )
-        return codes * spread
+        codes = unpack_bits(self.codes.append(pack_bits(codes, self.bits)), self.bits, width)
+        scales = self.scales.append(scales).to(memory.dtype)
+        repeats = torch.tensor(widths, device=memory.device)
+        return codes * scales.repeat_interleave(repeats, dim=-1, output_size=width)
 
     def truncate(self, length):
         self.codes.truncate(length)
@@ -957,31 +877,143 @@ class QuantizedLatentCache:
     def used_bytes(self):
         return self.codes.used_bytes() + self.scales.used_bytes()
 
-    def allocated_bytes(self):
-        return self.codes.allocated_bytes() + self.scales.allocated_bytes()
-
 
 def quantize_cache(model, bits):
     """The model itself, from now on with latent caches of `bits` (2 to 8; None: as they were)."""
     if bits is not None:
-        _largest_code(bits)
-    for block in model_blocks(model):
-        attention = block.self_attn
-        if not isinstance(attention, MultiHeadLatentAttention):
-            raise ValueError(f"{type(attention).__name__} has no latent cache")
-        attention.cache_type = LatentCache if bits is None else functools.partial(
-            QuantizedLatentCache, bits=bits, latent_width=attention.kv_lora_rank
-        )  # fmt: skip
+        largest_code(bits)
+    for block in model.blocks():
+        attention, cache_type = block.self_attn, LatentCache
+        if bits is not None:
+            cache_type = functools.partial(
+                QuantizedLatentCache, bits=bits, latent_width=attention.kv_lora_rank
+            )
+        attention.cache_type = cache_type
     model.cache_bits = bits
     return model
 
 
-# %% The demonstration: a small model with experts, learnt in seconds
+# %% The demonstration. Part 1: one matrix
+def relative_error(got, want):
+    return ((got - want).norm() / want.norm()).item()
+
+
+def show_shared_scales(demo):
+    """Who shares a scale, what a zero point is for, and where the error comes from."""
+    x = torch.randn(256, 256, device=demo.device)
+    x[:, 7] *= 30  # one large column
+    views = {"tensor": (x, None), "row": (x, -1), "column": (x, 0),
+             "group of 32": (in_groups(x, 32), -1)}
+    errors = {}
+    for name, (view, dim) in views.items():
+        codes, scale = absmax_quantize(view, 8, dim)
+        errors[name] = relative_error((codes * scale).view_as(x)[:, 64:], x[:, 64:])
+    figures = ", ".join(f"{name} {error:.4f}" for name, error in errors.items())
+    demo.note("INT8, one column 30 × the others; error of columns 64…255 by who shares a scale:")
+    demo.note(f"    {figures}")
+    demo.check("the fewer share a scale, the less is lost", "(256, 256)", "tensor > row > group",
+               errors["tensor"] > errors["row"] > errors["group of 32"])
+    one_sided = torch.rand(64, 64, device=demo.device) + 0.5
+    codes, scale, zero = zero_point_quantize(one_sided)
+    asymmetric = relative_error((codes.float() - zero) * scale, one_sided)
+    codes, scale = absmax_quantize(one_sided)
+    symmetric = relative_error(codes * scale, one_sided)
+    demo.check("numbers to one side: a zero point helps", "(64, 64)",
+               f"error {symmetric:.4f} → {asymmetric:.4f}", asymmetric < symmetric)
+    normal = torch.randn(100_000, device=demo.device)
+    demo.note("INT4 of a normal distribution, squared error from rounding + from clipping:")
+    for share in (1.0, 0.75, 0.5, 0.3):
+        largest = share * normal.abs().max()
+        rounding, clipping = rounding_and_clipping(normal, 4, largest)
+        demo.note(f"    grid to {largest:.2f}: {rounding:.5f} + {clipping:.5f} = "
+                  f"{rounding + clipping:.5f}")
+
+
+def show_formats(demo):
+    """What the 8-bit floats are, what FP8 loses in blocks, and how codes are packed."""
+    for name, bits, dtype in (("E4M3", (4, 3), torch.float8_e4m3fn),
+                              ("E5M2", (5, 2), torch.float8_e5m2)):
+        grid, numbers = float8_grid(*bits), torch.randn(10_000) * 20
+        same = torch.equal(round_to_grid(numbers, grid), numbers.to(dtype).float())
+        demo.check(f"{name}: PyTorch's cast is nearest on the grid", f"{len(grid)} numbers ≥ 0",
+                   f"smallest {grid[1]:.2g}, largest {grid[-1]:,.0f}", same)
+    codes = torch.randint(-31, 32, (4, 576), dtype=torch.int8)
+    packed = pack_bits(codes, 6)
+    same = packed.shape[-1] == 432 and torch.equal(unpack_bits(packed, 6, 576), codes)
+    demo.check("576 numbers of 6 bits, packed and back", "bytes", f"{packed.shape[-1]}", same)
+    weight = torch.randn(96, 256, device=demo.device) / 16
+    x = torch.randn(5, 256, device=demo.device)
+    blocks = block_dequantize(*block_quantize(weight, 128), 128)
+    error = relative_error(F.linear(tile_rounded(x), blocks), F.linear(x, weight))
+    demo.check("FP8 in tiles and blocks", "(M, in) → (M, out)", f"error {error:.4f}", error < 0.06)
+
+
+def show_outliers(demo):
+    """A few large activations: what absmax loses, what LLM.int8() and SmoothQuant keep."""
+    weight = torch.randn(256, 256, device=demo.device) / 16
+    x = torch.randn(64, 256, device=demo.device)
+    x[:, [3, 77, 200]] *= 60
+    exact = F.linear(x, weight)
+    x_codes, x_scale = absmax_quantize(x)
+    w_codes, w_scale = absmax_quantize(weight)
+    by_row = round_nearest(weight, 8)
+    sigma = smoothing_scale(weight, x.abs().amax(dim=0))
+    outputs = {
+        "absmax, a scale a tensor": F.linear(x_codes * x_scale, w_codes * w_scale),
+        "W8A8, a scale a row": w8a8_product(x, *by_row),
+        "LLM.int8()": llm_int8_product(x, *by_row),
+        "SmoothQuant": w8a8_product(x / sigma, *round_nearest(weight * sigma, 8)),
+    }
+    # The outliers drown the part of the output that the other columns make.
+    ordinary = torch.ones(256, dtype=torch.bool, device=demo.device)
+    ordinary[[3, 77, 200]] = False
+    size = F.linear(x[:, ordinary], weight[:, ordinary]).norm()
+    errors = {name: ((y - exact).norm() / size).item() for name, y in outputs.items()}
+    demo.note("three of 256 input columns 60 × the others; error over what the other 253 say:")
+    for name, error in errors.items():
+        demo.note(f"    {name:<26} {error:.4f}")
+    plain, rows, mixed, smoothed = errors.values()
+    demo.check("LLM.int8() and SmoothQuant keep it", "(M, 256) → (M, 256)",
+               f"{plain:.2f}, {rows:.2f} → {mixed:.3f}, {smoothed:.3f}",
+               max(mixed, smoothed) < rows / 3 < plain / 3)
+
+
+def show_methods(demo, bits):
+    """Rounding to nearest, GPTQ and AWQ on one layer with correlated inputs."""
+    mixing = torch.randn(64, 64, device=demo.device)
+    mixing = mixing * torch.logspace(0, -2, 64, device=demo.device)
+    x = torch.randn(512, 64, device=demo.device) @ mixing
+    weight = torch.randn(64, 64, device=demo.device)
+    statistics = InputStatistics(64, demo.device)
+    statistics.add(x)
+    naive = gptq_by_inverses(weight.double(), statistics.hessian.double(), bits)
+    codes, _ = gptq(weight.double(), statistics.hessian, bits, activation_order=False)
+    differing = int((codes != naive).sum())
+    demo.check("GPTQ: Cholesky factor = new inverses", "(out, in)", f"{differing} codes differ",
+               differing == 0)
+    sigma = awq_input_scale(weight, statistics, bits)
+    rounded = {
+        "nearest": dequantize(*round_nearest(weight, bits)),
+        "AWQ": dequantize(*round_nearest(weight * sigma, bits)) / sigma,
+        "GPTQ": dequantize(*gptq(weight, statistics.hessian, bits)),
+    }
+    errors = {name: output_error(weight, w, statistics.hessian) for name, w in rounded.items()}
+    figures = ", ".join(f"{name} {error / errors['nearest']:.3f}" for name, error in errors.items())
+    demo.check(f"{bits} bits: ‖(W − Ŵ) X‖² over nearest's", "", figures,
+               errors["GPTQ"] < errors["AWQ"] <= errors["nearest"])
+
+
+# %% Part 2: a small model with experts, learnt in seconds
 def small_quantizable_model(width=64):
     def block(feed_forward):
-        return TransformerBlock(MultiHeadLatentAttention(width, 4, 32, 16, 8, 16), feed_forward)
+        attention = MultiHeadLatentAttention(
+            width, num_attention_heads=4, kv_lora_rank=32, qk_nope_head_dim=16,
+            qk_rope_head_dim=8, v_head_dim=16,
+        )
+        return TransformerBlock(attention, feed_forward)
 
-    experts = MixtureOfExperts(width, 64, TopKRouter(width, 4, 2), n_shared_experts=1)
+    router = TopKRouter(width, n_routed_experts=4, num_experts_per_tok=2)
+    experts = MixtureOfExperts(width, 64, router, n_shared_experts=1)
     model = CausalLM(32, width, [block(SwiGLU(width, 128)), block(experts)])
     model.init_weights(std=0.05)
     return model
@@ -990,234 +1022,112 @@ def small_quantizable_model(width=64):
 @torch.no_grad()
 def held_out_loss(model, caches=False):
     """Nats per token on text of the same language; `caches`: through the model's own caches."""
-    device = model.lm_head.weight.device
-    ids = small_language(16_384, seed=2).view(-1, 64).to(device)
+    ids = small_language(16_384, seed=2).view(-1, 64).to(model.lm_head.weight.device)
     return next_token_loss(model(ids, caches=model.new_caches() if caches else None), ids).item()
 
 
-def relative_error(got, want):
-    return ((got - want).norm() / want.norm()).item()
-
-
-def show_number_formats(demo, device):
-    """Rung 1: who shares a scale, where the error comes from, what the 8-bit floats are."""
-    x = torch.randn(256, 256, device=device)
-    x[:, 7] *= 30  # one large column
-    errors = {}
-    for name, view, dim in (("tensor", x, None), ("row", x, -1), ("column", x, 0),
-                            ("group of 32", grouped(x, 32), -1)):  # fmt: skip
-        codes, scale = absmax_quantize(view, 8, dim)
-        errors[name] = relative_error((codes * scale).view_as(x)[:, 64:], x[:, 64:])
-    figures = ", ".join(f"{name} {error:.4f}" for name, error in errors.items())
-    demo.note(f"INT8, one column 30 × the others; error of columns 64…255 by who shares a scale:\n"
-              f"    {figures}")  # fmt: skip
-    demo.check("the fewer share a scale, the less is lost", "(256, 256)", "tensor > row > group",
-               errors["tensor"] > errors["row"] > errors["group of 32"])  # fmt: skip
-    one_sided = torch.rand(64, 64, device=device) + 0.5
-    codes, scale, zero = zero_point_quantize(one_sided)
-    asymmetric = relative_error((codes.float() - zero) * scale, one_sided)
-    codes, scale = absmax_quantize(one_sided)
-    symmetric = relative_error(codes * scale, one_sided)
-    demo.check("numbers to one side: a zero point helps", "(64, 64)",
-               f"error {symmetric:.4f} → {asymmetric:.4f}", asymmetric < symmetric)  # fmt: skip
-    normal = torch.randn(100_000, device=device)
-    demo.note("INT4 of a normal distribution, squared error from rounding + from clipping:")
-    for share in (1.0, 0.75, 0.5, 0.3):
-        largest = share * normal.abs().max()
-        rounding, clipping = rounding_and_clipping(normal, 4, largest)
-        demo.note(f"    grid to {largest:.2f}: {rounding:.5f} + {clipping:.5f} = "
-                  f"{rounding + clipping:.5f}")  # fmt: skip
-    for name, bits, dtype in (("E4M3", (4, 3), torch.float8_e4m3fn),
-                              ("E5M2", (5, 2), torch.float8_e5m2)):  # fmt: skip
-        grid, numbers = float8_grid(*bits), torch.randn(10_000) * 20
-        same = torch.equal(round_to_grid(numbers, grid), numbers.to(dtype).float())
-        demo.check(f"{name}: PyTorch's cast is nearest on the grid", f"{len(grid)} numbers ≥ 0",
-                   f"smallest {grid[1]:.2g}, largest {grid[-1]:,.0f}", same)  # fmt: skip
-    codes = torch.randint(-31, 32, (4, 576), dtype=torch.int8)
-    packed = pack_bits(codes, 6)
-    same = packed.shape[-1] == 432 and torch.equal(unpack_bits(packed, 6, 576), codes)
-    demo.check("576 numbers of 6 bits, packed and back", "bytes", f"{packed.shape[-1]}", same)
-
-
-def show_layers(demo, device):
-    """PyTorch's kernels against the reference, and FP8 blocks against its own scaled product."""
-    weight, x = torch.randn(96, 256, device=device) / 16, torch.randn(5, 256, device=device)
-    kinds = {"INT8": IntegerLinear(256, 96), "INT4": IntegerLinear(256, 96, bits=4, group_size=128),
-             "W8A8": W8A8Linear(256, 96)}  # fmt: skip
-    for name, layer in kinds.items():
-        layer = layer.to(device).fill_nearest(weight)
+def show_layers(demo):
+    """PyTorch's kernels against the reference, and the bytes of a matrix."""
+    weight = torch.randn(96, 256, device=demo.device) / 16
+    x = torch.randn(5, 256, device=demo.device)
+    for name, kind in (("INT8", IntegerLinear), ("W8A8", W8A8Linear)):
+        layer = kind(256, 96).fill_nearest(weight)
         with_kernel, share = layer(x), layer.weight_bytes() / 4 / 96 / 256
-        layer.set_kernel(False)
+        layer.kernel = False
         error = relative_error(with_kernel, layer(x))
         demo.check(f"{name}: kernel = reference", "(M, in) → (M, out)",
-                   f"difference {error:.1e}, {share:.4f} × FP32's bytes", error < 4e-3)  # fmt: skip
-    exact, by_blocks = F.linear(x, weight), Fp8Linear(256, 96).fill_nearest(weight)(x)
-    by_rows, note = None, "F.scaled_mm not available on this device"
-    with contextlib.suppress(RuntimeError, NotImplementedError, ValueError, AttributeError):
-        by_rows = scaled_mm_by_rows(x, *fp8_rows(weight))
-    if by_rows is not None:
-        note = f"by rows (F.scaled_mm) {relative_error(by_rows, exact):.4f}"
-    demo.check("FP8 in tiles and blocks", "(M, in) → (M, out)",
-               f"error {relative_error(by_blocks, exact):.4f}; {note}",
-               relative_error(by_blocks, exact) < 0.06)  # fmt: skip
+                   f"difference {error:.1e}, {share:.4f} × FP32's bytes", error < 4e-3)
 
 
-def fp8_rows(x):
-    """x (R, C) → E4M3 codes (R, C) and one FP32 scale a row (R, 1)."""
-    scale = x.abs().amax(dim=1, keepdim=True) / E4M3_MAX
-    scale = torch.where(scale == 0, 1, scale)
-    return (x / scale).to(torch.float8_e4m3fn), scale
-
-
-def scaled_mm_by_rows(x, weight_codes, weight_scale):
-    """x Wᵀ by PyTorch's FP8 product, which on a CPU takes one scale a row (or a tensor)."""
-    codes, scale = fp8_rows(x)
-    by_row = F.ScalingType.RowWise
-    return F.scaled_mm(codes, weight_codes.T, scale, by_row, weight_scale.T, by_row,
-                       output_dtype=torch.float32)  # fmt: skip
-
-
-def show_outliers(demo, device):
-    """A few large activations: what absmax loses, what LLM.int8() and SmoothQuant keep."""
-    weight, x = torch.randn(256, 256, device=device) / 16, torch.randn(64, 256, device=device)
-    x[:, [3, 77, 200]] *= 60
-    exact = F.linear(x, weight)
-    x_codes, x_scale = absmax_quantize(x)
-    w_codes, w_scale = absmax_quantize(weight)
-    statistics = InputStatistics(256, device)
-    statistics.add(x)
-    sigma = smoothing_scale(weight, statistics.largest)
-    outputs = {
-        "absmax, a scale a tensor": F.linear(x_codes * x_scale, w_codes * w_scale),
-        "W8A8, a scale a row": W8A8Linear(256, 256).fill_nearest(weight)(x),
-        "LLM.int8()": W8A8Linear(256, 256, outlier_threshold=6.0).fill_nearest(weight)(x),
-        "SmoothQuant": W8A8Linear(256, 256).fill_nearest(weight * sigma)(x / sigma),
-    }
-    # What the outliers drown: the part of the output that the other columns make.
-    ordinary = torch.ones(256, dtype=torch.bool, device=device)
-    ordinary[[3, 77, 200]] = False
-    size = F.linear(x[:, ordinary], weight[:, ordinary]).norm()
-    errors = {name: ((y - exact).norm() / size).item() for name, y in outputs.items()}
-    demo.note("three of 256 input columns 60 × the others; error over what the other 253 say:")
-    for name, error in errors.items():
-        demo.note(f"    {name:<26} {error:.4f}")
-    plain, by_row, mixed, smoothed = errors.values()
-    demo.check("LLM.int8() and SmoothQuant keep it", "(M, 256) → (M, 256)",
-               f"{plain:.2f}, {by_row:.2f} → {mixed:.3f}, {smoothed:.3f}",
-               max(mixed, smoothed) < by_row / 3 < plain / 3)  # fmt: skip
-
-
-def show_methods(demo, device, bits):
-    """Rounding to nearest, GPTQ and AWQ on one layer with correlated inputs."""
-    mixing = torch.randn(64, 64, device=device) * torch.logspace(0, -2, 64, device=device)
-    x, weight = torch.randn(512, 64, device=device) @ mixing, torch.randn(64, 64, device=device)
-    statistics = InputStatistics(64, device)
-    statistics.add(x)
-    naive = gptq_by_inverses(weight.double(), statistics.hessian.double(), bits)
-    codes, scale = gptq(weight.double(), statistics.hessian, bits, activation_order=False)
-    differing = int((codes != naive).sum())
-    demo.check("GPTQ: Cholesky factor = new inverses", "(out, in)", f"{differing} codes differ",
-               differing == 0)  # fmt: skip
-    sigma = awq_input_scale(weight, statistics, bits)
-    rounded = {
-        "nearest": (round_nearest(weight, bits), 1.0),
-        "AWQ": (round_nearest(weight * sigma, bits), sigma),
-        "GPTQ": (gptq(weight, statistics.hessian, bits), 1.0),
-    }
-    errors = {
-        name: output_error(weight, codes * _columns(scale, weight) / sigma, statistics.hessian)
-        for name, ((codes, scale), sigma) in rounded.items()
-    }
-    figures = ", ".join(f"{name} {error / errors['nearest']:.3f}" for name, error in errors.items())
-    demo.check(f"{bits} bits: ‖(W − Ŵ) X‖² over nearest's", "", figures,
-               errors["GPTQ"] < errors["AWQ"] <= errors["nearest"])  # fmt: skip
-
-
-def show_whole_model(demo, model, bits, steps):
-    """Every scheme on the small trained model: bytes and loss; then its cache."""
-    calibration = small_language(4096, seed=3).view(64, 64).to(model.lm_head.weight.device)
+def show_schemes(demo, model, bits, steps):
+    """Every scheme on the small trained model: bytes and loss."""
+    calibration = small_language(4096, seed=3).view(64, 64).to(demo.device)
     base = held_out_loss(model)
     demo.note(f"the small model, {base:.4f} nats a token in FP32; matrices' bytes and loss:")
-    schemes = {**SCHEMES, **{
-        f"{bits} bits a row, {method}": Scheme(bits=bits, method=method)
-        for method in ("nearest", "awq", "gptq")
-    }}  # fmt: skip
+    low = {f"{bits} bits a row, {method}": Scheme(bits=bits, method=method)
+           for method in ("nearest", "awq", "gptq")}
     losses = {}
-    for name, scheme in schemes.items():
+    for name, scheme in {**SCHEMES, **low}.items():
         quantized = quantize_model(model, scheme, calibration)
         stored, before = matrix_bytes(quantized)
         losses[name] = held_out_loss(quantized)
         demo.note(f"    {name:<22} {stored / before:.3f} × bytes, loss {losses[name]:.4f} "
-                  f"({losses[name] / base - 1:+.2%})")  # fmt: skip
+                  f"({losses[name] / base - 1:+.2%})")
     demo.check("INT8 and FP8 lose next to nothing", "nats a token",
                f"{losses['int8'] - base:+.5f}, {losses['fp8'] - base:+.5f}",
-               max(abs(losses[name] / base - 1) for name in ("int8", "fp8")) < 0.005)  # fmt: skip
+               max(abs(losses[name] / base - 1) for name in ("int8", "fp8")) < 0.005)
     nearest, by_gptq = (losses[f"{bits} bits a row, {name}"] - base for name in ("nearest", "gptq"))
     beyond_noise = bits < 4 and steps >= 50
-    demo.check(
-        f"GPTQ loses less than rounding at {bits} bits", "nats a token",
-        f"{nearest:+.4f} → {by_gptq:+.4f}", by_gptq < nearest or not beyond_noise,
-    )  # fmt: skip
-    for cache_bits in (8, 6, 4):
-        cached = quantize_cache(copy.deepcopy(model), cache_bits)
-        loss = held_out_loss(cached, caches=True)
-        caches = cached.new_caches()
-        cached(calibration[:1], caches=caches)
+    demo.check(f"GPTQ loses less than rounding at {bits} bits", "nats a token",
+               f"{nearest:+.4f} → {by_gptq:+.4f}", by_gptq < nearest or not beyond_noise)
+
+
+def show_caches(demo, model):
+    """Bytes and loss of the latent cache in fewer bits."""
+    base, ids = held_out_loss(model), small_language(64, seed=3)[None].to(demo.device)
+    for bits in (8, 6, 4):
+        cached = quantize_cache(model.copy(), bits)
+        loss, caches = held_out_loss(cached, caches=True), cached.new_caches()
+        cached(ids, caches=caches)
         size = sum(cache.used_bytes() for cache in caches) / 64 / len(caches)
-        demo.note(f"    latent cache in {cache_bits} bits: {size:.0f} bytes a token and layer in "
-                  f"place of {4 * 40}, loss {loss:.4f} ({loss / base - 1:+.2%})")  # fmt: skip
+        demo.note(f"    latent cache in {bits} bits: {size:.0f} bytes a token and layer in "
+                  f"place of {4 * 40}, loss {loss:.4f} ({loss / base - 1:+.2%})")
 
 
-def show_training(demo, model, bits, steps, seed):
-    """QAT against a control trained as long, and FP8 training beside BF16."""
-    scheme, base, device = Scheme(bits=bits), held_out_loss(model), model.lm_head.weight.device
+def show_qat(demo, model, bits, steps):
+    """Training with rounded weights against a control trained as long without."""
+    scheme, base = Scheme(bits=bits), held_out_loss(model)
     lost = held_out_loss(quantize_model(model, scheme)) - base
-    control, rounded = copy.deepcopy(model), prepare_qat(model, scheme)
+    control, rounded = model.copy(), prepare_qat(model, scheme)
     for trained in (control, rounded):
-        train_small(trained, steps, 0.0, device, seed=seed + 1, rate=1e-3)
+        train_small(trained, steps, 0.0, demo.device, seed=demo.seed + 1, rate=1e-3)
     control = held_out_loss(quantize_model(control, scheme))
     fake, real = held_out_loss(rounded.eval()), held_out_loss(convert_qat(rounded))
     demo.note(f"{bits} bits a row cost {lost:.4f} nats; {steps} steps later, rounded again: after "
-              f"FP32 training {control - base:+.4f}, after QAT {real - base:+.4f}")  # fmt: skip
+              f"FP32 training {control - base:+.4f}, after QAT {real - base:+.4f}")
     demo.check("QAT recovers more than training on", "nats a token",
-               f"{control:.4f} → {real:.4f}", real < control or steps < 50)  # fmt: skip
+               f"{control:.4f} → {real:.4f}", real < control or steps < 50)
     demo.check("converted = trained with fake rounding", "nats a token",
-               f"{fake:.5f}, {real:.5f}", abs(fake - real) < 1e-4)  # fmt: skip
+               f"{fake:.5f}, {real:.5f}", abs(fake - real) < 1e-4)
 
+
+def show_fp8_training(demo, steps):
+    """The same steps in simulated FP8 and in BF16."""
     losses = {}
     for name, precision in (("BF16", torch.bfloat16), ("FP8", torch.float32)):
-        torch.manual_seed(seed)
-        fresh = small_quantizable_model().to(device)
+        torch.manual_seed(demo.seed)
+        fresh = small_quantizable_model().to(demo.device)
         fresh = prepare_fp8_training(fresh) if name == "FP8" else fresh
-        losses[name], _ = train_small(fresh, steps, 0.0, device, seed, precision=precision)
+        losses[name], _ = train_small(
+            fresh, steps, 0.0, demo.device, seed=demo.seed, precision=precision
+        )
     relative = losses["FP8"] / losses["BF16"] - 1
     demo.check(f"{steps} steps in simulated FP8 beside BF16", "held-out nats",
                f"{losses['FP8']:.4f}, {losses['BF16']:.4f}: {relative:+.2%}",
-               abs(relative) < 0.01 or steps < 50)  # fmt: skip
+               abs(relative) < 0.01 or steps < 50)
 
 
-@one_line_errors
-def main(argv=None):
-    parser = demonstration_parser(__doc__)
-    parser.add_argument("--bits", type=int, default=3, help="of the weights where rounding hurts")
-    parser.add_argument("--steps", type=int, default=150, help="training steps of each small model")
-    arguments = parse_arguments(parser, argv)
-    if arguments.steps < 1 or not 2 <= arguments.bits <= 4:
-        raise ValueError(
-            f"--steps={arguments.steps} must be 1 or more and --bits={arguments.bits} from 2 to 4"
-        )
-    device = arguments.device
-    demo = Demonstration("quantization_coded.py", device, arguments.seed)
-    show_number_formats(demo, device)
-    show_layers(demo, device)
-    show_outliers(demo, device)
-    show_methods(demo, device, arguments.bits)
-    model = small_quantizable_model().to(device)
-    train_small(model, arguments.steps, 0.0, device, arguments.seed)
-    show_whole_model(demo, model.eval(), arguments.bits, arguments.steps)
-    show_training(demo, model, arguments.bits, arguments.steps, arguments.seed)
+@demonstration(
+    __doc__,
+    flag("bits", 3, "bits of the weights where rounding hurts, 2 to 4", at_least=2),
+    flag("steps", 150, "training steps of each small model", at_least=1),
+)
+def main(demo, arguments):
+    bits, steps = arguments.bits, arguments.steps
+    require(bits <= 4, f"--bits={bits} must be from 2 to 4")
+    show_shared_scales(demo)
+    show_formats(demo)
+    show_outliers(demo)
+    show_methods(demo, bits)
+    show_layers(demo)
+    model = small_quantizable_model().to(demo.device)
+    train_small(model, steps, 0.0, demo.device, seed=demo.seed)
+    show_schemes(demo, model.eval(), bits, steps)
+    show_caches(demo, model)
+    show_qat(demo, model, bits, steps)
+    show_fp8_training(demo, steps)
     demo.finish("--bits 2: who still works?", "--bits 4: do the methods still differ?",
-                "--steps 400: does QAT catch up with FP32?")  # fmt: skip
+                "--steps 400: does QAT catch up with FP32?")
 
 
 if __name__ == "__main__":
