@@ -77,10 +77,11 @@ def largest_code(bits):
 
 def in_groups(x, group_size):
     """(..., width) → (..., width / group_size, group_size); None: the whole row is one group."""
-    group_size, width = group_size or x.shape[-1], x.shape[-1]
-    require(width % group_size == 0,
-            f"group_size={group_size} must divide the row of {width} numbers")
-    return x.unflatten(-1, (-1, group_size))
+    width = x.shape[-1]
+    size = width if group_size is None else group_size
+    require(size >= 1 and width % size == 0,
+            f"group_size={size} must divide the row of {width} numbers")
+    return x.unflatten(-1, (-1, size))
 
 
 def round_nearest(weight, bits, group_size=None):
@@ -454,7 +455,8 @@ class IntegerLinear(QuantizedLinear):
     def fill(self, codes, scale, input_scale=None):
         """codes (out, in), int8; scale (out, groups), BF16; input_scale (in,), BF16."""
         rows, width = self.out_features, self.in_features
-        got, want = (codes.shape, scale.shape), ((rows, width), (rows, width // self.group_size))
+        got = tuple(codes.shape), tuple(scale.shape)
+        want = (rows, width), (rows, width // self.group_size)
         require(got == want, f"codes and scale must be {want[0]} and {want[1]}, got {got}")
         self.codes = pack_bits(codes, self.bits)
         self.scale, self.input_scale = scale, input_scale
@@ -482,11 +484,8 @@ class IntegerLinear(QuantizedLinear):
 class W8A8Linear(IntegerLinear):
     """INT8 rows of weights times INT8 rows of inputs; with `outlier_threshold`, LLM.int8()."""
 
-    def __init__(
-        self, in_features, out_features, bias=False, scaled_input=False, outlier_threshold=None,
-        kernel=True,
-    ):
-        super().__init__(in_features, out_features, bias, scaled_input, kernel=kernel)
+    def __init__(self, *sizes, outlier_threshold=None, **options):
+        super().__init__(*sizes, **options)
         self.outlier_threshold = outlier_threshold
 
     def product(self, rows):

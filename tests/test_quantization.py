@@ -12,8 +12,9 @@ from torch import nn
 import quantization_coded as q
 from mla_coded import MultiHeadLatentAttention
 from moe_coded import Experts, Routing, balance_over_batch
-from mtp_coded import CausalLM, small_language, train_small
-from multihead_attention_coded import Linear
+from mtp_coded import CausalLM, Sampling, small_language, train_small
+from multihead_attention_coded import RowStore
+from pipeline import decoding
 from quantization_coded import (
     SCHEMES,
     Fp8Linear,
@@ -30,7 +31,7 @@ from quantization_coded import (
     float8_grid,
     gptq,
     gptq_by_inverses,
-    grouped,
+    in_groups,
     matrix_bytes,
     output_error,
     pack_bits,
@@ -51,11 +52,14 @@ EVERY_SCHEME = pytest.mark.parametrize("scheme", SCHEMES)
 FLOATS = pytest.mark.parametrize(
     ("grid", "dtype"), [((4, 3), torch.float8_e4m3fn), ((5, 2), torch.float8_e5m2)],
     ids=["E4M3", "E5M2"],
-)  # fmt: skip
+)
 
 
 def rotary_attention(width=64):
-    return RotaryLatentAttention(width, 4, 32, 16, 8, 16, q_lora_rank=32, rotary=RotaryEmbedding(8))
+    return RotaryLatentAttention(
+        width, num_attention_heads=4, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8,
+        v_head_dim=16, q_lora_rank=32, rotary=RotaryEmbedding(8),
+    )
 
 
 def small(depth=1, width=64):
@@ -71,6 +75,11 @@ def small(depth=1, width=64):
     model = CausalLM(32, width, blocks, [block(experts()) for _ in range(depth)])
     model.init_weights(0.1)
     return model.eval()
+
+
+def generated(model, ids, new_tokens, **options):
+    """By the production form: preallocated caches, drafts, prompts in chunks."""
+    return decoding.complete(model, ids, new_tokens, Sampling(), **options).ids
 
 
 def calibration(sequences=8, length=32):
@@ -167,10 +176,10 @@ def test_a_bf16_scale_is_rounded_before_the_codes_are_chosen():
 
 
 def test_groups_that_do_not_divide_are_refused():
-    assert grouped(torch.zeros(2, 96), 32).shape == (2, 3, 32)
-    assert grouped(torch.zeros(2, 96), None).shape == (2, 1, 96)
+    assert in_groups(torch.zeros(2, 96), 32).shape == (2, 3, 32)
+    assert in_groups(torch.zeros(2, 96), None).shape == (2, 1, 96)
     with pytest.raises(ValueError, match="group_size=64 must divide the row of 96 numbers"):
-        grouped(torch.zeros(2, 96), 64)
+        in_groups(torch.zeros(2, 96), 64)
 
 
 def test_rounding_and_clipping_make_up_the_whole_error():
@@ -266,8 +275,7 @@ def test_packed_codes_come_back(bits, count):
 
 # Layers
 def kernel_cases():
-    kinds = [("int8", {}), ("int8_groups", dict(group_size=32)),
-             ("int4", dict(bits=4, group_size=32)), ("w8a8", {})]  # fmt: skip
+    kinds = [("int8", {}), ("int8_groups", dict(group_size=32)), ("w8a8", {})]
     widths = [(64, 48), (33, 7), (40, 16), (96, 17), (256, 112), (128, 1)]
     for name, options in kinds:
         for sizes in widths:
@@ -283,25 +291,13 @@ def test_kernel_and_reference_give_the_same(name, sizes, options, rows):
     layer = layer.fill_nearest(torch.randn(out, width))
     x = torch.randn(rows, width)
     with_kernel = layer(x)
-    layer.set_kernel(False)
+    layer.kernel = False
     reference = layer(x)
     # the kernels round inputs and outputs to BF16, 8 bits; W8A8 sums integers
     tolerance = 1e-5 if name == "w8a8" else 2**-7
     assert (with_kernel - reference).norm() <= tolerance * reference.norm()
     if name != "w8a8":
         torch.testing.assert_close(reference, F.linear(x, layer.weight))
-
-
-def test_int4_with_a_width_for_the_kernel_uses_it_and_others_do_not():
-    assert (
-        IntegerLinear(64, 48, bits=4, group_size=32).fill_nearest(torch.randn(48, 64)).kernel_layout
-    )
-    for sizes, options in (((64, 40), dict(group_size=32)), ((96, 48), dict(group_size=96)),
-                           ((64, 48), dict(group_size=32, kernel=False))):  # fmt: skip
-        layer = IntegerLinear(*sizes, bits=4, **options).fill_nearest(
-            torch.randn(sizes[1], sizes[0])
-        )
-        assert not layer.kernel_layout
 
 
 def test_shapes_that_do_not_fit_a_layer_are_refused():
@@ -313,7 +309,7 @@ def test_shapes_that_do_not_fit_a_layer_are_refused():
         IntegerLinear(64, 48, group_size=48)
     for bits in (1, 9, 4.0):
         for call in (lambda b: IntegerLinear(64, 48, bits=b), lambda b: absmax_quantize(scale, b),
-                     lambda b: zero_point_quantize(scale, b)):  # fmt: skip
+                     lambda b: zero_point_quantize(scale, b)):
             with pytest.raises(ValueError, match=f"bits={bits} must be from 2 to 8"):
                 call(bits)
 
@@ -326,23 +322,6 @@ def test_half_precision_inputs_are_rounded_in_full():
         assert ((codes * scale - x.float()).abs() <= steps * 0.501).all()
         codes, scale, zero = zero_point_quantize(x)
         assert (((codes.float() - zero) * scale - x.float()).abs() <= scale * 0.501).all()
-
-
-def test_the_kernels_order_is_undone_exactly():
-    weight = torch.randn(112, 256)
-    layer = IntegerLinear(256, 112, bits=4, group_size=64).fill_nearest(weight)
-    codes, scale = round_nearest(weight, 4, 64)
-    expected = (codes.view(112, 4, 64) * scale.float().unsqueeze(-1)).flatten(1)
-    assert layer.kernel_layout and torch.equal(layer.weight, expected)
-    state = layer.state_dict()
-    assert torch.equal(unpack_bits(state["codes"], 4, 256), codes)
-    assert torch.equal(state["scale"], scale) and layer.kernel_layout
-    fresh = IntegerLinear(256, 112, bits=4, group_size=64)
-    fresh.load_state_dict(state)
-    assert fresh.kernel_layout
-    x = torch.randn(3, 256)
-    assert torch.equal(fresh(x), layer(x))
-    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "w8a8", "llm_int8", "fp8"])
@@ -443,7 +422,7 @@ def test_integer_product_by_hand():
         [sum(a * b for a, b in zip(row, column, strict=True)) * s * t
          for column, t in zip(columns, steps, strict=True)]
         for row, s in zip(rows, (0.1, 1.0), strict=True)
-    ]  # fmt: skip
+    ]
     torch.testing.assert_close(output, torch.tensor(expected))
 
 
@@ -468,7 +447,7 @@ def test_an_overflowing_int_mm_is_found_out(monkeypatch):
     q.int_mm_is_exact.cache_clear()
     assert isinstance(q.int_mm_is_exact(), bool)
     for product, exact in ((lambda a, b: (a.long() @ b.long()).int(), True),
-                           (lambda a, b: right(a, b).clamp(max=2**15 * 16), False)):  # fmt: skip
+                           (lambda a, b: right(a, b).clamp(max=2**15 * 16), False)):
         monkeypatch.setattr(torch, "_int_mm", product)
         q.int_mm_is_exact.cache_clear()
         assert q.int_mm_is_exact() == exact
@@ -554,19 +533,32 @@ def test_fp8_layer_rounds_both_sides():
 
 
 @pytest.mark.comparison
-def test_scaled_mm_by_rows_is_the_product_of_rounded_rows():
+def test_blocks_of_one_row_are_what_pytorch_multiplies():
     x, weight = torch.randn(16, 64), torch.randn(48, 64)
-    sides = [m / (m.abs().amax(1, keepdim=True) / 448) for m in (x, weight)]
-    rounded = [
-        m.to(torch.float8_e4m3fn).float() * (full.abs().amax(1, keepdim=True) / 448)
-        for m, full in zip(sides, (x, weight), strict=True)
-    ]
-    expected = rounded[0] @ rounded[1].T
-    got = q.scaled_mm_by_rows(x, *q.fp8_rows(weight))
-    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    sides = [block_quantize(side, 1, 64) for side in (x, weight)]
+    expected = F.linear(*(block_dequantize(*side, 1, 64) for side in sides))
+    (codes, scale), (weight_codes, weight_scale) = sides
+    by_row = F.ScalingType.RowWise
+    theirs = F.scaled_mm(codes, weight_codes.T, scale, by_row, weight_scale.T, by_row,
+                         output_dtype=torch.float32)
+    torch.testing.assert_close(theirs, expected, atol=1e-4, rtol=1e-4)
 
 
 # GPTQ and AWQ
+@pytest.mark.parametrize("way", [gptq_by_inverses, lambda *a, **o: gptq(*a, **o)[0]])
+def test_one_gptq_column_by_hand(way):
+    """The example in the docstring of `gptq_by_inverses`."""
+    weight = torch.tensor([[0.4, 1.4, 3.0]])
+    hessian = torch.tensor([[1.0, 0.8, 0.0], [0.8, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    inverse = torch.linalg.inv(hessian)
+    assert (inverse[0, 1] / inverse[0, 0]).item() == pytest.approx(-0.8)
+    codes, (nearest, scale) = way(weight, hessian, 3, dampening=0.0), round_nearest(weight, 3)
+    assert scale.item() == 1.0
+    assert codes.tolist() == [[0, 2, 3]] and nearest.tolist() == [[0, 1, 3]]
+    assert output_error(weight, codes.float(), hessian) == pytest.approx(0.136)
+    assert output_error(weight, nearest.float(), hessian) == pytest.approx(0.576)
+
+
 @pytest.mark.parametrize("group_size", [None, 16])
 @pytest.mark.parametrize("bits", [3, 4])
 def test_gptq_is_its_naive_reference(bits, group_size):
@@ -583,7 +575,7 @@ def test_activation_order_is_a_permutation_of_the_columns():
     order = hessian.diagonal().argsort(descending=True)
     sorted_codes, _ = gptq(
         weight[:, order], hessian[order][:, order], 3, activation_order=False
-    )  # fmt: skip
+    )
     codes, _ = gptq(weight, hessian, 3)
     assert torch.equal(codes[:, order], sorted_codes)
     assert not torch.equal(codes, gptq(weight, hessian, 3, activation_order=False)[0])
@@ -671,8 +663,6 @@ def test_statistics_are_those_of_what_each_layer_reads():
         torch.testing.assert_close(statistics[name].total, x.abs().sum(dim=0))
     linears = q.linears_of(listed.layers[1])
     statistics = q.input_statistics(listed, ids, linears)
-    chosen = listed.layers[1].mlp.last_routing.indices
-    assert chosen.shape == (48, 2)
     # each expert sees its own tokens: the traces of their Hessians are those of the choices
     traces = [statistics[f"mlp.experts.gate_up_proj.{e}"].hessian.trace() for e in range(4)]
     shared = statistics["mlp.shared_experts.gate_up_proj"].hessian.trace()
@@ -689,14 +679,14 @@ def test_every_matrix_is_quantised_and_nothing_else(scheme):
     assert not any(isinstance(m, QuantizedLinear) for m in model.modules())
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])  # the argument is untouched
-    for block in q.model_blocks(quantized):
+    for block in quantized.blocks():
         assert not any(isinstance(m, nn.Linear) for m in block.modules())
     kept = {name for name, _ in quantized.named_parameters()}
     assert kept == {
         name for name in dict(model.named_parameters())
         if "norm" in name or "gate.weight" in name or "embed" in name or "lm_head" in name
         or "eh_proj" in name
-    }  # fmt: skip
+    }
     for name in kept:
         assert torch.equal(quantized.get_parameter(name), model.get_parameter(name))
     experts = quantized.layers[1].mlp.experts
@@ -749,7 +739,6 @@ def test_the_reference_gives_the_same_model(scheme):
     quantized, ids = quantize_model(small(), scheme, calibration()), calibration(2, 12)
     kernels = quantized(ids)
     reference = use_reference(quantized)(ids)
-    assert not any(getattr(m, "kernel_layout", False) for m in quantized.modules())
     # BF16 inputs and outputs of the kernels; W8A8 rounds what the kernels of before gave it
     assert (kernels - reference).norm() < 0.1 * reference.norm()
 
@@ -760,7 +749,7 @@ def test_the_quantised_layers_stand_for_their_weight(scheme):
     model = small()
     quantized = use_reference(quantize_model(model, scheme, calibration()))
     plain = q.listed_experts(copy.deepcopy(model))
-    for mine, theirs in zip(q.model_blocks(quantized), q.model_blocks(plain), strict=True):
+    for mine, theirs in zip(quantized.blocks(), plain.blocks(), strict=True):
         for name, linear in q.linears_of(theirs).items():
             linear.weight = nn.Parameter(mine.get_submodule(name).weight)
     ids = calibration(2, 12)
@@ -772,15 +761,15 @@ def test_the_quantised_layers_stand_for_their_weight(scheme):
 @EVERY_SCHEME
 def test_absorbed_and_expanded_read_the_same_kv_b_proj(scheme):
     quantized = quantize_model(small(), scheme, calibration())
-    for block in q.model_blocks(quantized):
+    for block in quantized.blocks():
         attention = copy.deepcopy(block.self_attn)
         attention.o_proj = nn.Identity()  # what is compared is what kv_b_proj made
         hidden = torch.randn(2, 9, 64)
         expanded = attention(hidden)
-        for path in ("absorbed", "naive", "products"):
+        for path in ("absorbed", "naive", "einsum"):
             torch.testing.assert_close(
                 attention(hidden, path=path), expanded, atol=1e-5, rtol=1e-4
-            )  # fmt: skip
+            )
         latents = torch.randn(5, 32)
         rebuilt = F.linear(latents, attention.kv_b_proj.weight)
         torch.testing.assert_close(attention.kv_b_proj(latents), rebuilt, atol=1e-5, rtol=1e-4)
@@ -794,7 +783,7 @@ def test_cached_generation_is_the_full_pass(scheme):
     for length in range(9, 21):
         logits = quantized(text[:, :length])[0, -1]
         assert logits[text[0, length]] >= logits.max() - 1e-4
-    drafted = quantized.generate(ids, 12, speculative=True)
+    drafted = generated(quantized, ids, 12, speculative=True)
     assert torch.equal(drafted, text)
 
 
@@ -803,8 +792,8 @@ def test_cached_generation_is_the_full_pass(scheme):
 def test_models_of_other_precisions_generate(scheme, dtype):
     ids = small_language(9, seed=5)[None]
     for model in (quantize_model(small().to(dtype), scheme, calibration()),
-                  quantize_model(small(), scheme, calibration()).to(dtype)):  # fmt: skip
-        assert model.generate(ids, 4, speculative=True).shape == (1, 13)
+                  quantize_model(small(), scheme, calibration()).to(dtype)):
+        assert generated(model, ids, 4, speculative=True).shape == (1, 13)
         assert model(ids).dtype == dtype and model(ids, path="absorbed").dtype == dtype
 
 
@@ -825,17 +814,17 @@ def test_models_prepared_for_fp8_training_are_quantised_like_others():
 
 
 def test_a_model_straight_from_a_training_pass_is_copied():
-    model = small(depth=0)
-    moe = model.layers[1].mlp
-    moe.balance_loss = functools.partial(balance_over_batch, 0.01)
-    ids = calibration(2, 12)
-    q.next_token_loss(model.train()(ids), ids).backward()
-    kept = moe.last_balance_loss
-    assert kept.grad_fn is not None
+    model, ids, routed = small(depth=0), calibration(2, 12), []
+    model.layers[1].mlp.balance_loss = functools.partial(balance_over_batch, 0.01)
+    loss = q.next_token_loss(model.train()(ids, routed=routed), ids)
+    (loss + sum(r.balance_loss() for r in routed)).backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     for prepare in (lambda m: quantize_model(m, "int8"), lambda m: prepare_qat(m, "int8"),
-                    prepare_fp8_training):  # fmt: skip
-        assert prepare(model).layers[1].mlp.last_balance_loss is None
-    assert moe.last_balance_loss is kept
+                    prepare_fp8_training):
+        assert prepare(model)(ids).isfinite().all()
+    assert model.training and routed[0].layer is model.layers[1].mlp
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.grad, gradients[name])
 
 
 def test_qat_of_a_bf16_model_trains_the_weights_that_it_converts_to():
@@ -850,11 +839,11 @@ def test_qat_of_a_bf16_model_trains_the_weights_that_it_converts_to():
 def test_kernels_generate(scheme):
     quantized = quantize_model(small(), scheme, calibration())
     ids = torch.cat([small_language(5, seed=5)[None], small_language(5, seed=6)[None]])
-    text = quantized.generate(ids, 6, speculative=True)
+    text = generated(quantized, ids, 6, speculative=True)
     assert text.shape == (2, 11) and torch.equal(text[:, :5], ids)
 
 
-@pytest.mark.parametrize("dispatch", ["dense", "loop", "by_choice", "grouped"])
+@pytest.mark.parametrize("dispatch", ["dense", "loop", "grouped"])
 def test_quantised_experts_agree_in_every_dispatch(dispatch):
     quantized = use_reference(quantize_model(small(), "int4"))
     layer = quantized.layers[1].mlp
@@ -864,7 +853,7 @@ def test_quantised_experts_agree_in_every_dispatch(dispatch):
     )
     one = Routing(torch.ones(3, 1), torch.full((3, 1), 2), torch.rand(3, 4))
     torch.testing.assert_close(  # every token on one expert, three without any
-        getattr(layer.experts, dispatch)(x[0, :3], one), layer.experts._one_expert(2, x[0, :3])
+        getattr(layer.experts, dispatch)(x[0, :3], one), layer.experts.expert(2, x[0, :3])
     )
 
 
@@ -895,7 +884,7 @@ def test_eight_bits_from_width_64_on(scheme):
 @pytest.mark.parametrize(
     ("scheme", "limit"), [("int8", 0.27), ("llm_int8", 0.27), ("w8a8", 0.27), ("smoothquant", 0.27),
                           ("int4", 0.15), ("gptq4", 0.15), ("awq4", 0.15), ("fp8", 0.27)],
-)  # fmt: skip
+)
 def test_bytes_of_the_matrices_are_counted_and_small(scheme, limit):
     def block(feed_forward):
         return q.TransformerBlock(MultiHeadLatentAttention(256, 4, 128, 32, 16, 32), feed_forward)
@@ -910,8 +899,8 @@ def test_bytes_of_the_matrices_are_counted_and_small(scheme, limit):
     )
     held = sum(
         tensor.nbytes for name, tensor in quantized.layers.named_buffers()
-        if "gate.e_score" not in name and "gate.load" not in name
-    )  # fmt: skip
+        if "gate.e_score" not in name
+    )
     assert stored == held and stored <= limit * before
     layers = [m for m in quantized.modules() if isinstance(m, QuantizedLinear)]
     assert min(layer.in_features for layer in layers) >= 64
@@ -922,8 +911,6 @@ def test_bytes_of_one_layer_by_hand():
     weight = torch.randn(48, 256)
     assert IntegerLinear(256, 48).fill_nearest(weight).weight_bytes() == 48 * (256 + 2)
     four = IntegerLinear(256, 48, bits=4, group_size=128).fill_nearest(weight)
-    assert four.kernel_layout and four.weight_bytes() == 48 * (128 + 2 * 4)  # scale and zero
-    four.set_kernel(False)
     assert four.weight_bytes() == 48 * (128 + 2 * 2)
     three = IntegerLinear(256, 48, bits=3).fill_nearest(weight)
     assert three.weight_bytes() == 48 * (96 + 2)
@@ -990,8 +977,8 @@ def poisoned(value):
         (lambda: Scheme("w8a8", bits=4), "takes bits=8 and group_size=None"),
         (lambda: Scheme("llm_int8", method="gptq"), "'gptq' is for layer='weights'"),
         (lambda: Scheme("weights", method="smooth"), "'smooth' is for layer='w8a8'"),
-        (lambda: Scheme("int8"), "layer='int8' must be one of"),
-        (lambda: Scheme(method="best"), "method='best' must be one of"),
+        (lambda: Scheme("int8"), "layer=int8 must be one of"),
+        (lambda: Scheme(method="best"), "method=best must be one of"),
         (lambda: prepare_qat(small(), "gptq4"), "QAT is for schemes that round weights to nearest"),
         (lambda: prepare_qat(small(), "w8a8"), "QAT is for schemes"),
         (lambda: prepare_qat(prepare_qat(small(), "int4"), "int4"), "prepared for QAT"),
@@ -1000,7 +987,7 @@ def poisoned(value):
         (lambda: prepare_fp8_training(quantize_model(small(), "int8")), "quantised already"),
         (lambda: quantize_cache(small(), 9), "bits=9 must be from 2 to 8"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
@@ -1022,7 +1009,7 @@ def test_calibrated_blocks_see_the_rounded_blocks_before_them(monkeypatch):
 
     def watched(model, ids, linears):
         seen.append(
-            [isinstance(b.self_attn.o_proj, QuantizedLinear) for b in q.model_blocks(model)]
+            [isinstance(b.self_attn.o_proj, QuantizedLinear) for b in model.blocks()]
         )
         return right(model, ids, linears)
 
@@ -1052,7 +1039,7 @@ def test_qat_sees_the_weights_that_the_integer_layers_hold(scheme):
     model = small()
     rounded = prepare_qat(model, scheme)
     real = use_reference(convert_qat(rounded))
-    for fake_block, real_block in zip(q.model_blocks(rounded), q.model_blocks(real), strict=True):
+    for fake_block, real_block in zip(rounded.blocks(), real.blocks(), strict=True):
         for name in ("self_attn.q_b_proj", "self_attn.kv_b_proj", "self_attn.o_proj"):
             fake = fake_block.get_submodule(name).weight
             assert torch.equal(fake, real_block.get_submodule(name).weight)
@@ -1068,7 +1055,7 @@ def test_qat_sees_the_weights_that_the_integer_layers_hold(scheme):
 def test_qat_gradient_goes_straight_through():
     weight = torch.randn(8, 64, requires_grad=True)
     upstream = torch.randn(8, 64)
-    rounded = q.StraightThrough.apply(weight, 4, 32)
+    rounded = q.FakeQuantize(Scheme(bits=4, group_size=32))(weight)
     rounded.backward(upstream)
     assert torch.equal(weight.grad, upstream)
     codes, scale = absmax_quantize(weight.detach().view(8, 2, 32), 4, -1, torch.bfloat16)
@@ -1126,9 +1113,9 @@ def test_fp8_training_rounds_the_operands_of_all_three_products():
 
 def test_fp8_training_reaches_every_matrix_and_no_other():
     model = prepare_fp8_training(small())
-    linears = [m for block in q.model_blocks(model) for m in q.linears_of(block).values()]
+    linears = [m for block in model.blocks() for m in q.linears_of(block).values()]
     assert all(type(linear) is q.Fp8TrainingLinear for linear in linears) and len(linears) > 20
-    assert type(model.lm_head) is Linear and type(model.mtp[0].eh_proj) is Linear
+    assert type(model.lm_head) is nn.Linear and type(model.mtp[0].eh_proj) is nn.Linear
     assert not any(
         isinstance(m, Experts) and not isinstance(m, q.ExpertList) for m in model.modules()
     )
@@ -1158,10 +1145,10 @@ def test_fp8_training_follows_the_training_in_fp32():
 @pytest.mark.performance
 @pytest.mark.parametrize(("bits", "size"), [(8, 112 + 4), (6, 84 + 4), (4, 56 + 4)])
 def test_bytes_of_the_cache_with_their_scales(bits, size):
-    cache = QuantizedLatentCache(20, bits=bits, latent_width=96)
-    cache.append(torch.randn(3, 5, 112))
-    assert cache.used_bytes() == 3 * 5 * size
-    assert cache.allocated_bytes() == 3 * 20 * size
+    for store in (RowStore, functools.partial(decoding.PreallocatedRows, 20)):
+        cache = QuantizedLatentCache(store, bits=bits, latent_width=96)
+        cache.append(torch.randn(3, 5, 112))
+        assert cache.used_bytes() == 3 * 5 * size
 
 
 def test_cached_numbers_are_within_half_a_step_and_parts_have_their_own_scale():
@@ -1177,21 +1164,37 @@ def test_cached_numbers_are_within_half_a_step_and_parts_have_their_own_scale():
     assert QuantizedLatentCache(bits=8, latent_width=40).append(memory).shape == memory.shape
 
 
-def test_cache_appends_overwrites_and_rolls_back():
-    memory, cache = torch.randn(2, 9, 40), QuantizedLatentCache(bits=6, latent_width=32)
+STORES = pytest.mark.parametrize(
+    "store", [RowStore, functools.partial(decoding.PreallocatedRows, 9)], ids=["plain", "room"]
+)
+
+
+@STORES
+def test_cache_appends_and_rolls_back(store):
+    memory = torch.randn(2, 9, 40)
     whole = QuantizedLatentCache(bits=6, latent_width=32).append(memory)
+    cache = QuantizedLatentCache(store, bits=6, latent_width=32)
     cache.append(memory[:, :4])
     assert cache.length == 4
     torch.testing.assert_close(cache.append(memory[:, 4:6]), whole[:, :6])
     cache.truncate(2)
     torch.testing.assert_close(cache.append(memory[:, 2:9]), whole)
-    torch.testing.assert_close(cache.append(memory[:, 3:5], start=3), whole[:, :5])
-    places = torch.tensor([3, 5])
-    ragged = cache.append(torch.stack([memory[0, 3:4], memory[1, 5:6]]), places)
+    cache.truncate(3)
+    assert cache.length == 3
+    torch.testing.assert_close(cache.append(memory[:, 3:5]), whole[:, :5])
+    with pytest.raises(ValueError, match="truncate"):
+        cache.truncate(6)
+
+
+def test_each_row_of_a_batch_goes_on_from_its_own_length():
+    memory, room = torch.randn(2, 9, 40), functools.partial(decoding.PreallocatedRows, 9)
+    whole = QuantizedLatentCache(bits=6, latent_width=32).append(memory)
+    cache = QuantizedLatentCache(room, bits=6, latent_width=32)
+    cache.append(memory[:, :6])
+    cache.truncate(torch.tensor([3, 5]))
+    ragged = cache.append(torch.stack([memory[0, 3:4], memory[1, 5:6]]))
     torch.testing.assert_close(ragged[0, :4], whole[0, :4])
     torch.testing.assert_close(ragged[1, :6], whole[1, :6])
-    with pytest.raises(ValueError, match="gap"):
-        cache.append(memory[:, :1], start=20)
 
 
 @pytest.mark.parametrize("bits", [8, 6])
@@ -1199,8 +1202,8 @@ def test_generation_with_a_quantised_cache(bits):
     model = quantize_cache(small(), bits)
     ids = small_language(9, seed=5)[None]
     text = model.generate(ids, 12)
-    assert torch.equal(model.generate(ids, 12, speculative=True), text)
-    assert torch.equal(model.generate(ids, 12, prefill_chunk=2), text)
+    assert torch.equal(generated(model, ids, 12, speculative=True), text)
+    assert torch.equal(generated(model, ids, 12, prefill_chunk=2), text)
     caches = model.new_caches()
     assert all(isinstance(cache, QuantizedLatentCache) for cache in caches)
     # one pass through the caches sees what token by token saw
@@ -1218,5 +1221,5 @@ def test_generation_with_a_quantised_cache(bits):
 @pytest.mark.integration
 def test_script(check_script):
     check_script(
-        "quantization_coded.py", ["--steps", 20], ["--bits", 9], "--bits=9 from 2 to 4"
-    )  # fmt: skip
+        "quantization_coded.py", ["--steps", 20], ["--bits", 9], "--bits=9 must be from 2 to 4"
+    )
