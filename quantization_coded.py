@@ -634,8 +634,9 @@ def quantize_model(model, scheme, calibration=None):
         check_calibration(model, calibration, scheme)
     quantized = listed_experts(model.copy().eval().requires_grad_(False))
     for number, block in enumerate(quantized.blocks()):
-        linears = linears_of(block)
-        statistics = input_statistics(quantized, calibration, linears) if calibrates else {}
+        linears, statistics = linears_of(block), {}
+        if calibrates:  # by what the rounded blocks before it will really compute
+            statistics = input_statistics(quantized.prepared(), calibration, linears)
         for name, linear in linears.items():
             where = f"block {number} {name}"
             layer = quantized_linear(linear, scheme, where, statistics.get(name))

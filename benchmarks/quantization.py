@@ -20,22 +20,22 @@ import torch.nn.functional as F
 
 import deepseek_full_model as full
 from deepseek_full_model import DeepSeekConfig, DeepSeekModel
-from lesson import one_line_errors
+from lesson import one_line_errors, picture
 from pipeline import corpus
+from pipeline.fast import pack_int4
 from pipeline.loop import learning_rate
 from quantization_coded import (
     SCHEMES,
     IntegerLinear,
     Scheme,
     W8A8Linear,
+    block_quantize,
     convert_qat,
-    fp8_rows,
     matrix_bytes,
     prepare_fp8_training,
     prepare_qat,
     quantize_cache,
     quantize_model,
-    scaled_mm_by_rows,
 )
 
 # The least that each ratio to FP32 (or to BF16) should reach.
@@ -57,7 +57,9 @@ def kernels(repeats, size, count):
         "INT4 weights": lambda: IntegerLinear(size, size, bits=4, group_size=128),
         "W8A8": lambda: W8A8Linear(size, size),
     }
-    layers = {name: [make().fill_nearest(w) for w in weights] for name, make in kinds.items()}
+    layers = {
+        name: [pack_int4(make().fill_nearest(w)) for w in weights] for name, make in kinds.items()
+    }
     # INT4 takes an eighth of the bytes: more copies, so that these come from memory, too.
     layers["INT4 weights"] += [copy.deepcopy(layer) for layer in layers["INT4 weights"]]
     in_bf16 = [weight.bfloat16() for weight in weights]
@@ -84,7 +86,7 @@ def kernels(repeats, size, count):
         table = [
             {"work": name, "ms": f"{1e3 * s:.3f}", "× FP32": f"{seconds['FP32'] / s:.2f}",
              "× BF16": f"{seconds['BF16'] / s:.2f}"} for name, s in seconds.items()
-        ]  # fmt: skip
+        ]
         measure.print_table(f"{rows} row{'s' * (rows > 1)} times {size} × {size}", table)
         all_seconds |= {f"{rows} rows, {name}": s for name, s in seconds.items()}
         if rows == 1:
@@ -94,6 +96,19 @@ def kernels(repeats, size, count):
             for name in ("FP32", "BF16"):
                 ratios[f"W8A8, 256 rows / {name}"] = seconds[name] / seconds["W8A8"]
     return {"ratios": ratios, "seconds": all_seconds}
+
+
+def fp8_rows(x):
+    """x (R, C) → E4M3 codes (R, C) and one FP32 scale a row (R, 1)."""
+    return block_quantize(x, 1, x.shape[1])
+
+
+def scaled_mm_by_rows(x, weight_codes, weight_scale):
+    """x Wᵀ by PyTorch's FP8 product, which on a CPU takes one scale a row (or a tensor)."""
+    codes, scale = fp8_rows(x)
+    by_row = F.ScalingType.RowWise
+    return F.scaled_mm(codes, weight_codes.T, scale, by_row, weight_scale.T, by_row,
+                       output_dtype=torch.float32)
 
 
 def each(stack, work, times):
@@ -117,7 +132,7 @@ def wide_config(quick):
         num_attention_heads=16, q_lora_rank=512, kv_lora_rank=256, qk_nope_head_dim=64,
         qk_rope_head_dim=32, v_head_dim=64, max_position_embeddings=512,
         num_hidden_layers=2 if quick else 4, num_nextn_predict_layers=0,
-    )  # fmt: skip
+    )
     return DeepSeekConfig.from_dict({**small, **sizes})
 
 
@@ -151,12 +166,12 @@ def speed_rows(models, prompt, long, new, repeats):
         name: {"decode": decode["FP32"] / decode[name], "prefill": prefill["FP32"] / prefill[name],
                "decode seconds": decode[name], "prefill seconds": prefill[name]}
         for name in models
-    }  # fmt: skip
+    }
     rows = [
         {"scheme": name, "tokens/s": f"{new / decode[name]:.0f}",
          "decode ×": f"{result[name]['decode']:.2f}", "prefill ×": f"{result[name]['prefill']:.2f}"}
         for name in models
-    ]  # fmt: skip
+    ]
     return rows, result
 
 
@@ -181,7 +196,7 @@ class Trained:
         model.eval()
         windows = []
         for ids_BT, target_BT, _ in self.batches:
-            caches = model.new_caches(capacity=ids_BT.shape[1]) if model.cache_bits else None
+            caches = model.new_caches() if model.cache_bits else None
             hidden_BTD = model.hidden_states(ids_BT, caches=caches)
             scored_BT = target_BT[:, 1:]
             logits = model.lm_head(hidden_BTD[:, :-1][scored_BT])
@@ -240,10 +255,10 @@ def table(repeats, trained):
         row |= {"disk MB": f"{disk / 1e6:.1f}", "memory MB": f"{all_bytes(model) / 1e6:.1f}",
                 "matrices ×": f"{stored / before:.4f}", "bits/byte": f"{rate:.4f}",
                 "change": f"{change:+.5f} ± {error:.5f}",
-                "relative": f"{change / trained.rate(trained.reference):+.3%}"}  # fmt: skip
+                "relative": f"{change / trained.rate(trained.reference):+.3%}"}
         result[name] = {**speed[name], "disk": disk, "memory": all_bytes(model),
                         "matrices": stored / before, "bits_per_byte": rate, "change": change,
-                        "standard_error": error}  # fmt: skip
+                        "standard_error": error}
     measure.print_table("the trained model", rows)
     return {"schemes": result}
 
@@ -263,7 +278,7 @@ def methods(trained, seeds):
                 less, error = trained.difference(nats, nearest)
                 name = f"{bits} bits, {method}, seed {seed}"
                 rows.append({**trained.row(name, nats),
-                             "against nearest": f"{less:+.5f} ± {error:.5f}"})  # fmt: skip
+                             "against nearest": f"{less:+.5f} ± {error:.5f}"})
                 result[name] = (*trained.difference(nats), less, error)
     measure.print_table("methods, a scale every 128 weights (kv_b_proj: 32)", rows)
     return {"differences": result}
@@ -282,7 +297,7 @@ def caches(trained):
         change = trained.difference(nats)
         rows.append({**trained.row(f"cache in {bits} bits", nats),
                      "bytes a token and layer": f"{size:.0f}",
-                     "in place of (BF16)": str(2 * width)})  # fmt: skip
+                     "in place of (BF16)": str(2 * width)})
         result[bits] = {"difference": change, "bytes": size}
     quantize_cache(trained.model, None)
     measure.print_table("the latent cache", rows)
@@ -306,7 +321,7 @@ def training_run(model, trained, steps, precision=torch.float32, rate=3e-4, seed
 def qat(trained, steps):
     """INT3 a row: rounding, a control trained on and rounded, and QAT, each with as many steps."""
     scheme = Scheme("weights", 3)
-    control, rounded = copy.deepcopy(trained.model), prepare_qat(trained.model, scheme)
+    control, rounded = trained.model.copy(), prepare_qat(trained.model, scheme)
     training_run(control, trained, steps, warm=True)
     training_run(rounded, trained, steps, warm=True)
     nats = {
@@ -319,7 +334,7 @@ def qat(trained, steps):
     _, unrounded, control, converted = (trained.rate(n) for n in nats.values())
     share = (control - converted) / (control - unrounded)
     print(f"QAT recovers {share:.0%} of what rounding the control lost "
-          f"({control - unrounded:.5f} bits per byte)")  # fmt: skip
+          f"({control - unrounded:.5f} bits per byte)")
     return {"rates": {name: trained.rate(n) for name, n in nats.items()}, "recovered": share}
 
 
@@ -335,7 +350,7 @@ def fp8_training(trained, steps):
         for name in ("FP32", "BF16", "FP8"):
             torch.manual_seed(0)
             scratch = start == "from scratch"
-            model = DeepSeekModel(trained.model.config) if scratch else copy.deepcopy(trained.model)
+            model = DeepSeekModel(trained.model.config) if scratch else trained.model.copy()
             model = prepare_fp8_training(model) if name == "FP8" else model
             precision = torch.bfloat16 if name == "BF16" else torch.float32
             values = training_run(model, trained, steps, precision, rate, warm=not scratch)
@@ -351,7 +366,7 @@ def fp8_training(trained, steps):
                 "over BF16": f"{losses[name] / losses['BF16'] - 1:+.3%}",
                 "validation, bits per byte": f"{trained.rate(value):.4f}",
                 "over that of BF16": f"{change / base:+.3%} ± {error / base:.3%}",
-            })  # fmt: skip
+            })
         measure.print_table(f"{steps} steps {start}", rows)
         rates = {name: trained.rate(value) for name, value in nats.items()}
         results[start] = {"losses": losses, "bits_per_byte": rates}
@@ -361,32 +376,24 @@ def fp8_training(trained, steps):
 # %% The picture
 def draw(schemes, path):
     """Bytes of the matrices against what is lost (± 2 standard errors), and speed, by scheme."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
-    names = [name for name in schemes if name != "FP32"]
-    for name in names:
-        scheme = schemes[name]
-        error = 2 * scheme["standard_error"]
-        left.errorbar(scheme["matrices"], 1e3 * scheme["change"], 1e3 * error, fmt="o", label=name)
-    left.axhline(0, color="gray", linewidth=0.8)
-    left.set(xlabel="bytes of the matrices over FP32's",
-             ylabel="thousandths of a bit per byte over FP32")  # fmt: skip
-    left.legend()
-    places = range(len(names))
-    for shift, what in ((-0.2, "decode"), (0.2, "prefill")):
-        speeds = [schemes[name][what] for name in names]
-        right.bar([place + shift for place in places], speeds, width=0.4, label=what)
-    right.axhline(1, color="gray", linewidth=0.8)
-    right.set_xticks(places, names, rotation=30)
-    right.set(ylabel="speed over FP32's")
-    right.margins(y=0.25)
-    right.legend(loc="upper right", ncols=2)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    names, places = [name for name in schemes if name != "FP32"], range(len(schemes) - 1)
+    with picture(path, columns=2, size=(13, 4.5)) as (left, right):
+        for name in names:
+            scheme = schemes[name]
+            stored, lost, error = (scheme[k] for k in ("matrices", "change", "standard_error"))
+            left.errorbar(stored, 1e3 * lost, 2e3 * error, fmt="o", label=name)
+        left.axhline(0, color="gray", linewidth=0.8)
+        left.set(xlabel="bytes of the matrices over FP32's",
+                 ylabel="thousandths of a bit per byte over FP32")
+        left.legend()
+        for shift, what in ((-0.2, "decode"), (0.2, "prefill")):
+            speeds = [schemes[name][what] for name in names]
+            right.bar([place + shift for place in places], speeds, width=0.4, label=what)
+        right.axhline(1, color="gray", linewidth=0.8)
+        right.set_xticks(places, names, rotation=30)
+        right.set(ylabel="speed over FP32's")
+        right.margins(y=0.25)
+        right.legend(loc="upper right", ncols=2)
 
 
 # %% The run
@@ -398,7 +405,7 @@ def print_ratios(ratios, quick):
         {"ratio": name, "value": f"{value:.2f}", "aim": f"at least {TARGETS[name]}",
          "": "" if quick else ("reached" if value >= TARGETS[name] else "falls short")}
         for name, value in ratios.items()
-    ]  # fmt: skip
+    ]
     measure.print_table("ratios", rows)
 
 
@@ -423,7 +430,7 @@ def main(argv=None):
     }
     if trained:
         print(f"the trained model on {trained.bytes:,} bytes of the validation part: "
-              f"{trained.rate(trained.reference):.4f} bits per byte in FP32")  # fmt: skip
+              f"{trained.rate(trained.reference):.4f} bits per byte in FP32")
         parts |= {
             "table": lambda: table(repeats, trained),
             "methods": lambda: methods(trained, seeds),
