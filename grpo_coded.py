@@ -448,14 +448,14 @@ def grpo_step(
 ):
     """One step of GRPO from lists of ids, `prompts`; returns the mean reward.
 
-    `GRPOTrainer` does the same, and in addition: minibatches, completions without advantage left
-    out, dapo's second draw and penalty, a reference that is refreshed, figures.
+    `GRPOTrainer` does the same, and more: minibatches, completions without advantage left out,
+    dapo's second draw, a reference that is refreshed, figures.
     """
-    s, variant = settings, VARIANTS[settings.variant]
+    s = settings
     rollout = roll_out(policy.eval(), prompts, s.group_size, s.max_new_tokens, eos_token_id,
                        s.temperature, generator)
     rewards = judge(rollout, prompts, reward, decode)
-    advantages = group_advantages(rewards, s.group_size, variant.normalize_std)
+    advantages = advantages_of(rollout, rewards, s)
     with torch.no_grad():  # before the first update, the policy is still the one that drew
         old_logp = logprobs_of(policy, rollout, s)
         ref_logp = logprobs_of(reference, rollout, s)
@@ -472,6 +472,15 @@ def grpo_step(
         add_loads(loads, routed)
     move_routing_bias(loads, s.gamma)
     return rewards.mean().item()
+
+
+def advantages_of(rollout, rewards, settings):
+    """(B,) advantages as the variant has them."""
+    s, variant = settings, VARIANTS[settings.variant]
+    if variant.overlong:
+        lengths = rollout.mask.sum(dim=1)
+        rewards = rewards + overlong_penalty(lengths, s.max_new_tokens, s.overlong_buffer)
+    return group_advantages(rewards, s.group_size, variant.normalize_std)
 
 
 def logprobs_of(policy, rollout, settings, routed=None):
@@ -568,15 +577,12 @@ class GRPOTrainer:
         return Rollout.joined(kept), Rollout.joined(drawn)
 
     def judged(self, prompts, generator):
-        s, variant = self.settings, VARIANTS[self.settings.variant]
+        s = self.settings
         check_prompts(prompts, self.decode, s.max_new_tokens, self.policy.max_positions)
         rollout = roll_out(self.policy.eval(), prompts, s.group_size, s.max_new_tokens,
                            self.eos_token_id, s.temperature, generator)
-        rollout.rewards = judged = judge(rollout, prompts, self.reward, self.decode)
-        if variant.overlong:
-            lengths = rollout.mask.sum(dim=1)
-            judged = judged + overlong_penalty(lengths, s.max_new_tokens, s.overlong_buffer)
-        rollout.advantages = group_advantages(judged, s.group_size, variant.normalize_std)
+        rollout.rewards = judge(rollout, prompts, self.reward, self.decode)
+        rollout.advantages = advantages_of(rollout, rollout.rewards, s)
         return rollout
 
     def texts(self, rollout):
