@@ -13,7 +13,6 @@ from grpo_coded import (
     Settings,
     decode,
     encode,
-    exact_match,
     prompt_source,
     roll_out,
     small_policy,
@@ -37,10 +36,15 @@ from benchmarks.grpo import (  # noqa: E402
 IN_FP32 = "cached rollout → training forward, FP32"
 
 
+def likes_ones(prompt, completions):
+    """A reward that every policy can find."""
+    return [text.count("1") / 5 for text in completions]
+
+
 def trainer_for(policy, **settings):
     settings = Settings(**{**dict(prompts=4, group_size=4, minibatches=1), **settings})
     draw = prompt_source(["1+2=", "12+34="])
-    return GRPOTrainer(policy, exact_match, draw, decode, END, settings)
+    return GRPOTrainer(policy, likes_ones, draw, decode, END, settings)
 
 
 def test_routing_flips_by_hand():
