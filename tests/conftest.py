@@ -1,12 +1,18 @@
-"""Shared by all tests: seeds, and scripts run as a user runs them."""
+"""Shared by all tests: one thread a process, seeds, and scripts run as a user runs them."""
 
+import importlib
 import os
 import pathlib
 import subprocess
 import sys
 
-import pytest
-import torch
+# Several test processes run side by side. Each gets one thread, and this before torch starts its
+# own: two processes that both use all cores slow each other down tenfold.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}  # torch and NumPy; tokenizers
+os.environ.update(ONE_THREAD)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -20,29 +26,39 @@ def fixed_seed():
 def run_script(tmp_path):
     """run_script(name, *arguments) → the finished process; it runs in an empty directory."""
 
-    def run(name, *arguments, timeout=120):
+    def run(name, *arguments, timeout=300):
         return subprocess.run(
             [sys.executable, str(ROOT / name), *map(str, arguments)],
             cwd=tmp_path, capture_output=True, text=True, timeout=timeout,
-            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+            env={**os.environ, **ONE_THREAD, "PYTHONDONTWRITEBYTECODE": "1"},
+        )
 
     return run
 
 
 @pytest.fixture
-def check_script(run_script):
-    """The promises of every phase script: checks pass, `--help` works, a mistake is one line."""
+def check_script(run_script, capsys):
+    """The promises of every phase script: checks pass, `--help` works, a mistake is one line.
+
+    The script runs as a user runs it; the other two are asked of its `main`, which spares two
+    starts of torch.
+    """
 
     def check(name, arguments, bad_arguments, message):
         result = run_script(name, *arguments)
         assert result.returncode == 0, result.stderr
         assert result.stdout.startswith(name) and "Try changing:" in result.stdout
         assert " ok" in result.stdout and "FAILED" not in result.stdout
-        assert "Run:" in run_script(name, "--help").stdout
-        wrong = run_script(name, *bad_arguments)
-        assert wrong.returncode == 2
-        assert wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1
-        assert message in wrong.stderr
+        main = importlib.import_module(name.removesuffix(".py")).main
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            main(["--help"])
+        assert exit_info.value.code == 0 and "Run:" in capsys.readouterr().out
+        with pytest.raises(SystemExit) as exit_info:
+            main(list(map(str, bad_arguments)))
+        error = capsys.readouterr().err
+        assert exit_info.value.code == 2
+        assert error.startswith("error: ") and error.count("\n") == 1
+        assert message in error
 
     return check
