@@ -6,25 +6,36 @@ import math
 import types
 
 
-def setting(default, help="", *, at_least=None, above=None, below=None, choices=None):
+def setting(
+    default=dataclasses.MISSING, help="", *, at_least=None, above=None, below=None, choices=None,
+    flag=None, metavar=None,
+):
     """A dataclass field with bounds for `check_settings` and a help text for `add_flags`.
 
     at_least, above, below: bounds of a number, which must be finite. choices: the values allowed.
+    flag, metavar: the flag's name and the name of its value, where the field's own do not say it.
     """
-    bounds = dict(help=help, at_least=at_least, above=above, below=below, choices=choices)
-    return dataclasses.field(default=default, metadata=bounds)
+    declared = dict(
+        help=help, at_least=at_least, above=above, below=below, choices=choices, flag=flag,
+        metavar=metavar,
+    )
+    return dataclasses.field(default=default, metadata=declared)
 
 
-def check_settings(settings, as_flags=False):
+def check_settings(settings, as_flags=False, types=False):
     """ValueError for the first field of a dataclass that breaks its bounds; None is not checked.
 
     as_flags: the message names `--learning-rate` where it else names `learning_rate`.
+    types: the values come from a file, so that their types are checked, too.
     """
     for field in dataclasses.fields(settings):
         value, bounds = getattr(settings, field.name), field.metadata
-        wanted = None if value is None else broken_bound(value, bounds)
+        if types:
+            wanted, value = broken_type(value, field), repr(value)
+        else:
+            wanted = None if value is None else broken_bound(value, bounds)
         if wanted:
-            name = f"--{field.name.replace('_', '-')}" if as_flags else field.name
+            name = flag_name(field) if as_flags else field.name
             raise ValueError(f"{name}={value} must be {wanted}")
 
 
@@ -42,25 +53,62 @@ def broken_bound(value, bounds):
     return None
 
 
+def broken_type(value, field):
+    """As `broken_bound`, for a value of any type; a number without bounds may be anything."""
+    kind, bounds = plain_type(field), field.metadata
+    if value is None and isinstance(field.type, types.UnionType):  # int | None
+        return None
+    if kind is bool:
+        return None if type(value) is bool else "true or false"
+    if kind is dict:
+        return None if isinstance(value, dict) else "an object"
+    at_least, above = bounds.get("at_least"), bounds.get("above")
+    if kind not in (int, float) or at_least is None and above is None:
+        return None
+    right = type(value) is int or kind is float and type(value) is float
+    if right and broken_bound(value, bounds) is None:
+        return None
+    number = "an integer" if kind is int else "a number"
+    return f"{number} above {above}" if at_least is None else f"{number} of at least {at_least}"
+
+
+def plain_type(field):
+    """int for `int | None`."""
+    if not isinstance(field.type, types.UnionType):
+        return field.type
+    return next(part for part in field.type.__args__ if part is not types.NoneType)
+
+
+def flag_name(field):
+    return field.metadata.get("flag") or f"--{field.name.replace('_', '-')}"
+
+
 def add_flags(parser, settings_class, names):
     """A flag for each named field of a dataclass: its type, its choices, its default in the help.
 
-    Flags that are not given stay absent (`argparse.SUPPRESS`): see `chosen_settings`.
+    A list takes one value or more; a boolean flag turns its default around. A help text that names
+    the default itself stays as it is. Flags that are not given stay absent (`argparse.SUPPRESS`):
+    see `chosen_settings`.
     """
     fields = {field.name: field for field in dataclasses.fields(settings_class)}
     for name in names:
-        field = fields[name]
-        kind, choices = field.type, field.metadata.get("choices")
-        if isinstance(kind, types.UnionType):  # int | None
-            kind = next(part for part in kind.__args__ if part is not types.NoneType)
-        text = field.metadata.get("help", "")
-        text = f"{text} (default: {field.default})" if text else f"default: {field.default}"
-        flag = f"--{name.replace('_', '-')}"
+        field, bounds = fields[name], fields[name].metadata
+        kind, text = plain_type(field), bounds.get("help", "")
+        unsaid = field.default not in (None, dataclasses.MISSING, "") and "default" not in text
+        if unsaid and kind is not bool:
+            text = f"{text} (default: {field.default})" if text else f"default: {field.default}"
         options = dict(dest=name, default=argparse.SUPPRESS, help=text)
         if kind is bool:
-            parser.add_argument(flag, action="store_true", **options)
+            action = "store_false" if field.default else "store_true"
+            parser.add_argument(flag_name(field), action=action, **options)
+            continue
+        options |= dict(choices=bounds.get("choices"), metavar=bounds.get("metavar"))
+        if kind is list:
+            options |= dict(nargs="+")
         else:
-            parser.add_argument(flag, type=kind, choices=choices, **options)
+            options |= dict(type=kind)
+        options |= dict(required=field.default is dataclasses.MISSING)
+        parser.add_argument(flag_name(field), **options)
 
 
 def chosen_settings(arguments, settings_class):
