@@ -24,8 +24,11 @@ import deepseek_full_model as full
 from deepseek_full_model import DeepSeekConfig, DeepSeekModel
 from lesson import one_line_errors
 from moe_coded import MixtureOfExperts, TopKRouter
-from mtp_coded import decoding_head, slots
+from mtp_coded import Sampling
 from pipeline import corpus
+from pipeline.decoding import new_caches, read
+from pipeline.fast import decoding_head, speed_up
+from pipeline.run import training_record
 
 # The least that each row should reach, as a ratio.
 TARGETS = {
@@ -109,7 +112,7 @@ def our_decoder(model, ids):
 
     Caches and packed head are made beforehand, as transformers' cache is.
     """
-    caches, past = model.new_caches(capacity=ids.shape[1] + 64), ids.shape[1]
+    caches, past = new_caches(model, capacity=ids.shape[1] + 64), ids.shape[1]
     model.hidden_states(ids, caches=caches)
     head = decoding_head(model.lm_head, tokens=64)
 
@@ -117,7 +120,7 @@ def our_decoder(model, ids):
     def write(new):
         fresh = ids[:, -1:]
         for i in range(new):
-            hidden = model._run(fresh, caches, **slots(past + i, 1, fresh.device))
+            hidden = read(model, fresh, caches, start=past + i)
             fresh = head(hidden[:, -1]).argmax(dim=-1, keepdim=True)
 
     return write
@@ -205,7 +208,7 @@ class Trained:
         if not len(self.model.mtp):
             raise ValueError(f"{directory}: the model has no MTP module to draft with")
         self.theirs = DeepseekV3ForCausalLM.from_pretrained(directory).eval()
-        data = full.read_run(directory)["options"]["data"]
+        data = training_record(directory)["options"]["data"]
         documents = [d for d in corpus.load_corpus(data).test if d.size > 2000][:files]
         separator = tokenizer.token_to_id(corpus.SEPARATOR)
         self.prompts = [
@@ -215,12 +218,17 @@ class Trained:
 
 def speculation(repeats, trained, new, depth):
     """Greedy continuations, plain and with drafts."""
-    model, prompts, same = trained.model, trained.prompts, 0
-    drafts = {"forwards": 0, "drafted": 0, "accepted": 0}
-    for ids in prompts:
-        text, figures = full.speculative_generate(model, ids, new, depth=depth)
-        same += torch.equal(text, model.generate(ids, new))
-        drafts = {key: value + figures[key] for key, value in drafts.items()}
+    model, prompts = trained.model, trained.prompts
+    texts = [
+        model.complete(ids, new, Sampling(), speculative=True, depth=depth) for ids in prompts
+    ]
+    same = sum(
+        torch.equal(text.ids, model.generate(ids, new))
+        for text, ids in zip(texts, prompts, strict=True)
+    )
+    forwards, drafted, accepted = (
+        sum(getattr(text, name) for text in texts) for name in ("forwards", "drafted", "accepted")
+    )
 
     def each(write):
         return lambda: [write(ids) for ids in prompts]
@@ -235,17 +243,17 @@ def speculation(repeats, trained, new, depth):
         },
         repeats,
     )
-    plain, drafted, other = seconds.values()
+    plain, speculative, other = seconds.values()
     written = new * len(prompts)
     print(
         f"\nspeculation, {len(prompts)} held-out files, {written} tokens: "
-        f"{drafts['accepted']} of {drafts['drafted']} drafts accepted, "
-        f"{written / drafts['forwards']:.2f} tokens a pass, {same} of {len(prompts)} texts the "
+        f"{accepted} of {drafted} drafts accepted, "
+        f"{written / forwards:.2f} tokens a pass, {same} of {len(prompts)} texts the "
         "same as plain"
     )
     return {
-        "decode with speculation, trained model": other / drafted,
-        "speculative / plain decoding, trained model": plain / drafted,
+        "decode with speculation, trained model": other / speculative,
+        "speculative / plain decoding, trained model": plain / speculative,
     }, seconds
 
 
@@ -253,10 +261,10 @@ def speculation(repeats, trained, new, depth):
 def experts(repeats, tokens):
     """A layer of the default model with 16 and with 128 experts, 2 active and 1 shared: forward."""
     x = torch.randn(tokens, 256)
-    layers = {
-        number: MixtureOfExperts(256, 256, TopKRouter(256, number, 2), n_shared_experts=1).eval()
-        for number in (16, 128)
-    }
+    layers = {}
+    for number in (16, 128):
+        layer = MixtureOfExperts(256, 256, TopKRouter(256, number, 2), n_shared_experts=1)
+        layers[number] = speed_up(layer).eval()
 
     def run(number):
         with torch.inference_mode():

@@ -23,7 +23,8 @@ from deepseek_full_model import DeepSeekConfig, DeepSeekModel
 from lesson import one_line_errors, picture
 from pipeline import corpus
 from pipeline.fast import pack_int4
-from pipeline.loop import learning_rate
+from pipeline.quantizing import calibration_ids
+from pipeline.run import learning_rate, training_record
 from quantization_coded import (
     SCHEMES,
     IntegerLinear,
@@ -181,7 +182,7 @@ class Trained:
 
     def __init__(self, directory, quick):
         self.model, self.tokenizer, self.directory = full.load_with_tokenizer(directory, "cpu")
-        self.text = corpus.load_corpus(full.read_run(self.directory)["options"]["data"])
+        self.text = corpus.load_corpus(training_record(self.directory)["options"]["data"])
         documents = self.text.validation
         if quick:
             documents = sorted(documents, key=lambda document: document.size)[:2]
@@ -216,7 +217,7 @@ class Trained:
         return more.sum().item() / unit, more.std().item() * len(more) ** 0.5 / unit
 
     def calibration(self, seed, sequences=128):
-        return full.calibration_ids(
+        return calibration_ids(
             self.tokenizer, self.text.train, sequences, self.model.max_positions, seed
         )
 

@@ -21,7 +21,8 @@ from deepseek_full_model import DeepSeekConfig, DeepSeekModel
 from lesson import one_line_errors
 from mla_coded import cache_elements_per_token
 from moe_coded import MixtureOfExperts, TopKRouter
-from mtp_coded import EXPAND_FROM
+from pipeline.decoding import EXPAND_FROM, new_caches
+from pipeline.fast import speed_up
 
 
 def default_model(**changes):
@@ -33,7 +34,7 @@ def default_model(**changes):
 @torch.inference_mode()
 def filled_caches(model, batch, context):
     """Caches that hold `context` tokens a sequence; their content does not matter to the time."""
-    caches = model.new_caches(capacity=context + 256)
+    caches = new_caches(model, capacity=context + 256)
     width = model.config.kv_lora_rank + model.config.qk_rope_head_dim
     for cache in caches:
         cache.append(torch.randn(batch, context, width))
@@ -119,6 +120,7 @@ def by_experts(numbers, tokens, repeats):
     for kind in ("forward", "both"):
         for number in numbers:
             layer = MixtureOfExperts(256, 256, TopKRouter(256, number, 2), n_shared_experts=1)
+            speed_up(layer)
 
             def run(layer=layer, backward=kind != "forward"):
                 layer.train(backward)

@@ -1,4 +1,4 @@
-"""The run loop: budget, learning-rate schedule, progress bar, metrics file, periodic saving."""
+"""A run of any kind of training: budget, schedule, loop, metrics, saving, stopping, resuming."""
 
 import contextlib
 import json
@@ -9,11 +9,16 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
-from tqdm import tqdm
+import torch
+
+from lesson import chosen_settings, progress_bar, require
+from lesson.settings import flag_name
+from pipeline import checkpoint
 
 
+# %% How long, and how fast
 @dataclass(frozen=True)
 class Budget:
     """How long to train: `steps`, or `minutes` of training time; exactly one is given."""
@@ -22,13 +27,12 @@ class Budget:
     minutes: float | None = None
 
     def __post_init__(self):
-        if (self.steps is None) == (self.minutes is None):
-            raise ValueError(
-                f"want steps or minutes, got steps={self.steps}, minutes={self.minutes}"
-            )
+        require(
+            (self.steps is None) != (self.minutes is None),
+            f"want steps or minutes, got steps={self.steps}, minutes={self.minutes}",
+        )
         amount = self.steps if self.minutes is None else self.minutes
-        if not 0 < amount < math.inf:
-            raise ValueError(f"the training budget must be above 0, got {amount}")
+        require(0 < amount < math.inf, f"the training budget must be above 0, got {amount}")
 
     def used(self, state):
         """Share of the budget that is spent, 0 at the start; 1 and more: stop."""
@@ -54,6 +58,30 @@ def learning_rate(used, peak, warmup=0.04, floor=0.05):
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * falling)))
 
 
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+def fastest_precision(device):
+    """Name of the faster precision of matrix products: "bfloat16" or "float32".
+
+    On a CPU "bfloat16" if it takes at most 2/3 of the time, measured; on CUDA where the hardware
+    has it.
+    """
+    if device == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    if device != "cpu":
+        return "float32"
+    seconds = {}
+    for _ in range(5):  # the first are slow: the least counts
+        for name in ("float32", "bfloat16"):
+            matrix = torch.ones(512, 512, dtype=getattr(torch, name))
+            start = time.perf_counter()
+            matrix @ matrix
+            seconds[name] = min(time.perf_counter() - start, seconds.get(name, math.inf))
+    return "bfloat16" if seconds["bfloat16"] < seconds["float32"] / 1.5 else "float32"
+
+
+# %% The metrics file
 class Metrics:
     """`metrics.jsonl`: one JSON object a line. Lines past `state.step` belong to a lost attempt."""
 
@@ -83,6 +111,130 @@ def read_metrics(path):
     return lines
 
 
+# %% The run
+class Run:
+    """Steps until the budget is spent: saved, stopped and resumed, whatever a step does.
+
+    A kind of run has `model`, `optimizers`, `tokenizer` and `corpus`, a `step`, and these names.
+    Its options are a dataclass with at least `data`, `steps` and `minutes`.
+    """
+
+    options_class = None
+    record = "run.json"  # the file beside the weights that says how to go on
+    kind, command = "training run", "train"  # "no training run", "train --resume"
+    doing, done = "training", "trained"
+    default_minutes, default_directory = None, "default"
+    save_every = 60.0  # seconds
+
+    def __init__(self, directory, options, device):
+        self.directory, self.options, self.device = pathlib.Path(directory), options, device
+        self.checkpoint = self.directory / "checkpoint"
+        self.metrics = self.directory / "metrics.jsonl"
+        self.budget, self.state = Budget(options.steps, options.minutes), State()
+
+    def step(self, number, used):
+        """One step → its figures, with at least `loss` and `tokens`; they go to the metrics."""
+        raise NotImplementedError
+
+    def go(self):
+        """Steps until the budget is spent. Ctrl-C: saves, says how to go on, exits with 130."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        steps = self.state.step
+        if self.budget.used(self.state) >= 1:
+            print(f"already {self.done} for the whole budget ({steps} steps): ask for more")
+            return
+        self._steps()
+        if self.budget.used(self.state) < 1:
+            print(f"stopped at step {self.state.step}; go on with: python deepseek_full_model.py "
+                  f"{self.command} --resume {self.directory}", file=sys.stderr)
+            raise SystemExit(130)
+
+    def _steps(self):
+        """Ctrl-C ends the loop after the step under way: a resumed run repeats and skips none."""
+        state, budget, metrics = self.state, self.budget, Metrics(self.metrics, self.state)
+        began = last_saved = time.perf_counter()
+        tokens_before = state.tokens
+        bar = progress_bar(
+            100, self.doing, leave=True,
+            bar_format=self.doing + " {percentage:3.0f}% |{bar:20}|{postfix}",
+        )
+        with bar, stop_requests() as stop:
+            while budget.used(state) < 1 and not stop.is_set():
+                start = time.perf_counter()
+                figures = self.step(state.step, budget.used(state))
+                loss = figures["loss"]
+                require(math.isfinite(loss), f"the loss is {loss} at step {state.step}: it "
+                        "diverged")
+                state.step += 1
+                state.tokens += figures.pop("tokens")
+                state.seconds += time.perf_counter() - start
+                metrics.write({**asdict(state), **figures})
+                rate = (state.tokens - tokens_before) / (time.perf_counter() - began)
+                show_progress(bar, budget.used(state), state, loss, rate)
+                if time.perf_counter() - last_saved > self.save_every:
+                    self.save()
+                    last_saved = time.perf_counter()
+            self.save()
+
+    # Saving
+    def save(self):
+        """The whole checkpoint directory at once: an interrupted save leaves the last one whole."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with checkpoint.replaced_directory(self.checkpoint) as fresh:
+            self.model.save_pretrained(fresh)
+            self.tokenizer.save(str(fresh / "tokenizer.json"))
+            (fresh / "optimizer").mkdir()
+            checkpoint.write_tensors(
+                fresh / "optimizer" / checkpoint.WEIGHTS,
+                checkpoint.optimizer_tensors(self.model, self.optimizers),
+            )
+            for name, content in self.records().items():
+                checkpoint.write_json(fresh / name, content)
+
+    def records(self):
+        """{file name: content} of all that is stored beside model, tokenizer and optimizers."""
+        return {
+            self.record: {
+                "options": asdict(self.options),
+                "state": asdict(self.state),
+                "corpus": self.corpus.fingerprint,
+            }
+        }
+
+    # Resuming
+    def read_record(self):
+        """The checkpoint's record; takes over its state. ValueError if the text is another."""
+        stored = read_record(self.checkpoint / self.record, self.options_class)
+        now, then = self.corpus.fingerprint, stored["corpus"]
+        require(now == then, f"the text has changed since {self.directory} was started: its hash "
+                f"is {now}, was {then}")
+        self.state = State(**stored["state"])
+        return stored
+
+    def restore_optimizers(self):
+        files = checkpoint.tensor_files(self.checkpoint / "optimizer")
+        checkpoint.restore_optimizers(self.model, self.optimizers, checkpoint.read_tensors(files))
+
+
+def read_record(path, options_class=None):
+    """A record: options (of that class, if one is given), state and corpus hash; none may lack."""
+    stored = checkpoint.read_json(path)
+    try:
+        options = stored["options"]
+        options["data"], State(**stored["state"]), stored["corpus"]
+        if options_class is not None:
+            options_class(**options)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    return stored
+
+
+def training_record(directory):
+    """The record of the training that a checkpoint comes from; {} if it has none."""
+    path = pathlib.Path(directory) / Run.record
+    return read_record(path) if path.is_file() else {}
+
+
 @contextlib.contextmanager
 def stop_requests():
     """Yields an event that Ctrl-C or a termination signal sets: steps and saves are never cut."""
@@ -97,39 +249,6 @@ def stop_requests():
             signal.signal(number, handler)
 
 
-def run_steps(step_function, state, budget, metrics_path, save, save_every=60.0, label="training"):
-    """Calls step_function(step, used) → figures until the budget is spent; False if stopped before.
-
-    figures: a dict with at least `loss` and `tokens`; it goes to the metrics file with the state.
-    `save()` is called every `save_every` seconds and at the end. Ctrl-C ends the loop after the
-    step that is under way, so that a resumed run repeats and skips nothing.
-    """
-    metrics = Metrics(metrics_path, state)
-    began = last_saved = time.perf_counter()
-    tokens_before = state.tokens
-    bar = tqdm(
-        total=100, file=sys.stderr, mininterval=0.5 if sys.stderr.isatty() else 15.0,
-        bar_format=label + " {percentage:3.0f}% |{bar:20}|{postfix}",
-    )  # fmt: skip
-    with bar, stop_requests() as stop:
-        while budget.used(state) < 1 and not stop.is_set():
-            start = time.perf_counter()
-            figures = step_function(state.step, budget.used(state))
-            if not math.isfinite(figures["loss"]):
-                raise ValueError(f"the loss is {figures['loss']} at step {state.step}: it diverged")
-            state.step += 1
-            state.tokens += figures.pop("tokens")
-            state.seconds += time.perf_counter() - start
-            metrics.write({**asdict(state), **figures})
-            rate = (state.tokens - tokens_before) / (time.perf_counter() - began)
-            show_progress(bar, budget.used(state), state, figures["loss"], rate)
-            if time.perf_counter() - last_saved > save_every:
-                save()
-                last_saved = time.perf_counter()
-        save()
-    return budget.used(state) >= 1
-
-
 def show_progress(bar, used, state, loss, rate):
     left = int(state.seconds / used * max(0.0, 1 - used))
     bar.n = min(100, round(100 * used))
@@ -139,3 +258,47 @@ def show_progress(bar, used, state, loss, rate):
         refresh=bar.n == 100,
     )
     bar.update(0)
+
+
+# %% From the command line to a run
+def open_run(arguments, run_class):
+    """The run that the command line describes, new or resumed."""
+    options_class = run_class.options_class
+    chosen = chosen_settings(arguments, options_class)
+    if "data" in chosen:  # absolute, so that the run resumes from any directory
+        chosen["data"] = [str(pathlib.Path(path).resolve()) for path in chosen["data"]]
+    if arguments.resume is None:
+        options = options_class(**chosen)
+        if options.steps is None and options.minutes is None:
+            options.minutes = run_class.default_minutes
+        directory = new_directory(getattr(arguments, "out", None), run_class.default_directory)
+        return run_class(directory, options, arguments.device)
+    directory = pathlib.Path(arguments.resume)
+    checkpoint.recover_directory(directory / "checkpoint")
+    record = directory / "checkpoint" / run_class.record
+    require(record.is_file(), f"{directory} holds no {run_class.kind}: no checkpoint/"
+            f"{run_class.record} in it")
+    fixed = [flag_name(field).removeprefix("--") for field in fields(options_class)
+             if field.name in chosen and field.name not in ("steps", "minutes")]
+    fixed = sorted(fixed) + (["out"] if hasattr(arguments, "out") else [])
+    require(not fixed, f"--resume goes on with the run's own options: leave out {fixed}")
+    options = options_class(**read_record(record, options_class)["options"])
+    if chosen:  # another budget
+        options.steps, options.minutes = chosen.get("steps"), chosen.get("minutes")
+    return run_class(directory, options, arguments.device, resume=True)
+
+
+def new_directory(asked, default="default"):
+    """A run directory that holds no run yet: the one asked for, or the next free default."""
+    if asked is not None:
+        require(not pathlib.Path(asked).is_file(), f"--out {asked} is a file, want a directory")
+        checkpoint.recover_directory(pathlib.Path(asked) / "checkpoint")
+        require(not (pathlib.Path(asked) / "checkpoint").exists(),
+                f"--out {asked} already holds a run: resume it or choose another")
+        return pathlib.Path(asked)
+    number = 1
+    while True:
+        directory = pathlib.Path("runs") / (default if number == 1 else f"{default}-{number}")
+        if not directory.exists():
+            return directory
+        number += 1

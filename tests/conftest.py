@@ -1,8 +1,10 @@
 """Shared by all tests: one thread a process, seeds, and scripts run as a user runs them."""
 
 import importlib
+import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -62,3 +64,40 @@ def check_script(run_script, capsys):
         assert message in error
 
     return check
+
+
+# A run that takes seconds, for phase 10 and the rooms around it
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory):
+    """(folder, options): those of a run on a text of its own, stored in the folder."""
+    folder = tmp_path_factory.mktemp("run")
+    text = folder / "text.py"
+    text.write_text("".join(f"def f_{i}(x):\n    return x + {i}\n" for i in range(1500)))
+    config = json.loads((ROOT / "configs" / "small.json").read_text())
+    config |= {
+        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "moe_intermediate_size": 16, "num_attention_heads": 2, "kv_lora_rank": 16,
+        "q_lora_rank": 16, "max_position_embeddings": 64,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder, {
+        "config": str(folder / "config.json"), "data": [str(text)], "batch_size": 2,
+        "sequence_length": 32,
+    }
+
+
+@pytest.fixture(scope="session")
+def trained_once(small_run):
+    """The directory of a run of two steps; nobody may change it."""
+    from deepseek_full_model import RunOptions, TrainingRun
+
+    folder, options = small_run
+    torch.manual_seed(0)
+    TrainingRun(folder / "trained", RunOptions(**options, steps=2), "cpu").go()
+    return folder / "trained"
+
+
+@pytest.fixture
+def trained(trained_once, tmp_path):
+    """A copy of it."""
+    return pathlib.Path(shutil.copytree(trained_once, tmp_path / "trained"))

@@ -9,8 +9,9 @@ from benchmarks import measure
 
 @pytest.mark.integration
 @pytest.mark.parametrize("name", ["against_transformers", "scaling"])
-def test_quick_run_prints_and_saves(name, run_script, tmp_path):
-    result = run_script(f"benchmarks/{name}.py", "--quick", timeout=180)
+def test_quick_run_prints_and_saves(name, run_script, trained, tmp_path):
+    more = ["--checkpoint", trained] if name == "against_transformers" else []
+    result = run_script(f"benchmarks/{name}.py", "--quick", *more, timeout=180)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(f"{name}.py · processor") and "repeats 2" in result.stdout
     saved = json.loads((tmp_path / f"benchmark_results/{name}.json").read_text())
@@ -18,7 +19,8 @@ def test_quick_run_prints_and_saves(name, run_script, tmp_path):
     assert (tmp_path / f"benchmark_results/{name}.png").stat().st_size > 10_000
     if name == "against_transformers":
         assert "smoke test, no figures" in result.stdout
-        assert len(saved["ratios"]) == 7 and min(saved["ratios"].values()) > 0
+        assert "1 of 1 texts the same as plain" in result.stdout
+        assert len(saved["ratios"]) == 9 and min(saved["ratios"].values()) > 0
 
 
 @pytest.mark.integration

@@ -1,0 +1,267 @@
+"""Alignment: phase 9 on a trained checkpoint, rewarded by Python's own compiler.
+
+`AlignmentRun` is a `Run` whose step is the trainer's. Phase 10 gives it the class of its model.
+"""
+
+import collections
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from grpo_coded import VARIANTS, GRPOTrainer, Settings, draw_run, roll_out
+from lesson import require, setting
+from pipeline import checkpoint, compiler, corpus
+from pipeline.generating import print_marked
+from pipeline.released import load_with_tokenizer
+from pipeline.run import (
+    PRECISIONS,
+    Run,
+    fastest_precision,
+    learning_rate,
+    read_metrics,
+    training_record,
+)
+from pipeline.scoring import score
+
+DEFAULT_MINUTES = 3.4
+HELD_OUT_PROMPTS = 256
+
+
+@dataclass
+class AlignOptions:
+    """What an alignment was asked for; stored with its checkpoint, so that it can resume.
+
+    `source`: directory of the checkpoint it started from, which stays its reference. `once`: a
+    text earns its reward once. `GRPOTrainer` checks the numbers.
+    """
+
+    source: str | None = setting(None, "the trained model", flag="--checkpoint", metavar="DIR")
+    data: list | None = setting(
+        None, "Python for prompts (default: the training text)", metavar="FILE"
+    )
+    steps: int | None = setting(None, "align for so many steps")
+    minutes: float | None = setting(
+        None, f"align for so many minutes (default: {DEFAULT_MINUTES})"
+    )
+    seed: int = setting(0)
+    variant: str = setting("grpo", choices=tuple(VARIANTS))
+    learning_rate: float = setting(1.4e-4)
+    kl_coef: float = setting(0.03)
+    prompts: int = setting(16)
+    group_size: int = setting(16)
+    max_new_tokens: int = setting(24)
+    minibatches: int = setting(2)
+    precision: str = setting(
+        "auto", "of the updates' products (default: auto, the faster)", choices=PRECISIONS
+    )
+    once: bool = setting(
+        True, "pay a text as often as it comes: see what it leads to", flag="--pay-again"
+    )
+
+    def settle(self, device):
+        """Replaces "auto" by the faster precision on `device`; a resumed run keeps it."""
+        if self.precision == "auto":
+            self.precision = fastest_precision(device)
+
+    def settings(self):
+        """The trainer's `Settings`."""
+        return Settings(
+            variant=self.variant, prompts=self.prompts, group_size=self.group_size,
+            max_new_tokens=self.max_new_tokens, minibatches=self.minibatches,
+            learning_rate=self.learning_rate, kl_coef=self.kl_coef, precision=self.precision,
+            seed=self.seed, overlong_buffer=max(1, self.max_new_tokens // 4),
+        )
+
+
+class NoPrompts(ValueError):
+    """The text is not Python, or too little of it."""
+
+
+class AlignmentRun(Run):
+    """Everything between a trained checkpoint and an aligned one in `directory`/checkpoint.
+
+    Prompts come from the training part; what is reported is measured on held-out prompts.
+    """
+
+    model_class = None
+    options_class, record = AlignOptions, "align.json"
+    kind, command, doing, done = "alignment", "align", "aligning", "aligned"
+    default_minutes, default_directory = DEFAULT_MINUTES, "aligned"
+
+    def __init__(self, directory, options, device, resume=False):
+        super().__init__(directory, options, device)
+        model, self.tokenizer, source = load_with_tokenizer(
+            self.model_class, options.source, device
+        )
+        require(model.quantization is None, f"{source} is quantised: it cannot be trained")
+        options.source = str(source.resolve())
+        options.settle(device)
+        self.fingerprint = checkpoint.fingerprint(source)
+        self.training = training_record(source)
+        self.corpus = self.load_corpus()
+        self.separator = self.tokenizer.token_to_id(corpus.SEPARATOR)
+        self.prompts, self.held_out = self.find_prompts(model.max_positions)
+        self.reward = compiler.CompilerReward(memory=options.once)
+        self.trainer = GRPOTrainer(
+            model, self.reward, self.draw, self.decode, self.separator, options.settings()
+        )
+        if resume:
+            self.restore()
+
+    @property
+    def model(self):
+        return self.trainer.policy
+
+    @property
+    def optimizers(self):
+        return [self.trainer.optimizer]
+
+    def load_corpus(self):
+        trained, data = self.training, self.options.data
+        text = corpus.load_corpus(data or trained.get("options", {}).get("data"))
+        if trained and not data and trained["corpus"] != text.fingerprint:
+            print("note: the text has changed since training, held-out parts may have been seen",
+                  file=sys.stderr)
+        return text
+
+    def find_prompts(self, context):
+        """(prompts to learn from, held-out prompts), as token ids."""
+        new_tokens = self.options.max_new_tokens
+        longest = min(32, context - new_tokens)
+        require(longest >= 2, f"max_new_tokens={new_tokens} leaves no room for a prompt in the "
+                f"context of {context}")
+        prompts, held_out = (
+            compiler.line_end_prompts(self.tokenizer, part, min(12, longest), longest)
+            for part in (self.corpus.train, self.corpus.test)
+        )
+        learnt = set(map(tuple, prompts))  # a licence, say, stands in many files
+        held_out = [prompt for prompt in held_out if tuple(prompt) not in learnt]
+        if not prompts or not held_out:
+            raise NoPrompts(
+                f"of the text, {len(prompts)} prompts to learn from and {len(held_out)} held "
+                "out are Python that ends at a line's end: want at least one of each"
+            )
+        return prompts, compiler.sample_of(held_out, HELD_OUT_PROMPTS)
+
+    def draw(self, count, generator):
+        numbers = torch.randint(
+            len(self.prompts), (count,), generator=generator, device=generator.device
+        )
+        return [self.prompts[i] for i in numbers.tolist()]
+
+    def decode(self, ids):
+        """Whole lines; all of a text that ended by itself. The separator before a prompt goes."""
+        ids = ids[1:] if ids[:1] == [self.separator] and len(ids) > 1 else ids
+        return compiler.whole_lines(self.tokenizer.decode(ids, skip_special_tokens=False))
+
+    def step(self, number, used):
+        rate = learning_rate(used, self.options.learning_rate, floor=0.1)
+        figures = self.trainer.step(rate)
+        tokens = round(figures["completions"] * figures["length"])
+        return {**figures, "tokens": tokens, "step": number + 1}
+
+    def sample(self, policy):
+        """(prompts, completions) as texts: one completion of each held-out prompt."""
+        generator = torch.Generator(device=self.trainer.device).manual_seed(0)
+        rollout = roll_out(
+            policy.eval(), self.held_out, 1, self.options.max_new_tokens, self.separator,
+            generator=generator,
+        )
+        return list(map(self.decode, self.held_out)), self.trainer.texts(rollout)
+
+    def records(self):
+        """The reference is the source: not stored again, and recognised by its hash."""
+        records = super().records()
+        records[self.record] |= {"paid": sorted(self.reward.paid), "source": self.fingerprint}
+        if self.training:  # so that `evaluate` finds the text
+            records[Run.record] = self.training
+        return records
+
+    def restore(self):
+        stored = self.read_record()
+        try:
+            source, self.reward.paid = stored["source"], set(stored["paid"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{self.checkpoint / self.record} is damaged: {error}") from None
+        require(source == self.fingerprint,
+                f"{self.options.source}, the reference of {self.directory}, is not what it was "
+                "when the alignment was started")
+        aligned = self.model_class.from_pretrained(self.checkpoint)
+        self.model.load_state_dict(aligned.state_dict())
+        if checkpoint.tensor_files(self.checkpoint / "optimizer"):  # none before the first update
+            self.restore_optimizers()
+        self.trainer.steps_done = self.state.step
+
+    def describe(self):
+        o = self.options
+        print(
+            f"aligning {o.source}: {o.variant}, {o.prompts} prompts × {o.group_size} completions "
+            f"a step, temperature 1, {o.max_new_tokens} tokens cut to whole lines, {o.precision}\n"
+            f"reward 1 for prompt + completion that Python parses, with a statement added that "
+            f"does something{', each text once' if o.once else ''}; "
+            f"{len(self.prompts):,} prompts, {len(self.held_out)} held out"
+        )
+
+
+# %% What it did
+def align(run, before=None):
+    """Aligns, and prints what it did to held-out prompts and to held-out text.
+
+    before: `score`'s figures of the source on the test part, where they are known.
+    """
+    run.describe()
+    documents, policy, reference = run.corpus.test, run.trainer.policy, run.trainer.reference
+    if before is None:
+        before = score(reference, run.tokenizer, documents)
+    sampled = [run.sample(reference)]
+    run.go()
+    sampled.append(run.sample(policy))
+    after = score(policy, run.tokenizer, documents)
+    shares = [compiler.shares(*pair) for pair in sampled]
+    print(f"completions of {len(run.held_out)} held-out prompts, before → after "
+          f"{run.state.step} steps in {run.state.seconds:.0f} s:")
+    for name in shares[0]:
+        print(f"  {name.replace('_', ', '):<16} {shares[0][name]:6.1%} → {shares[1][name]:6.1%}")
+    rates = [figures["bits_per_byte"] for figures in (before, after)]
+    print(f"bits per byte, test part: {rates[0]:.4f} → {rates[1]:.4f} "
+          f"({rates[1] / rates[0] - 1:+.2%})")
+    if before["mtp_acceptance"] is not None:
+        drafts = [figures["mtp_acceptance"] for figures in (before, after)]
+        print(f"MTP acceptance, its module left as it was: {drafts[0]:.1%} → {drafts[1]:.1%}")
+    show_completions(*sampled)
+    draw_run(read_metrics(run.metrics), run.directory / "alignment.png")
+    checkpoint.write_json(
+        run.directory / "results.json",
+        {"before": {**shares[0], "test": before}, "after": {**shares[1], "test": after},
+         "steps": run.state.step, "seconds": run.state.seconds},
+    )
+    print(f"checkpoint: {run.checkpoint}   picture: {run.directory / 'alignment.png'}")
+
+
+def show_completions(before, after, examples=4):
+    """The same prompts before and after; then the shortest and commonest that earn a reward."""
+    verdicts = [
+        [compiler.verdict(prompt, text) for prompt, text in zip(*pair, strict=True)]
+        for pair in (before, after)
+    ]
+    learnt = [
+        i for i, (was, now) in enumerate(zip(*verdicts, strict=True))
+        if was != "valid" and now == "valid"
+    ]
+    for i in learnt[:examples]:
+        print_marked("│", "\n".join(before[0][i].splitlines()[-3:]))
+        for when, judged, text in (("before", verdicts[0][i], before[1][i]),
+                                   ("after", verdicts[1][i], after[1][i])):
+            print(f"  {when}: {judged}")
+            print_marked("▌", text or "(no whole line)")
+        print()
+    paid = [text for text, v in zip(after[1], verdicts[1], strict=True) if v == "valid"]
+    if not paid:
+        print("nothing earned the reward")
+        return
+    cheapest = sorted(set(paid), key=lambda text: (len(text.strip()), text))[:examples]
+    commonest = collections.Counter(text.strip() for text in paid).most_common(3)
+    print(f"the cheapest ways to the reward: {', '.join(repr(t.strip()) for t in cheapest)}")
+    print("the commonest: " + ", ".join(f"{text!r} ({count} of {len(paid)})"
+                                        for text, count in commonest))

@@ -1,0 +1,255 @@
+"""Released checkpoints: names of tensors, spellings of settings; and our own quantised layout.
+
+A model in memory and one in files differ: files name each expert's matrices apart, and gate and up
+projections, which here are slices of fused ones. The model is handed in, and its class to load one.
+"""
+
+import pathlib
+import re
+import sys
+import warnings
+from dataclasses import asdict, fields
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from lesson import require
+from pipeline import checkpoint, corpus
+from quantization_coded import Scheme, quantize_cache, quantized_skeleton
+from rope_coded import YarnScaling
+
+QUANT_METHOD = "quantization_coded"
+QUANTIZED_WEIGHTS = "quantized.safetensors"  # a name under which no one else looks for weights
+
+
+# %% The settings in config.json
+def spelled_as_released(raw):
+    """The content of a config.json with rotary settings as released; refuses what no model has."""
+    raw = dict(raw)
+    rope = raw.pop("rope_parameters", None)
+    require(rope is None or isinstance(rope, dict), f"rope_parameters={rope!r} must be an object")
+    if rope is not None:  # transformers' spelling
+        rope = {key: value for key, value in rope.items() if value is not None}
+        raw["rope_theta"] = rope.pop("rope_theta", 10000.0)
+        kind = rope.pop("rope_type", rope.pop("type", "default"))
+        raw["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
+    require(raw.get("rope_interleave") is not False,
+            "rope_interleave=False is not supported: released weights rotate pairs")
+    require(not raw.get("mlp_bias"), "mlp_bias=True is not supported: no released model has it")
+    for name in ("n_group", "topk_group"):
+        if raw.get(name, 1) is None:
+            raw[name] = 1
+    return raw
+
+
+def yarn_scaling(rope_scaling):
+    """The `YarnScaling` that a config.json's rope_scaling describes, or None."""
+    if rope_scaling is None:
+        return None
+    settings = dict(rope_scaling)
+    kind = settings.pop("type", settings.pop("rope_type", None))
+    require(kind == "yarn", f"rope_scaling type={kind!r} is not supported, want 'yarn'")
+    known = {field.name for field in fields(YarnScaling)}
+    unknown = sorted(set(settings) - known)
+    missing = sorted({"factor", "original_max_position_embeddings"} - set(settings))
+    require(not unknown and not missing,
+            f"rope_scaling has unknown fields {unknown} and lacks {missing}")
+    settings = {key: value for key, value in settings.items() if value is not None}
+    for key, value in settings.items():
+        require(type(value) in (int, float), f"rope_scaling {key}={value!r} must be a number")
+    return YarnScaling(**settings)
+
+
+def config_content(config):
+    """The content of a config.json in the released spelling."""
+    name = {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
+    values = {key: value for key, value in asdict(config).items() if value is not None}
+    # null where a reader's own default would differ
+    explicit = ("q_lora_rank", "rope_scaling", "bos_token_id", "eos_token_id", "pad_token_id")
+    return {
+        "architectures": [name[config.model_type]],
+        **values,
+        **{key: getattr(config, key) for key in explicit},
+        "torch_dtype": "float32",
+    }
+
+
+# %% The names of tensors
+def released_tensors(model):
+    """{released name: view of the model's own memory} of every parameter and stored buffer."""
+    tensors = {
+        "model.embed_tokens.weight": model.embed_tokens.weight,
+        "model.norm.weight": model.norm.weight,
+        "lm_head.weight": model.lm_head.weight,
+    }
+    for i, block in enumerate(model.layers):
+        tensors |= block_tensors(f"model.layers.{i}", block)
+    for k, predictor in enumerate(model.mtp):
+        prefix = f"model.layers.{len(model.layers) + k}"
+        tensors |= block_tensors(prefix, predictor.block)
+        for name in ("enorm", "hnorm", "eh_proj"):
+            tensors[f"{prefix}.{name}.weight"] = getattr(predictor, name).weight
+        tensors[f"{prefix}.shared_head.norm.weight"] = predictor.norm.weight
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def block_tensors(prefix, block):
+    """One layer's: experts and the halves of gate_up_proj become tensors of their own."""
+    tensors = {}
+    for name, tensor in block.state_dict().items():
+        apart = {name: tensor}
+        # Phase 8 may have put each expert's matrix in a layer of its own.
+        listed = re.fullmatch(r"mlp\.experts\.(\w+)\.(\d+)\.weight", name)
+        if listed:
+            apart = {f"mlp.experts.{listed[2]}.{listed[1]}.weight": tensor}
+        elif name.startswith("mlp.experts."):
+            part = name.removeprefix("mlp.experts.")
+            apart = {f"mlp.experts.{e}.{part}.weight": one for e, one in enumerate(tensor)}
+        for name, tensor in apart.items():
+            if name.endswith(".gate_up_proj.weight"):
+                for part, half in zip(("gate_proj", "up_proj"), tensor.chunk(2), strict=True):
+                    tensors[f"{prefix}.{name.replace('gate_up_proj', part)}"] = half
+            else:
+                tensors[f"{prefix}.{name}"] = tensor
+    return tensors
+
+
+def mtp_copies(model):
+    """The copies of embedding and head that released files repeat in each MTP layer."""
+    copies = {}
+    for k in range(len(model.mtp)):
+        prefix = f"model.layers.{len(model.layers) + k}"
+        copies[f"{prefix}.embed_tokens.weight"] = model.embed_tokens.weight
+        copies[f"{prefix}.shared_head.head.weight"] = model.lm_head.weight
+    return copies
+
+
+def quantized_tensors(model):
+    """The state of a quantised model by its own names; what MTP modules share stands there once."""
+    mtp = range(len(model.mtp))
+    shared = tuple(f"mtp.{k}.{part}." for k in mtp for part in ("embedding", "head"))
+    state = model.state_dict()
+    return {name: tensor for name, tensor in state.items() if not name.startswith(shared)}
+
+
+# %% Saving
+def save(model, directory):
+    """`DeepSeekModel.save_pretrained`."""
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    require(not any(map(parametrize.is_parametrized, model.modules())),
+            "the model is prepared for QAT: save what convert_qat makes of it")
+    content, name = config_content(model.config), checkpoint.WEIGHTS
+    if model.quantization is None:
+        tensors = {**released_tensors(model), **mtp_copies(model)}
+    else:
+        tensors, name = quantized_tensors(model), QUANTIZED_WEIGHTS
+        content["quantization_config"] = {
+            "quant_method": QUANT_METHOD, **model.quantization, "cache_bits": model.cache_bits,
+        }
+    checkpoint.write_tensors(directory / name, tensors)
+    checkpoint.write_json(directory / "config.json", content)
+
+
+# %% Loading
+def load(model_class, config_class, directory):
+    """`DeepSeekModel.from_pretrained`."""
+    directory = pathlib.Path(directory)
+    require((directory / "config.json").is_file(),
+            f"{directory} is no checkpoint: it has no config.json")
+    config = config_class.from_file(directory / "config.json")
+    if config.quantization_config is not None:
+        return load_quantized(model_class, config, directory)
+    files = {
+        name: file for name, file in checkpoint.tensor_files(directory).items()
+        if not name.endswith("rotary_emb.inv_freq")  # a table that old files carry along
+    }
+    layers = range(config.num_hidden_layers,
+                   config.num_hidden_layers + config.num_nextn_predict_layers)
+    mtp_prefixes = tuple(f"model.layers.{i}." for i in layers)
+    if mtp_prefixes and not any(name.startswith(mtp_prefixes) for name in files):
+        warnings.warn(f"{directory} holds no MTP tensors: loaded without MTP", stacklevel=3)
+        config.num_nextn_predict_layers = 0
+    model = model_class(config)
+    fill_from_files(model, files, directory)
+    return model
+
+
+@torch.no_grad()
+def fill_from_files(model, files, directory):
+    """Copies the tensors of {name: file} into the model; every one must be there and fit."""
+    wanted, copies = released_tensors(model), mtp_copies(model)
+    check_names(files, wanted, directory, optional=copies)
+    for name, tensor in fitting_tensors(files, wanted, directory):
+        wanted[name].copy_(tensor)
+    for name, tensor in fitting_tensors(files, copies, directory):
+        require(torch.equal(tensor.to(copies[name].dtype), copies[name].cpu()),
+                f"{directory}: {name} differs from the main model's, which it repeats")
+
+
+def check_names(files, wanted, directory, optional=()):
+    """ValueError if {name: file} lacks a wanted tensor or holds one that is not even optional."""
+    missing, extra = wanted.keys() - files.keys(), files.keys() - wanted.keys() - set(optional)
+    for problem, names in (("lacks", missing), ("holds unexpected", extra)):
+        some = ", ".join(sorted(names)[:3])
+        require(not names, f"{directory} {problem} {len(names)} tensors: {some}, …")
+
+
+def fitting_tensors(files, targets, directory):
+    """Yields (name, tensor) of the targets' names; ValueError if a shape is not the target's."""
+    for name, tensor in checkpoint.read_tensors({n: f for n, f in files.items() if n in targets}):
+        shape, wanted = tuple(tensor.shape), tuple(targets[name].shape)
+        require(shape == wanted, f"{directory}: {name} has shape {shape}, want {wanted}")
+        yield name, tensor
+
+
+def load_quantized(model_class, config, directory):
+    """The model that `save` wrote after `quantize_model`."""
+    settings, where = dict(config.quantization_config), f"{directory} is quantised"
+    method = settings.pop("quant_method", None)
+    require(method == QUANT_METHOD, f"{where} ({method}): of these, only {QUANT_METHOD} loads")
+    try:
+        cache_bits, scheme = settings.pop("cache_bits"), Scheme(**settings)
+        config.quantization_config = None
+        model = quantize_cache(quantized_skeleton(model_class(config), scheme), cache_bits)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{where}, but its quantization_config is damaged: {error}") from None
+    files = checkpoint.tensor_files(directory, QUANTIZED_WEIGHTS)
+    wanted = quantized_tensors(model)
+    check_names(files, wanted, directory)
+    state = dict(fitting_tensors(files, wanted, directory))
+    for name, tensor in state.items():  # weights may have another precision, codes may not
+        held, got = wanted[name].dtype, tensor.dtype
+        require(got == held or name.endswith((".weight", ".bias", "correction_bias")),
+                f"{directory}: {name} is {got}, want {held}")
+    model.load_state_dict(state, strict=False)  # MTP's shared parts are not stored twice
+    return model.prepared()
+
+
+# %% A model with its tokenizer
+class Loaded(NamedTuple):
+    model: nn.Module
+    tokenizer: object
+    directory: pathlib.Path
+
+
+def load_with_tokenizer(model_class, directory, device):
+    """The `Loaded` content of a checkpoint directory; a run's directory will do as well."""
+    directory = pathlib.Path(directory)
+    if not (directory / "config.json").exists() and (directory / "checkpoint").is_dir():
+        directory = directory / "checkpoint"
+    checkpoint.recover_directory(directory)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = model_class.from_pretrained(directory).to(device).eval()
+    for warning in caught:
+        print(f"note: {warning.message}", file=sys.stderr)
+    tokenizer = corpus.load_tokenizer(directory / "tokenizer.json")
+    entries, known = tokenizer.get_vocab_size(), model.config.vocab_size
+    require(entries <= known,
+            f"{directory}: the tokenizer has {entries} entries, the model {known}")
+    require(tokenizer.token_to_id(corpus.SEPARATOR) is not None,
+            f"{directory}: the tokenizer has no {corpus.SEPARATOR}")
+    return Loaded(model, tokenizer, directory)

@@ -1,0 +1,66 @@
+"""The command line: flags, help, and mistakes in one line that write nothing."""
+
+import pytest
+
+import deepseek_full_model as full
+from deepseek_full_model import HERE, RunOptions
+from pipeline.commands import build_parser
+
+
+def test_flags_before_and_after_the_command_count():
+    parser = build_parser("", (RunOptions, full.whole_pipeline), full.COMMANDS)
+    arguments = parser.parse_args(["--steps", "20", "train", "--seed", "3"])
+    assert arguments.command is full.train
+    assert (arguments.steps, arguments.seed, arguments.resume) == (20, 3, None)
+
+
+@pytest.mark.integration
+def test_help():
+    with pytest.raises(SystemExit) as exit_info:
+        full.main(["--help"])
+    assert exit_info.value.code == 0
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "nowhere.txt"], "No such file"),
+        (["--data", "empty.txt"], "empty.txt: the file holds no text"),
+        (["--data", "short.txt"], "the text is too short"),
+        (["--steps", "0"], "the training budget must be above 0, got 0"),
+        (["--batch-size", "0", "--steps", "1"], "--batch-size=0 must be at least 1"),
+        (["--seed", "-1", "--steps", "1"], "--seed=-1 must be at least 0"),
+        (["--gamma", "nan", "--steps", "1"], "--gamma=nan must be at least 0"),
+        (["--precision", "fp8", "--steps", "1"], "invalid choice: 'fp8'"),
+        (["--optimizer", "sgd", "--steps", "1"], "invalid choice: 'sgd'"),
+        (["--learning-rate", "0", "--steps", "1"], "--learning-rate=0.0 must be a number above 0"),
+        (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+        (["--minutes", "inf"], "the training budget must be above 0, got inf"),
+        (["train", "--resume", "run", "--seed", "3"], "run holds no training run"),
+        (
+            ["--config", str(HERE / "configs" / "deepseek_v3.json"), "--steps", "1"],
+            "a quantised model cannot be trained",
+        ),
+        (["--minutes", "nan"], "the training budget must be above 0, got nan"),
+        (["--out", "short.txt", "--steps", "1"], "--out short.txt is a file"),
+        (["--sequence-length", "9999", "--steps", "1"], "--sequence-length=9999 exceeds"),
+        (["--config", "nowhere.json", "--steps", "1"], "nowhere.json cannot be read"),
+        (["train", "--resume", "nowhere"], "nowhere holds no training run"),
+        (["evaluate", "--checkpoint", "nowhere"], "nowhere is no checkpoint"),
+        (["generate", "--checkpoint", "nowhere"], "nowhere is no checkpoint"),
+        (["--device", "abacus"], "device 'abacus' is not available"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_line_and_write_nothing(
+    arguments, message, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("a\nb\nc\nd\n")
+    with pytest.raises(SystemExit) as exit_info:
+        full.main(arguments)
+    error = capsys.readouterr().err
+    assert exit_info.value.code == 2
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert {path.name for path in tmp_path.iterdir()} == {"empty.txt", "short.txt"}

@@ -1,0 +1,114 @@
+"""Python's compiler as a judge: verdicts, prompts, what is paid."""
+
+import pytest
+
+from pipeline import compiler, corpus
+
+PROMPT = "def f(x):\n    y = x\n"
+
+
+@pytest.mark.parametrize(
+    ("completion", "wanted"),
+    [
+        ("    return y + 1\n", "valid"),
+        ("    y += 1\n", "valid"),
+        ("    print(y)\n", "valid"),
+        ("    raise ValueError\n", "valid"),
+        ("    yield y\n", "valid"),
+        ("    z: int = 3\n", "valid"),
+        ("\nlimit = 3\n", "valid"),
+        ("\ndef g():\n    return 1\n", "valid"),
+        ("    if y:\n        y = 2\n", "valid"),
+        ("", "trivial"),
+        ("\n\n", "trivial"),
+        ("    # y = 3\n", "trivial"),
+        ("    pass\n", "trivial"),
+        ("    ...\n", "trivial"),
+        ('    """y = 3"""\n', "trivial"),
+        ("    y\n", "trivial"),
+        ("    3\n", "trivial"),
+        ("    return\n", "trivial"),
+        ("    z: int\n", "trivial"),
+        ("    import os\n", "trivial"),
+        ("\nfrom os import path\n", "trivial"),
+        ("    global z\n", "trivial"),
+        ("\nclass A:\n    pass\n", "trivial"),
+        ("\ndef g():\n    '''Nothing.'''\n", "trivial"),
+        ("    while y:\n        break\n", "trivial"),
+        ("  return y\n", "invalid"),
+        ("    return y +\n", "invalid"),
+        ("    if y:\n", "invalid"),
+        ("    print('\n", "invalid"),
+        ("    y = '\0'\n", "invalid"),
+        ("    y = " + 300 * "(" + 300 * ")" + "\n", "invalid"),
+        ("    y = '\ud800'\n", "invalid"),
+        ("    y = " + 5000 * "-" + "1\n", "invalid"),
+    ],
+)
+def test_verdicts(completion, wanted):
+    assert compiler.verdict(PROMPT, completion) == wanted
+
+
+def test_what_the_prompt_does_is_not_the_completions_merit():
+    assert compiler.verdict("import os\nprint(os)\n", "# done\n") == "trivial"
+    assert compiler.verdict("x = (1 +\n", "2)\n") == "trivial"  # begun in the prompt
+    assert compiler.verdict("x = 1\r\ny = 2\rz = 3\n", "# done\n") == "trivial"
+    assert compiler.verdict("x = 1\n\f\n", "y = 2\n") == "valid"
+
+
+def test_completions_are_never_executed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    reward = compiler.CompilerReward()
+    assert reward("import pathlib\n", ["pathlib.Path('made').touch()\n"]) == [1.0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_text_is_paid_once():
+    reward = compiler.CompilerReward()
+    assert reward(PROMPT, ["    return 1\n", "    return 1\n", "    return 2\n"]) == [1, 0, 1]
+    assert reward(PROMPT, ["\n    return   1\n\n", "    return 3\n", "    pass\n"]) == [0, 1, 0]
+    assert reward("x = 1\n", ["return 1\n", "x = 3\n"]) == [0, 1]
+    resumed = compiler.CompilerReward(reward.paid)
+    assert resumed(PROMPT, ["    return 2\n", "    return 4\n"]) == [0, 1]
+    assert compiler.CompilerReward(memory=False)(PROMPT, 2 * ["    return 1\n"]) == [1, 1]
+
+
+def test_completions_are_cut_to_whole_lines_unless_they_ended():
+    assert compiler.whole_lines("a = 1\nb = ") == "a = 1\n"
+    assert compiler.whole_lines("a = 1") == ""
+    assert compiler.whole_lines("a = 1\nb = 2" + corpus.SEPARATOR) == "a = 1\nb = 2"
+
+
+def test_shares_by_hand():
+    texts = ["    return 1\n", "    return 1\n", "    pass\n", "  x\n"]
+    assert compiler.shares(4 * [PROMPT], texts) == {
+        "valid": 0.5, "trivial": 0.25, "invalid": 0.25, "distinct": 0.75, "distinct_valid": 0.5,
+    }
+
+
+def test_prompts_are_python_and_end_at_a_line_end():
+    documents = corpus.load_corpus().test[:6]
+    tokenizer = corpus.train_tokenizer(documents, 600)
+    documents = [*documents, corpus.Document("broken.py", "def f(:\n" * 50)]
+    prompts = compiler.line_end_prompts(tokenizer, documents, 16, 40)
+    assert len(prompts) > 10
+    separator = tokenizer.token_to_id(corpus.SEPARATOR)
+    whole, place = "".join(d.text for d in documents), 0
+    for prompt in prompts:
+        assert prompt[0] == separator and separator not in prompt[1:]
+        assert 16 <= len(prompt) <= 40
+        text = tokenizer.decode(prompt)
+        assert text.endswith("\n") and compiler.parsed(text) is not None
+        place = whole.index(text, place) + len(text)  # in order, not overlapping
+    assert compiler.sample_of(prompts, 5) == compiler.sample_of(prompts, 5)
+    assert len(compiler.sample_of(prompts, 10_000)) == len(prompts)
+
+
+def test_prompts_come_from_pieces_of_files_too():
+    text = "".join(f"def f_{i}(x):\n    return x + {i}\n" for i in range(60))
+    tokenizer = corpus.train_tokenizer([corpus.Document("a.py", text)], 300)
+    piece = corpus.Document("a.py#1", text[text.index("    return x + 3") : text.rindex("    ")])
+    assert compiler.parsed(piece.text) is None
+    prompts = compiler.line_end_prompts(tokenizer, [piece], 12, 32)
+    assert len(prompts) > 20 and all(tokenizer.decode(p) in piece.text for p in prompts)
+    assert compiler.line_end_prompts(tokenizer, [corpus.Document("x", "a b c\n" * 99)]) == []
