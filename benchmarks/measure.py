@@ -88,7 +88,7 @@ def print_config(config):
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "q_lora_rank",
              "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
              "intermediate_size", "moe_intermediate_size", "n_routed_experts",
-             "num_experts_per_tok", "n_shared_experts", "vocab_size")  # fmt: skip
+             "num_experts_per_tok", "n_shared_experts", "vocab_size")
     print("configuration: " + ", ".join(f"{name} {getattr(config, name)}" for name in sizes))
 
 
