@@ -211,6 +211,53 @@ def test_fields_become_flags_and_only_flags_that_are_given_are_chosen(capsys):
     assert "size of a step (default: 0.1)" in text and "{int8,int4}" in text
 
 
+@dataclasses.dataclass
+class FromFile:
+    source: str = setting(help="where it is", flag="--checkpoint", metavar="DIR")
+    data: list | None = setting(None, "text (default: ours)", metavar="FILE")
+    once: bool = setting(True, "pay again", flag="--pay-again")
+    width: int = setting(8, at_least=1)
+    scale: float = setting(1.0, above=0)
+    rope: dict | None = None
+    token: int | None = None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": 2.0}, "width=2.0 must be an integer of at least 1"),
+        ({"width": True}, "width=True must be an integer of at least 1"),
+        ({"width": 0}, "width=0 must be an integer of at least 1"),
+        ({"width": None}, "width=None must be an integer of at least 1"),
+        ({"scale": "1"}, "scale='1' must be a number above 0"),
+        ({"scale": float("nan")}, "scale=nan must be a number above 0"),
+        ({"once": 1}, "once=1 must be true or false"),
+        ({"rope": []}, "rope=[] must be an object"),
+    ],
+)
+def test_types_of_a_file_are_checked(changes, message):
+    with pytest.raises(ValueError) as raised:
+        check_settings(FromFile("a", **changes), types=True)
+    assert str(raised.value) == message
+
+
+def test_values_of_the_right_type_pass_and_numbers_without_bounds_may_be_anything():
+    check_settings(FromFile("a", width=3, scale=2, rope={}, token=[1, 2]), types=True)
+
+
+def test_flags_by_another_name_required_lists_and_turned_defaults(capsys):
+    parser = argparse.ArgumentParser()
+    add_flags(parser, FromFile, ["source", "data", "once", "width"])
+    given = parser.parse_args(["--checkpoint", "a", "--data", "b", "c", "--pay-again"])
+    assert chosen_settings(given, FromFile) == {"source": "a", "data": ["b", "c"], "once": False}
+    with pytest.raises(SystemExit):
+        parser.parse_args([])
+    assert "the following arguments are required: --checkpoint" in capsys.readouterr().err
+    text = " ".join(parser.format_help().split())
+    assert "--checkpoint DIR" in text and "text (default: ours)" in text
+    assert text.count("default: ours") == 1 and "default: 8" in text
+
+
 # %% Pictures
 def test_curves_are_running_means_with_the_values_behind_them(tmp_path):
     path = tmp_path / "deep" / "picture.png"
