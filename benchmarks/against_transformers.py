@@ -148,7 +148,7 @@ def their_generate(model, ids, new):
     return model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
         do_sample=False, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
+    )
 
 
 def reading_and_writing(repeats, directory, contexts, new):
@@ -289,7 +289,7 @@ def draw(ratios, path):
     reached = [ratios[name] for name in names]
     axis.barh(names, reached, color="tab:blue")
     axis.scatter([TARGETS[name] for name in names], names, color="black", marker="|", s=300,
-                 label="aim")  # fmt: skip
+                 label="aim")
     for name, value in zip(names, reached, strict=True):
         axis.text(max(value, TARGETS[name]), name, f"  {value:.2f}", va="center")
     axis.margins(x=0.1)
@@ -355,7 +355,7 @@ def main(argv=None):
         out / "against_transformers.json",
         {"machine": facts, "quick": quick, "ratios": ratios, "seconds": seconds,
          "config": default_config().to_dict()},
-    )  # fmt: skip
+    )
     draw(ratios, out / "against_transformers.png")
     print(f"\nwritten: {out}/against_transformers.json and .png")
 

@@ -67,7 +67,7 @@ def table(works, repeats, columns, calls=1):
         {"work": str(key), "ms": round(1e3 * seconds[str(key)], 3),
          "×": round(seconds[str(key)] / first, 2), **columns[key]}
         for key in works
-    ]  # fmt: skip
+    ]
 
 
 # %% The tables
@@ -77,7 +77,7 @@ def by_context(model, contexts, repeats):
     mha = 4 * cache_elements_per_token(
         "MHA", config.num_hidden_layers, heads=config.num_attention_heads,
         head_width=config.v_head_dim,
-    )  # fmt: skip
+    )
     works, columns = {}, {}
     for path in ("absorbed", "expanded"):
         for context in contexts:
@@ -109,7 +109,7 @@ def by_tokens_a_pass(model, counts, context, repeats):
              "expanded ms": round(1e3 * expanded, 3),
              "absorbed / expanded": round(absorbed / expanded, 2),
              "taken": "absorbed" if count < EXPAND_FROM else "expanded"}
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -188,7 +188,7 @@ def by_training_batch(batches, repeats):
             full.training_step(
                 model, optimizers, ids, torch.zeros_like(ids), 1e-4, 0.0, 0.0,
                 getattr(torch, options.precision),
-            )  # fmt: skip
+            )
 
         with KeptBytes() as kept:
             step()

@@ -15,12 +15,12 @@ from pipeline.corpus import SEPARATOR, encode
 # What does nothing by itself. An import brings in names and leaves them unused.
 IDLE = (
     ast.Pass, ast.Import, ast.ImportFrom, ast.Global, ast.Nonlocal, ast.Break, ast.Continue,
-)  # fmt: skip
+)
 # What counts by the statements in it.
 COMPOUND = (
     ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.If, ast.For, ast.AsyncFor, ast.While,
     ast.With, ast.AsyncWith, ast.Try, ast.TryStar, ast.Match,
-)  # fmt: skip
+)
 ACTS = (ast.Call, ast.Await, ast.Yield, ast.YieldFrom)
 
 

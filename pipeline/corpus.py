@@ -22,7 +22,7 @@ SEPARATOR = "<|end_of_text|>"
 LEFT_OUT_FOLDERS = {
     "site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3",
     "encodings", "pydoc_data", "__pycache__",
-}  # fmt: skip
+}
 GENERATED = {"html/entities.py"}
 SMALLEST_CORPUS = 20_000  # bytes: below, a part would be a page or less
 SPLIT_SEED = 0  # one split for all runs, or one run would be tested on what another has seen
