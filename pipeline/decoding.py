@@ -210,10 +210,10 @@ def read(model, ids, caches, start, last=None):
 
 
 def last_outputs(block, hidden, cache, start, last):
-    """A block's outputs at the last tokens alone: (B, n, D) from `start` on → (B, last, D).
+    """A block's outputs at the last tokens alone, (B, last, D).
 
-    Of the tokens before, it fills only its cache, which is all that later tokens need (a prompt of
-    1,024 in four layers: 74 → 58 ms).
+    hidden: (B, n, D), from position `start` on. Of the tokens before the last, the block fills only
+    its cache, which is all that later tokens need (a prompt of 1,024 in four layers: 74 → 58 ms).
     """
     before = hidden.shape[1] - last
     if before > 0:
