@@ -147,80 +147,14 @@ def mtp_loss(depth_logits, input_ids, weight=0.3, document_ids=None, token_mask=
     return weight * torch.stack(losses).mean() if losses else torch.zeros((), dtype=torch.float32)
 
 
-# %% Choosing a token
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen from logits.
-
-    temperature: 0 takes the most likely token; above 0 a token is drawn from
-        softmax(logits / temperature), with `generator` if there is one.
-    top_k, top_p: draw only from the `top_k` most likely tokens, and from the fewest tokens that
-        hold `top_p` of the probability. None: no such limit.
-    """
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    generator: torch.Generator | None = None
-
-    def __post_init__(self):
-        temperature, top_k, top_p = self.temperature, self.top_k, self.top_p
-        finite = 0 <= temperature < math.inf
-        require(finite, f"temperature={temperature} must be a number of at least 0")
-        require(top_k is None or top_k >= 1, f"top_k={top_k} must be at least 1")
-        require(top_p is None or 0 < top_p <= 1, f"top_p={top_p} must be above 0 and at most 1")
-
-    @property
-    def greedy(self):
-        return self.temperature == 0
-
-    def probabilities(self, logits):
-        """(..., W) → (..., W), in FP32: the distribution that a token is drawn from."""
-        logits = logits.float()
-        logits = logits - logits.amax(dim=-1, keepdim=True)  # a tiny temperature cannot overflow
-        probabilities = (logits / self.temperature).softmax(dim=-1)
-        if self.top_k is not None and self.top_k < logits.shape[-1]:
-            kept, places = probabilities.topk(self.top_k, dim=-1)
-            probabilities = torch.zeros_like(probabilities).scatter(-1, places, kept)
-        if self.top_p is not None and self.top_p < 1:
-            ranked, order = probabilities.sort(dim=-1, descending=True)
-            before = ranked.cumsum(dim=-1) - ranked  # the share of the more likely tokens
-            cut = before >= self.top_p * ranked.sum(dim=-1, keepdim=True)
-            probabilities = probabilities.scatter(-1, order, ranked.masked_fill(cut, 0.0))
-        return probabilities / probabilities.sum(dim=-1, keepdim=True)
-
-    def draw(self, probabilities):
-        """(B, W), which need not sum to 1 → (B,).
-
-        A uniform number, one a row, falls between two running sums and so chooses a token.
-        (`torch.multinomial` draws W numbers a row: 29 of 70 ms for 256 rows of 8,192.)
-        """
-        sums = probabilities.cumsum(dim=-1)
-        total = sums[:, -1:]
-        drawable = (total.isfinite() & (total > 0)).all()
-        require(drawable, "no token can be drawn: the model's probabilities are not finite")
-        place = torch.rand(total.shape, device=sums.device, generator=self.generator) * total
-        place = torch.minimum(place, torch.nextafter(total, torch.zeros_like(total)))
-        return torch.searchsorted(sums, place, right=True).squeeze(1)
-
-    def choose(self, logits):
-        """(B, W) → tokens (B,), log-probabilities (B,) of drawing them: 0 if there is no choice."""
-        if self.greedy:
-            return logits.argmax(dim=-1), torch.zeros_like(logits[:, 0], dtype=torch.float32)
-        probabilities = self.probabilities(logits)
-        tokens = self.draw(probabilities)
-        return tokens, probabilities.gather(1, tokens[:, None]).squeeze(1).log()
-
-
 # %% The smallest complete language model: phases 8 to 10 build on it
 @dataclass
 class Generation:
     """What `CausalLM.complete` wrote, and what it took.
 
-    ids: (B, T + new), prompts included. logprobs: (B, new), how likely each token was to be drawn
-        (after a row's end they mean nothing); None with drafts.
-    forwards: passes of the main model, the prompts being one. tokens: of the longest completion.
-    drafted, accepted: tokens of the MTP modules. cache_bytes: of all latent caches at the end.
+    ids (B, T + new): prompts and texts. logprobs (B, new): how likely each token was to be drawn
+    (meaningless after a row's end), None with drafts. forwards: passes, the prompts being one.
+    tokens: of the longest text. drafted, accepted: by the MTP modules. cache_bytes: at the end.
     """
 
     ids: torch.Tensor
@@ -339,19 +273,17 @@ class CausalLM(nn.Module):
                  **options):
         """Continues each prompt with the latent cache: (B, T) → (B, T + new).
 
-        Args:
-            temperature, top_k, top_p, generator: see `Sampling`. Temperature 0 is greedy.
-            attention_mask: (B, T), 0 = padding, for prompts of unequal length: pad on the left.
-                Greedily and in FP32, each gives what it gives alone.
-            eos_token_id: a sequence stops after it and is filled with `pad_token_id`; None: never.
-            options: go to `complete`.
+        temperature, top_k, top_p, generator: see `Sampling`. attention_mask: (B, T), 0 = padding,
+            for prompts of unequal length: pad on the left. Greedily and in FP32, each gives what it
+            gives alone. eos_token_id: a sequence stops after it and is filled with `pad_token_id`;
+            None: never. options: go to `complete`.
 
         Raises: ValueError if prompt and new tokens exceed the context, before any work is done.
         """
-        sampling = Sampling(temperature, top_k, top_p, generator)
         return self.complete(
-            input_ids, max_new_tokens, sampling, attention_mask=attention_mask,
-            eos_token_id=eos_token_id, pad_token_id=pad_token_id, **options,
+            input_ids, max_new_tokens, Sampling(temperature, top_k, top_p, generator),
+            attention_mask=attention_mask, eos_token_id=eos_token_id, pad_token_id=pad_token_id,
+            **options,
         ).ids
 
     # The parts, for the phases that change them
@@ -368,10 +300,8 @@ class CausalLM(nn.Module):
         """{"layer i" or "MTP k": `MixtureOfExperts`} of all blocks that have experts."""
         names = [f"layer {i}" for i in range(len(self.layers))]
         names += [f"MTP {k}" for k in range(1, len(self.mtp) + 1)]
-        return {
-            name: block.mlp for name, block in zip(names, self.blocks(), strict=True)
-            if isinstance(block.mlp, MixtureOfExperts)
-        }
+        named = zip(names, (block.mlp for block in self.blocks()), strict=True)
+        return {name: mlp for name, mlp in named if isinstance(mlp, MixtureOfExperts)}
 
     def copy(self):
         return copy.deepcopy(self)
@@ -380,7 +310,7 @@ class CausalLM(nn.Module):
         """The model, ready for use. Phase 10 makes it quicker here."""
         return self
 
-    # Checks, and what padding means
+    # Padding and checks
     def padding(self, input_ids, attention_mask, past):
         """The options of the blocks that keep padding out; none without an attention_mask."""
         if attention_mask is None:
@@ -388,36 +318,96 @@ class CausalLM(nn.Module):
         wanted, got = (len(input_ids), past + input_ids.shape[1]), tuple(attention_mask.shape)
         require(got == wanted, f"attention_mask must be {wanted}, got {got}")
         real_BS = attention_mask.bool()
-        positions_BT = (real_BS.long().cumsum(dim=1) - 1).clamp(min=0)[:, past:]
-        return dict(
-            mask=real_BS[:, None, None, :], positions=positions_BT, token_mask=real_BS[:, past:]
-        )
+        positions_BS = (real_BS.long().cumsum(dim=1) - 1).clamp(min=0)
+        mask, real_BT = real_BS[:, None, None, :], real_BS[:, past:]
+        return dict(mask=mask, positions=positions_BS[:, past:], token_mask=real_BT)
 
-    def check_tokens(self, input_ids, past=0):
-        fits = input_ids.dim() == 2 and input_ids.shape[1] > 0
-        require(fits, f"input_ids must be (B, T) with T ≥ 1, got {tuple(input_ids.shape)}")
-        integers = not input_ids.is_floating_point()
-        require(integers, f"input_ids must be integers, got {input_ids.dtype}")
-        length, longest = past + input_ids.shape[1], self.max_positions
-        fits = longest is None or length <= longest
-        require(fits, f"{length} tokens exceed the context of {longest}")
-        if input_ids.numel() and not input_ids.is_meta:
-            low, high = (bound.item() for bound in input_ids.aminmax())
-            W, wrong = self.embed_tokens.num_embeddings, low if low < 0 else high
+    def check_tokens(self, ids, past=0, new=0):
+        T = ids.shape[1] if ids.dim() == 2 else 0
+        longest, W = self.max_positions, self.embed_tokens.num_embeddings
+        require(T > 0, f"input_ids must be (B, T) with T ≥ 1, got {tuple(ids.shape)}")
+        require(not ids.is_floating_point(), f"input_ids must be integers, got {ids.dtype}")
+        what = f"prompt of {T} and {new} new" if new else f"{past + T}"
+        fits = longest is None or past + T + new <= longest
+        require(fits, f"{what} tokens exceed the context of {longest}")
+        if ids.numel() and not ids.is_meta:
+            low, high = (bound.item() for bound in ids.aminmax())
+            wrong = low if low < 0 else high
             require(0 <= wrong < W, f"token id {wrong} is not within the vocabulary of {W}")
 
-    def check_prompts(self, input_ids, max_new_tokens, attention_mask, pad_token_id):
-        self.check_tokens(input_ids)
-        new, T, longest = max_new_tokens, input_ids.shape[1], self.max_positions
+    def check_prompts(self, ids, new, attention_mask, pad_token_id):
         require(new >= 0, f"max_new_tokens={new} must be at least 0")
-        fits = longest is None or T + new <= longest
-        require(fits, f"prompt of {T} and {new} new tokens exceed the context of {longest}")
+        self.check_tokens(ids, new=new)
         known = 0 <= pad_token_id < self.embed_tokens.num_embeddings
         require(known, f"pad_token_id={pad_token_id} is not within the vocabulary")
-        if attention_mask is not None:
-            self.padding(input_ids, attention_mask, past=0)  # checks the shape
+        if self.padding(ids, attention_mask, past=0):  # checks the shape
             left = bool(attention_mask[:, -1].all())
             require(left, "prompts must be padded on the left: the last token is padding")
+
+
+# %% Choosing a token
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen from logits.
+
+    temperature: 0 takes the most likely token; above 0 a token is drawn from
+        softmax(logits / temperature), with `generator` if there is one.
+    top_k, top_p: draw only from the `top_k` most likely tokens, and from the fewest tokens that
+        hold `top_p` of the probability. None: no such limit.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    generator: torch.Generator | None = None
+
+    def __post_init__(self):
+        temperature, top_k, top_p = self.temperature, self.top_k, self.top_p
+        finite = 0 <= temperature < math.inf
+        require(finite, f"temperature={temperature} must be a number of at least 0")
+        require(top_k is None or top_k >= 1, f"top_k={top_k} must be at least 1")
+        require(top_p is None or 0 < top_p <= 1, f"top_p={top_p} must be above 0 and at most 1")
+
+    @property
+    def greedy(self):
+        return self.temperature == 0
+
+    def probabilities(self, logits):
+        """(..., W) → (..., W), in FP32: the distribution that a token is drawn from."""
+        logits = logits.float()
+        logits = logits - logits.amax(dim=-1, keepdim=True)  # a tiny temperature cannot overflow
+        probabilities = (logits / self.temperature).softmax(dim=-1)
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            kept, places = probabilities.topk(self.top_k, dim=-1)
+            probabilities = torch.zeros_like(probabilities).scatter(-1, places, kept)
+        if self.top_p is not None and self.top_p < 1:
+            ranked, order = probabilities.sort(dim=-1, descending=True)
+            before = ranked.cumsum(dim=-1) - ranked  # the share of the more likely tokens
+            cut = before >= self.top_p * ranked.sum(dim=-1, keepdim=True)
+            probabilities = probabilities.scatter(-1, order, ranked.masked_fill(cut, 0.0))
+        return probabilities / probabilities.sum(dim=-1, keepdim=True)
+
+    def draw(self, probabilities):
+        """(B, W), which need not sum to 1 → (B,).
+
+        A uniform number, one a row, falls between two running sums and so chooses a token.
+        (`torch.multinomial` draws W numbers a row: 29 of 70 ms for 256 rows of 8,192.)
+        """
+        sums = probabilities.cumsum(dim=-1)
+        total = sums[:, -1:]
+        drawable = (total.isfinite() & (total > 0)).all()
+        require(drawable, "no token can be drawn: the model's probabilities are not finite")
+        place = torch.rand(total.shape, device=sums.device, generator=self.generator) * total
+        place = torch.minimum(place, torch.nextafter(total, torch.zeros_like(total)))
+        return torch.searchsorted(sums, place, right=True).squeeze(1)
+
+    def choose(self, logits):
+        """(B, W) → tokens (B,), log-probabilities (B,) of drawing them: 0 if there is no choice."""
+        if self.greedy:
+            return logits.argmax(dim=-1), torch.zeros_like(logits[:, 0], dtype=torch.float32)
+        probabilities = self.probabilities(logits)
+        tokens = self.draw(probabilities)
+        return tokens, probabilities.gather(1, tokens[:, None]).squeeze(1).log()
 
 
 # %% Speculative decoding: the modules draft, the main model checks all drafts in one pass
