@@ -377,7 +377,8 @@ def fp8_training(trained, steps):
 # %% The picture
 def draw(schemes, path):
     """Bytes of the matrices against what is lost (± 2 standard errors), and speed, by scheme."""
-    names, places = [name for name in schemes if name != "FP32"], range(len(schemes) - 1)
+    names = [name for name in schemes if name != "FP32"]
+    places = range(len(names))
     with picture(path, columns=2, size=(13, 4.5)) as (left, right):
         for name in names:
             scheme = schemes[name]
