@@ -79,8 +79,8 @@ def in_groups(x, group_size):
     """(..., width) → (..., width / group_size, group_size); None: the whole row is one group."""
     width = x.shape[-1]
     size = width if group_size is None else group_size
-    require(size >= 1 and width % size == 0,
-            f"group_size={size} must divide the row of {width} numbers")
+    fits = size >= 1 and width % size == 0
+    require(fits, f"group_size={size} must divide the row of {width} numbers")
     return x.unflatten(-1, (-1, size))
 
 
@@ -245,7 +245,7 @@ def output_error(weight, rounded, hessian):
 def gptq_by_inverses(weight, hessian, bits, group_size=None, dampening=0.01):
     """The naive reference of `gptq`: a new inverse of what is left of H after each column.
 
-    One column by hand, with 3 bits, dampening 0, one row and three inputs, the first two alike:
+    One column by hand, with 3 bits, dampening 0, one row, and three inputs, two of them alike:
 
         W = (0.4, 1.4, 3.0)     H = (1.0 0.8 0.0)     scale = 3.0 / 3 = 1
                                     (0.8 1.0 0.0)
@@ -523,32 +523,34 @@ class Fp8Linear(QuantizedLinear):
 
 
 # %% Schemes: what is done to every matrix of a model
+LAYERS = ("weights", "w8a8", "llm_int8", "fp8")
+METHODS = {"nearest": LAYERS, "smooth": ("w8a8",), "gptq": ("weights",), "awq": ("weights",)}
+
+
 @dataclass(frozen=True)
 class Scheme:
     """What `quantize_model` does to every matrix.
 
     layer: "weights" (inputs stay as they are), "w8a8", "llm_int8" or "fp8". bits: of the weights.
     group_size: numbers of a row that share a scale; None: the row; "auto": 128, 64 or 32, the
-    largest that divides the row, or else the row. method: how weights are rounded.
+    largest that divides the row, or else the row. method: how weights are rounded, each for some
+    of the layers.
     """
 
-    layer: str = setting("weights", choices=("weights", "w8a8", "llm_int8", "fp8"))
+    layer: str = setting("weights", choices=LAYERS)
     bits: int = 8
     group_size: int | str | None = None
-    method: str = setting("nearest", choices=("nearest", "smooth", "gptq", "awq"))
+    method: str = setting("nearest", choices=METHODS)
 
     def __post_init__(self):
         check_settings(self)
         largest_code(self.bits)
-        size, weights = self.group_size, self.layer == "weights"
-        require(size in (None, "auto") or (type(size) is int and size >= 1),
-                f"group_size={size!r} must be a number above 0, None or 'auto'")
-        require(weights or (self.bits, size) == (8, None),
-                f"layer={self.layer!r} takes bits=8 and group_size=None")
-        require(weights or self.method not in ("gptq", "awq"),
-                f"method={self.method!r} is for layer='weights'")
-        require(self.method != "smooth" or self.layer == "w8a8",
-                "method='smooth' is for layer='w8a8'")
+        size, fitting = self.group_size, METHODS[self.method]
+        fits = size in (None, "auto") or (type(size) is int and size >= 1)
+        require(fits, f"group_size={size!r} must be a number above 0, None or 'auto'")
+        fits = self.layer == "weights" or (self.bits, size) == (8, None)
+        require(fits, f"layer={self.layer!r} takes bits=8 and group_size=None")
+        require(self.layer in fitting, f"method={self.method!r} is for layer={fitting[0]!r}")
 
     def groups(self, width):
         """Numbers that share a scale in rows of `width`."""
@@ -571,10 +573,9 @@ SCHEMES = {
 
 def scheme_of(scheme):
     """The `Scheme` of that name, or the `Scheme` itself."""
-    if isinstance(scheme, Scheme):
-        return scheme
-    require(scheme in list(SCHEMES), f"scheme={scheme!r} must be one of {', '.join(SCHEMES)}")
-    return SCHEMES[scheme]
+    known = isinstance(scheme, Scheme) or scheme in list(SCHEMES)
+    require(known, f"scheme={scheme!r} must be one of {', '.join(SCHEMES)}")
+    return scheme if isinstance(scheme, Scheme) else SCHEMES[scheme]
 
 
 # %% From a model to its quantised copy, block by block
@@ -646,22 +647,21 @@ def quantize_model(model, scheme, calibration=None):
 
 
 def check_model(model):
-    require(isinstance(model, CausalLM),
-            f"the model must be a CausalLM, got {type(model).__name__}")
-    modules = list(model.modules())
-    require(not any(isinstance(module, QuantizedLinear) for module in modules),
-            "the model is quantised already")
-    require(not any(map(parametrize.is_parametrized, modules)),
-            "the model is prepared for QAT: convert_qat makes it integer")
+    kind, modules = type(model).__name__, list(model.modules())
+    require(isinstance(model, CausalLM), f"the model must be a CausalLM, got {kind}")
+    quantized = any(isinstance(module, QuantizedLinear) for module in modules)
+    require(not quantized, "the model is quantised already")
+    in_training = any(map(parametrize.is_parametrized, modules))
+    require(not in_training, "the model is prepared for QAT: convert_qat makes it integer")
 
 
 def check_calibration(model, ids, scheme):
     require(ids is not None, f"method {scheme.method!r} needs calibration: token ids (B, T)")
-    require(torch.is_tensor(ids), f"calibration must be a tensor, got {type(ids).__name__}")
+    got = tuple(ids.shape) if torch.is_tensor(ids) else type(ids).__name__
     shortest = len(model.mtp) + 1
-    require(ids.dim() == 2 and ids.shape[0] >= 1 and ids.shape[1] >= shortest,
-            f"calibration must be token ids (B, T) with B ≥ 1 and T ≥ {shortest}, "
-            f"got {tuple(ids.shape)}")
+    wanted = f"calibration must be token ids (B, T) with B ≥ 1 and T ≥ {shortest}, got {got}"
+    require(torch.is_tensor(ids) and ids.dim() == 2, wanted)
+    require(ids.shape[0] >= 1 and ids.shape[1] >= shortest, wanted)
 
 
 @torch.no_grad()
@@ -672,15 +672,13 @@ def input_statistics(model, calibration, linears, batch_size=8):
         statistics[name] = seen = InputStatistics(linear.in_features, linear.weight.device)
         hook = linear.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.add(inputs[0]))
         hooks.append(hook)
-    try:
-        for ids in calibration.split(batch_size):
-            model.mtp_hidden_states(model.hidden_states(ids), ids)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    for ids in calibration.split(batch_size):
+        model.mtp_hidden_states(model.hidden_states(ids), ids)
+    for hook in hooks:
+        hook.remove()
     for name, seen in statistics.items():
-        require(seen.hessian.isfinite().all(),
-                f"{name}: NaN or infinite inputs while reading the calibration text")
+        finite = seen.hessian.isfinite().all()
+        require(finite, f"{name}: NaN or infinite inputs while reading the calibration text")
     return statistics
 
 
@@ -699,11 +697,10 @@ def empty_layer(scheme, name, in_features, out_features, bias=False):
 
 def quantized_linear(linear, scheme, name, statistics=None):
     """The layer that replaces `linear`, filled; `statistics` of its inputs, if the method asks."""
-    weight = linear.weight.detach().float()
-    width = linear.in_features
+    weight, width = linear.weight.detach().float(), linear.in_features
     require(weight.isfinite().all(), f"{name}: the weights hold NaN or infinite numbers")
-    require(width % scheme.groups(width) == 0,
-            f"{name}: group_size={scheme.group_size} must divide {width}")
+    fits = width % scheme.groups(width) == 0
+    require(fits, f"{name}: group_size={scheme.group_size} must divide {width}")
     layer = empty_layer(scheme, name, width, linear.out_features, linear.bias is not None)
     if linear.bias is not None:
         layer.bias = linear.bias.detach().clone()
@@ -740,10 +737,8 @@ def use_reference(model):
 def matrix_bytes(model):
     """(bytes of the quantised matrices with all their scales, bytes of the same in FP32)."""
     layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
-    return (
-        sum(layer.weight_bytes() for layer in layers),
-        sum(4 * layer.in_features * layer.out_features for layer in layers),
-    )
+    numbers = sum(layer.in_features * layer.out_features for layer in layers)
+    return sum(layer.weight_bytes() for layer in layers), 4 * numbers
 
 
 # %% Training with rounded weights
@@ -766,8 +761,8 @@ def prepare_qat(model, scheme):
     Every reader of a weight gets it rounded; the optimizer moves the number behind it.
     """
     scheme = scheme_of(scheme)
-    require((scheme.layer, scheme.method) == ("weights", "nearest"),
-            "QAT is for schemes that round weights to nearest: int8 and int4")
+    fits = (scheme.layer, scheme.method) == ("weights", "nearest")
+    require(fits, "QAT is for schemes that round weights to nearest: int8 and int4")
     check_model(model)
     model = model.copy()
     for module in [module for block in model.blocks() for module in block.modules()]:
@@ -883,12 +878,10 @@ def quantize_cache(model, bits):
     if bits is not None:
         largest_code(bits)
     for block in model.blocks():
-        attention, cache_type = block.self_attn, LatentCache
-        if bits is not None:
-            cache_type = functools.partial(
-                QuantizedLatentCache, bits=bits, latent_width=attention.kv_lora_rank
-            )
-        attention.cache_type = cache_type
+        attention = block.self_attn
+        options = dict(bits=bits, latent_width=attention.kv_lora_rank)
+        smaller = functools.partial(QuantizedLatentCache, **options)
+        attention.cache_type = LatentCache if bits is None else smaller
     model.cache_bits = bits
     return model
 

@@ -961,7 +961,7 @@ def poisoned(value):
         (lambda: quantize_model(small(), "gptq4", torch.zeros(0, 5, dtype=torch.long)), "B ≥ 1"),
         (lambda: quantize_model(small(), "gptq4", torch.zeros(2, 5)), "must be integers"),
         (lambda: quantize_model(small(), "gptq4", torch.full((2, 5), 32)), "token id 32 is not"),
-        (lambda: quantize_model(small(), "gptq4", "text"), "must be a tensor, got str"),
+        (lambda: quantize_model(small(), "gptq4", "text"), "calibration must be .* got str"),
         (lambda: quantize_model(poisoned(math.nan), "int8"),
          r"block 1 mlp.experts.down_proj.2: the weights hold NaN or infinite"),
         (lambda: quantize_model(unreadable(), "gptq4", calibration()),
