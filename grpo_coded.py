@@ -35,31 +35,16 @@ Run:  python grpo_coded.py [--seed 1] [--variant dapo] [--steps 200]     under t
       python benchmarks/grpo.py                         all variants, a collapse, and the routing
 """
 
-import dataclasses
 import functools
 import math
-import pathlib
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
-from lesson import (
-    Demonstration,
-    add_flags,
-    check_settings,
-    chosen_settings,
-    curves,
-    demonstration_parser,
-    flag,
-    one_line_errors,
-    parse_arguments,
-    picture,
-    progress_bar,
-    require,
-    setting,
-)
+import lesson
+from lesson import check_settings, require, setting
 from moe_coded import MixtureOfExperts, TopKRouter, TransformerBlock, balance_within_sequences
 from mtp_coded import CausalLM, Sampling
 from rope_coded import RotaryEmbedding, RotaryLatentAttention
@@ -265,12 +250,11 @@ def check_loss_arguments(logp, old_logp, ref_logp, advantages, mask, kl_coef, va
     require(0 <= kl_coef < math.inf, f"kl_coef={kl_coef} must be a number of at least 0")
     require(ref_logp is not None or not kl_coef, f"kl_coef={kl_coef} needs ref_logp")
     B_L = tuple(logp.shape)
-    require(logp.dim() == 2 and logp.numel(), f"logp must be (B, L), got {B_L}")
-    shapes = dict(old_logp=B_L, ref_logp=B_L, mask=B_L, advantages=B_L[:1])
-    given = dict(old_logp=old_logp, ref_logp=ref_logp, mask=mask, advantages=advantages)
-    for name, value in given.items():
-        got = shapes[name] if value is None else tuple(value.shape)
-        require(got == shapes[name], f"{name} must be {shapes[name]}, got {got}")
+    require(len(B_L) == 2 and logp.numel(), f"logp must be (B, L), got {B_L}")
+    wanted = dict(old_logp=B_L, ref_logp=B_L, mask=B_L, advantages=B_L[:1])
+    for (name, want), x in zip(wanted.items(), (old_logp, ref_logp, mask, advantages), strict=True):
+        got = want if x is None else tuple(x.shape)
+        require(got == want, f"{name} must be {want}, got {got}")
 
 
 # %% Which tokens count, and how likely a policy finds them
@@ -334,18 +318,18 @@ class Rollout:
     def rows(self, chosen):
         """The rollout of some rows; `chosen` indexes (B,)."""
         tensors = {name: x[chosen] for name, x in vars(self).items() if torch.is_tensor(x)}
-        return dataclasses.replace(self, **tensors)
+        return replace(self, **tensors)
 
     @staticmethod
     def joined(rollouts):
         """One rollout of several; prompts are padded to the longest."""
         longest = max(rollout.prompt_length for rollout in rollouts)
-        parts = [
-            (*(F.pad(x, (longest - r.prompt_length, 0)) for x in (r.ids, r.attention_mask)),
-             r.logp, r.rewards, r.advantages)
-            for r in rollouts
+        tensors = [
+            [F.pad(r.ids, (longest - r.prompt_length, 0)),
+             F.pad(r.attention_mask, (longest - r.prompt_length, 0)), r.logp, r.rewards,
+             r.advantages] for r in rollouts
         ]
-        ids, mask, logp, rewards, advantages = map(torch.cat, zip(*parts, strict=True))
+        ids, mask, logp, rewards, advantages = map(torch.cat, zip(*tensors, strict=True))
         return Rollout(ids, mask, longest, logp, rewards, advantages)
 
 
@@ -388,17 +372,13 @@ def judge(rollout, prompts, reward, decode):
 
 
 def checked_rewards(reward, prompt, completions):
-    """reward(prompt, completions) → one finite number a completion, or ValueError with the prompt.
-
-    prompt: a text; completions: the G texts of its group.
-    """
+    """reward(prompt, completions), all texts → a finite number for each, else ValueError."""
     try:
         values = [float(value) for value in reward(prompt, completions)]
     except Exception as error:
-        failure = f"{type(error).__name__} ({' '.join(str(error).split())})"
-        raise ValueError(f"the reward function raised {failure} for prompt {prompt!r}") from error
-    gave = "the reward function gave"
-    got, want = len(values), len(completions)
+        failure = f"raised {type(error).__name__} ({' '.join(str(error).split())})"
+        raise ValueError(f"the reward function {failure} for prompt {prompt!r}") from error
+    gave, got, want = "the reward function gave", len(values), len(completions)
     require(got == want, f"{gave} {got} rewards for the {want} completions of prompt {prompt!r}")
     for value, text in zip(values, completions, strict=True):
         fits = abs(value) < 1e30  # FP32 must hold the mean of their squares
@@ -409,12 +389,7 @@ def checked_rewards(reward, prompt, completions):
 # %% One step, whole
 @dataclass
 class Settings:
-    """One step: `prompts` × `group_size` completions, then `passes` × `minibatches` updates.
-
-    `rollout_logprobs`: π_old as the cached rollout gave it, instead of recomputed by the training
-    forward. `precision`: of the training forward. `resamplings`: how often dapo may draw again.
-    `overlong_buffer`: dapo's, in tokens.
-    """
+    """One step: `prompts` × `group_size` completions, then `passes` × `minibatches` updates."""
 
     variant: str = setting("grpo", "which loss", choices=tuple(VARIANTS))
     prompts: int = setting(128, "prompts a step", at_least=1)
@@ -426,14 +401,12 @@ class Settings:
     learning_rate: float = setting(4e-4, "its highest value", above=0)
     momentum: float = setting(0.0, "AdamW's beta 1", at_least=0, below=1)
     kl_coef: float = setting(0.0, "β, the penalty's weight", at_least=0)
-    refresh_reference: int = setting(
-        0, "steps after which the policy becomes its own reference, 0: never", at_least=0
-    )
-    rollout_logprobs: bool = setting(False, "π_old as the cached rollout gave it")
+    refresh_reference: int = setting(0, "steps until it is the policy, 0: never", at_least=0)
+    rollout_logprobs: bool = setting(False, "π_old from the rollout, not from a training pass")
     gamma: float = setting(0.0, "how far the routing bias moves after a step", at_least=0)
     resamplings: int = setting(2, "how often dapo may draw again", at_least=0, below=15)
     overlong_buffer: int = setting(1, "tokens before the end that dapo punishes", at_least=1)
-    precision: str = "float32"
+    precision: str = "float32"  # of the training forward
     seed: int = setting(0, at_least=0)
 
     def __post_init__(self):
@@ -677,14 +650,14 @@ class GRPOTrainer:
         }
 
 
-def check_prompts(prompts, decode, max_new_tokens, max_positions):
+def check_prompts(prompts, decode, new_tokens, context):
     require(prompts, "there are no prompts")
-    for number, prompt in enumerate(prompts):
+    for i, prompt in enumerate(prompts):
         T = len(prompt)
-        require(T, f"prompt {number} is empty: a completion needs a token to follow")
-        fits = max_positions is None or T + max_new_tokens <= max_positions
-        require(fits, f"prompt {number}, {decode(prompt)!r}, has {T} tokens: with "
-                      f"{max_new_tokens} new ones it exceeds the context of {max_positions}")
+        require(T, f"prompt {i} is empty: a completion needs a token to follow")
+        require(context is None or T + new_tokens <= context,
+                f"prompt {i}, {decode(prompt)!r}, has {T} tokens: with {new_tokens} new ones it "
+                f"exceeds the context of {context}")
 
 
 # %% The task: sums of two numbers from 0 to 99, written down as on paper, last digit first
@@ -760,24 +733,29 @@ def warm_up(policy, prompts, watched, seed, most_steps=400, target=0.25, batch=1
     """
     device, source = policy.lm_head.weight.device, random.Random(seed)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-3, betas=(0.0, 0.99), weight_decay=0.0)
-    with progress_bar(most_steps, "warm-up") as bar:
+    with lesson.progress_bar(most_steps, "warm-up") as bar:
         for step in range(1, most_steps + 1):
-            optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, step / 20)
-            chosen = source.sample(prompts, batch)
-            answers_with_end = [[*encode(sum_of(prompt)), END] for prompt in chosen]
-            ids, real = left_padded([encode(p) for p in chosen], END, device)
-            answer_ids, answer_real = left_padded([a[::-1] for a in answers_with_end], END, device)
-            ids = torch.cat([ids, answer_ids.flip(1)], dim=1)  # answers are padded on the right
-            real = torch.cat([real, answer_real.flip(1)], dim=1)
             policy.train()
-            routed, length = [], ids.shape[1] - answer_ids.shape[1]
-            logp = token_logprobs(policy, ids, real, length, routed=routed)
+            optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, step / 20)
+            ids, real, prompt_length = with_answers(source.sample(prompts, batch), device)
+            routed = []
+            logp = token_logprobs(policy, ids, real, prompt_length, routed=routed)
             balance_loss = sum(layer.balance_loss() for layer in routed)
-            descend(optimizer, -logp[real[:, length:]].mean() + balance_loss)
+            descend(optimizer, -logp[real[:, prompt_length:]].mean() + balance_loss)
             bar.update()
             if step % 5 == 0 and step >= 100 and sampled_accuracy(policy, watched) >= target:
                 break
     return step
+
+
+def with_answers(prompts, device):
+    """Prompts and their sums, as a rollout has them: ids (B, T), real (B, T), prompt length."""
+    ids, real = left_padded([encode(prompt) for prompt in prompts], END, device)
+    ended = [[*encode(sum_of(prompt)), END] for prompt in prompts]
+    answer_ids, answer_real = (  # padded on the right
+        part.flip(1) for part in left_padded([ids[::-1] for ids in ended], END, device)
+    )
+    return torch.cat([ids, answer_ids], 1), torch.cat([real, answer_real], 1), ids.shape[1]
 
 
 def answers(policy, prompts, temperature=1.0, seed=0):
@@ -804,7 +782,7 @@ def rate_of(settings, step, used):
 def train(trainer, steps):
     """Returns the figures of every step."""
     history = []
-    with progress_bar(steps, trainer.settings.variant) as bar:
+    with lesson.progress_bar(steps, trainer.settings.variant) as bar:
         for step in range(steps):
             history.append(trainer.step(rate_of(trainer.settings, step, step / steps)))
             bar.set_postfix_str(f"reward {history[-1]['reward']:.2f}", refresh=False)
@@ -817,10 +795,10 @@ def draw_run(history, path):
     titles = dict(reward="mean reward", kl="KL to the reference (nats per token)",
                   entropy="entropy (nats per token)", length="completion length (tokens)")
     steps = [line["step"] for line in history]
-    with picture(path, rows=2, columns=2, size=(9, 6), sharex=True) as axes:
+    with lesson.picture(path, rows=2, columns=2, size=(9, 6), sharex=True) as axes:
         for axis, (name, title) in zip(axes.flat, titles.items(), strict=True):
             values = {title: [line[name] for line in history]}
-            curves(axis, steps, values, window=5, title=title, xlabel="GRPO step")
+            lesson.curves(axis, steps, values, window=5, title=title, xlabel="GRPO step")
             if name != "length":
                 axis.set_ylim(bottom=0)
 
@@ -906,31 +884,32 @@ def check_cached_logprobs(demo, trainer):
                f"log π off by {off:.0e} at most", off < 1e-3)
 
 
-FLAGS = (flag("steps", 300, "GRPO steps"), flag("picture", "pictures/grpo.png", "where to draw"))
+FLAGS = (lesson.flag("steps", 300, "GRPO steps"),
+         lesson.flag("picture", "pictures/grpo.png", "where to draw the run"))
 SETTINGS = ("variant", "prompts", "group_size", "minibatches", "passes", "learning_rate",
             "momentum", "kl_coef", "refresh_reference", "rollout_logprobs", "gamma")
 
 
 def read_flags(argv):
     """The command line, checked → (arguments, `Settings`)."""
-    parser = demonstration_parser(__doc__, FLAGS)
-    add_flags(parser, Settings, SETTINGS)
+    parser = lesson.demonstration_parser(__doc__, FLAGS)
+    lesson.add_flags(parser, Settings, SETTINGS)
     parser.add_argument("--quick", action="store_true", help="a smoke test of a few seconds")
-    arguments = parse_arguments(parser, argv)
+    arguments = lesson.parse_arguments(parser, argv)
     require(arguments.steps >= 1, f"--steps={arguments.steps} must be at least 1")
-    drawable = pathlib.Path(arguments.picture).suffix in (".png", ".pdf", ".svg")
+    drawable = arguments.picture.endswith((".png", ".pdf", ".svg"))
     require(drawable, f"--picture={arguments.picture} must end in .png, .pdf or .svg")
-    settings = Settings(**chosen_settings(arguments, Settings))
+    settings = Settings(**lesson.chosen_settings(arguments, Settings))
     if arguments.quick:
         arguments.steps = min(arguments.steps, 8)
-        settings = dataclasses.replace(settings, prompts=min(settings.prompts, 16))
+        settings = replace(settings, prompts=min(settings.prompts, 16))
     return arguments, settings
 
 
-@one_line_errors
+@lesson.one_line_errors
 def main(argv=None):
     arguments, settings = read_flags(argv)
-    demo = Demonstration("grpo_coded.py", arguments.device, arguments.seed)
+    demo = lesson.Demonstration("grpo_coded.py", arguments.device, arguments.seed)
     check_baseline(demo)
     check_rungs(demo)
     torch.manual_seed(arguments.seed)  # what was drawn so far changes nothing below
