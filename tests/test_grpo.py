@@ -13,18 +13,21 @@ from grpo_coded import (
     GRPOTrainer,
     Rollout,
     Settings,
+    add_loads,
     addition_prompts,
     average,
     checked_rewards,
     clipped_loss,
     completion_mask,
     decode,
+    descend,
     encode,
     exact_match,
     group_advantages,
     grpo_loss,
     grpo_step,
     k3,
+    move_routing_bias,
     naive_grpo_loss,
     overlong_penalty,
     policy_optimizer,
@@ -39,6 +42,7 @@ from grpo_coded import (
     train,
     warm_up,
 )
+from moe_coded import MixtureOfExperts, Routed, Routing, SwitchRouter
 from mtp_coded import Sampling
 
 EVERY_VARIANT = pytest.mark.parametrize("variant", VARIANTS)
@@ -740,6 +744,34 @@ def test_routing_bias_moves_after_the_updates_only(monkeypatch):
     assert all((bias == 0).all() for step in biases for bias in step)
     moved = [m.gate.e_score_correction_bias for m in trainer.policy.moe_layers().values()]
     assert all((bias.abs() == 0.5).any() for bias in moved)
+
+
+def test_loads_of_several_passes_are_summed_before_the_bias_moves():
+    """Pass 1 overloads expert 0, pass 2 expert 1; in all, expert 0 had the most."""
+    layer = small_policy(32, 1).moe_layers()["layer 0"]
+    loads = {}
+    for chosen in ([0, 0, 0, 0, 0, 2, 3], [1, 1, 2, 3]):
+        routing = Routing(None, torch.tensor(chosen)[:, None], None)
+        add_loads(loads, [Routed(layer, routing, (len(chosen),), None)])
+    assert loads[layer].tolist() == [5, 2, 2, 2]
+    move_routing_bias(loads, 0.5)
+    assert layer.gate.e_score_correction_bias.tolist() == [-0.5, 0.5, 0.5, 0.5]
+
+
+def test_a_router_without_bias_is_left_alone():
+    layer = MixtureOfExperts(8, 8, SwitchRouter(8, 4))
+    move_routing_bias({layer: torch.tensor([3, 0, 0, 0])}, 0.5)
+
+
+def test_an_update_cuts_its_gradient_to_norm_one():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    assert descend(optimizer, 3 * weight[0] - 4 * weight[1]) == pytest.approx(5)
+    torch.testing.assert_close(weight.detach(), torch.tensor([-0.6, 0.8]))
+    before = weight.detach().clone()
+    with pytest.raises(ValueError, match="the gradient is nan"):
+        descend(optimizer, weight.sum() * math.nan)
+    assert torch.equal(weight, before)
 
 
 def test_trainer_improves_a_policy():
