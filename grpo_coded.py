@@ -245,18 +245,6 @@ def mean_of(values, mask):
     return average(values, mask, "token").item()
 
 
-def check_loss_arguments(logp, old_logp, ref_logp, advantages, mask, kl_coef, variant):
-    require(variant in VARIANTS, f"variant={variant!r} must be one of {', '.join(VARIANTS)}")
-    require(0 <= kl_coef < math.inf, f"kl_coef={kl_coef} must be a number of at least 0")
-    require(ref_logp is not None or not kl_coef, f"kl_coef={kl_coef} needs ref_logp")
-    B_L = tuple(logp.shape)
-    require(len(B_L) == 2 and logp.numel(), f"logp must be (B, L), got {B_L}")
-    wanted = dict(old_logp=B_L, ref_logp=B_L, mask=B_L, advantages=B_L[:1])
-    for (name, want), x in zip(wanted.items(), (old_logp, ref_logp, mask, advantages), strict=True):
-        got = want if x is None else tuple(x.shape)
-        require(got == want, f"{name} must be {want}, got {got}")
-
-
 # %% Which tokens count, and how likely a policy finds them
 def completion_mask(completions, eos_token_id):
     """(B, L) ids → (B, L) bool: True up to and including the first end-of-sequence token.
@@ -360,7 +348,7 @@ def roll_out(
     return Rollout(drawn.ids, attention_mask, prompt_ids_BP.shape[1], drawn.logprobs)
 
 
-# %% The judgement: a reward for each completion, checked
+# %% The judgement: a reward for each completion
 def judge(rollout, prompts, reward, decode):
     """(B,) rewards of a rollout of `prompts`; `reward(prompt, completions)` sees texts."""
     texts, group_size = rollout.texts(decode), len(rollout.ids) // len(prompts)
@@ -369,21 +357,6 @@ def judge(rollout, prompts, reward, decode):
         group = texts[i * group_size : (i + 1) * group_size]
         rewards += checked_rewards(reward, decode(prompt), group)
     return torch.tensor(rewards, device=rollout.ids.device)
-
-
-def checked_rewards(reward, prompt, completions):
-    """reward(prompt, completions), all texts → a finite number for each, else ValueError."""
-    try:
-        values = [float(value) for value in reward(prompt, completions)]
-    except Exception as error:
-        failure = f"raised {type(error).__name__} ({' '.join(str(error).split())})"
-        raise ValueError(f"the reward function {failure} for prompt {prompt!r}") from error
-    gave, got, want = "the reward function gave", len(values), len(completions)
-    require(got == want, f"{gave} {got} rewards for the {want} completions of prompt {prompt!r}")
-    for value, text in zip(values, completions, strict=True):
-        fits = abs(value) < 1e30  # FP32 must hold the mean of their squares
-        require(fits, f"{gave} {value} for prompt {prompt!r}, completion {text!r}")
-    return values
 
 
 # %% One step, whole
@@ -650,16 +623,6 @@ class GRPOTrainer:
         }
 
 
-def check_prompts(prompts, decode, new_tokens, context):
-    require(prompts, "there are no prompts")
-    for i, prompt in enumerate(prompts):
-        T = len(prompt)
-        require(T, f"prompt {i} is empty: a completion needs a token to follow")
-        require(context is None or T + new_tokens <= context,
-                f"prompt {i}, {decode(prompt)!r}, has {T} tokens: with {new_tokens} new ones it "
-                f"exceeds the context of {context}")
-
-
 # %% The task: sums of two numbers from 0 to 99, written down as on paper, last digit first
 CHARACTERS = "0123456789+="
 END = len(CHARACTERS)  # end of sequence, and padding
@@ -790,20 +753,7 @@ def train(trainer, steps):
     return history
 
 
-def draw_run(history, path):
-    """Reward, KL to the reference, entropy and length over the steps, as a picture."""
-    titles = dict(reward="mean reward", kl="KL to the reference (nats per token)",
-                  entropy="entropy (nats per token)", length="completion length (tokens)")
-    steps = [line["step"] for line in history]
-    with lesson.picture(path, rows=2, columns=2, size=(9, 6), sharex=True) as axes:
-        for axis, (name, title) in zip(axes.flat, titles.items(), strict=True):
-            values = {title: [line[name] for line in history]}
-            lesson.curves(axis, steps, values, window=5, title=title, xlabel="GRPO step")
-            if name != "length":
-                axis.set_ylim(bottom=0)
-
-
-# %% The demonstration
+# %% The proofs
 def check_baseline(demo, groups=20_000, G=4):
     """Rung 2 has the gradient of rung 1, with less noise: answers are one of 8 tokens here."""
     log_p = torch.randn(8, device=demo.device).log_softmax(dim=0)
@@ -884,6 +834,57 @@ def check_cached_logprobs(demo, trainer):
                f"log π off by {off:.0e} at most", off < 1e-3)
 
 
+# %% Around it: arguments checked, the picture, the command line
+def check_loss_arguments(logp, old_logp, ref_logp, advantages, mask, kl_coef, variant):
+    require(variant in VARIANTS, f"variant={variant!r} must be one of {', '.join(VARIANTS)}")
+    require(0 <= kl_coef < math.inf, f"kl_coef={kl_coef} must be a number of at least 0")
+    require(ref_logp is not None or not kl_coef, f"kl_coef={kl_coef} needs ref_logp")
+    B_L = tuple(logp.shape)
+    require(len(B_L) == 2 and logp.numel(), f"logp must be (B, L), got {B_L}")
+    wanted = dict(old_logp=B_L, ref_logp=B_L, mask=B_L, advantages=B_L[:1])
+    for (name, want), x in zip(wanted.items(), (old_logp, ref_logp, mask, advantages), strict=True):
+        got = want if x is None else tuple(x.shape)
+        require(got == want, f"{name} must be {want}, got {got}")
+
+
+def checked_rewards(reward, prompt, completions):
+    """reward(prompt, completions), all texts → a finite number for each, else ValueError."""
+    try:
+        values = [float(value) for value in reward(prompt, completions)]
+    except Exception as error:
+        failure = f"raised {type(error).__name__} ({' '.join(str(error).split())})"
+        raise ValueError(f"the reward function {failure} for prompt {prompt!r}") from error
+    gave, got, want = "the reward function gave", len(values), len(completions)
+    require(got == want, f"{gave} {got} rewards for the {want} completions of prompt {prompt!r}")
+    for value, text in zip(values, completions, strict=True):
+        fits = abs(value) < 1e30  # FP32 must hold the mean of their squares
+        require(fits, f"{gave} {value} for prompt {prompt!r}, completion {text!r}")
+    return values
+
+
+def check_prompts(prompts, decode, new_tokens, context):
+    require(prompts, "there are no prompts")
+    for i, prompt in enumerate(prompts):
+        T = len(prompt)
+        require(T, f"prompt {i} is empty: a completion needs a token to follow")
+        require(context is None or T + new_tokens <= context,
+                f"prompt {i}, {decode(prompt)!r}, has {T} tokens: with {new_tokens} new ones it "
+                f"exceeds the context of {context}")
+
+
+def draw_run(history, path):
+    """Reward, KL to the reference, entropy and length over the steps, as a picture."""
+    titles = dict(reward="mean reward", kl="KL to the reference (nats per token)",
+                  entropy="entropy (nats per token)", length="completion length (tokens)")
+    steps = [line["step"] for line in history]
+    with lesson.picture(path, rows=2, columns=2, size=(9, 6), sharex=True) as axes:
+        for axis, (name, title) in zip(axes.flat, titles.items(), strict=True):
+            values = {title: [line[name] for line in history]}
+            lesson.curves(axis, steps, values, window=5, title=title, xlabel="GRPO step")
+            if name != "length":
+                axis.set_ylim(bottom=0)
+
+
 FLAGS = (lesson.flag("steps", 300, "GRPO steps"),
          lesson.flag("picture", "pictures/grpo.png", "where to draw the run"))
 SETTINGS = ("variant", "prompts", "group_size", "minibatches", "passes", "learning_rate",
@@ -906,6 +907,7 @@ def read_flags(argv):
     return arguments, settings
 
 
+# %% The demonstration
 @lesson.one_line_errors
 def main(argv=None):
     arguments, settings = read_flags(argv)
