@@ -12,6 +12,7 @@ from moe_coded import Experts, MixtureOfExperts, SwitchRouter, TopKRouter
 from mtp_coded import CausalLM, next_token_loss, shifted_loss
 from multihead_attention_coded import fused_attention
 from pipeline.fast import (
+    ChunkedHeadLoss,
     QuickExperts,
     QuickLinear,
     QuickNorm,
@@ -114,6 +115,47 @@ def test_chunked_loss_is_the_plain_loss(shift, rows):
     ):
         results.append([loss, *torch.autograd.grad(3 * loss, [hidden, head.weight])])
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_chunked_loss_of_bfloat16_logits_is_worked_out_in_fp32():
+    hidden, weight = torch.randn(600, 24).bfloat16(), torch.randn(501, 24).bfloat16()
+    targets = torch.randint(501, (600,))
+    logits = nn.functional.linear(hidden, weight).float()
+    expected = nn.functional.cross_entropy(logits, targets, reduction="sum")
+    # only the order of the sum differs; in BF16 it would be off by a few in a thousand
+    loss = ChunkedHeadLoss.apply(hidden, weight, targets)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.performance
+def test_chunked_loss_never_holds_all_logits_in_fp32(monkeypatch):
+    monkeypatch.setattr(ChunkedHeadLoss, "ROWS", 8)
+    head, hidden = nn.Linear(24, 501, bias=False), torch.randn(2, 32, 24)
+    ids, largest = torch.randint(501, (2, 32)), []
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+            output = function(*arguments, **(kwargs or {}))
+            if torch.is_tensor(output) and output.shape[-1:] == (501,):
+                largest.append((output.dtype, output.numel()))
+            return output
+
+    with torch.autocast("cpu", torch.bfloat16), Sizes():
+        head_loss(head, hidden, ids, 1)
+    assert max(n for dtype, n in largest if dtype == torch.float32) == 8 * 501
+
+
+def test_chunked_loss_passes_a_gradient_check_in_float64():
+    hidden, weight = torch.randn(5, 3, dtype=torch.float64), torch.randn(7, 3, dtype=torch.float64)
+    targets = torch.tensor([0, 6, -100, 3, 3])
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    assert torch.autograd.gradcheck(lambda h, w: ChunkedHeadLoss.apply(h, w, targets), leaves)
+
+
+def test_chunked_loss_without_gradients():
+    head, ids = nn.Linear(24, 17, bias=False), torch.randint(17, (2, 5))
+    with torch.inference_mode():
+        assert head_loss(head, torch.randn(2, 5, 24), ids, 1) > 0
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 6])
