@@ -16,11 +16,7 @@ import torch.nn.functional as F
 
 from lesson import require
 from mtp_coded import Generation, Sampling, verify
-from pipeline.fast import decoding_head
-
-# Queries from which rebuilding keys and values is faster than absorbing: after 1,024 tokens, 24
-# take 7.3 ms absorbed and 8.4 expanded, 64 take 12.9 and 12.5 (benchmarks/scaling.py).
-EXPAND_FROM = 48
+from pipeline.fast import EXPAND_FROM, decoding_head
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import nn
 
 from mla_coded import MultiHeadLatentAttention, RMSNorm
 from moe_coded import Experts
-from pipeline.fast.attention import product_attention, quickest_attention
+from pipeline.fast.attention import EXPAND_FROM, product_attention, quickest_attention
 from pipeline.fast.experts import QuickExpertList, QuickExperts
 from pipeline.fast.few_rows import QuickLinear, QuickNorm, shared_linear
 from pipeline.fast.head import ChunkedHeadLoss, decoding_head, head_loss
@@ -21,6 +21,7 @@ from quantization_coded import ExpertList
 from rope_coded import RotaryEmbedding
 
 __all__ = [
+    "EXPAND_FROM",
     "ChunkedHeadLoss",
     "QuickExpertList",
     "QuickExperts",
