@@ -26,22 +26,12 @@ Run:  python deepseek_full_model.py                    train, score, draw, gener
 """
 
 import functools
-import math
-import pathlib
-import sys
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from lesson import (
-    check_settings,
-    chosen_settings,
-    one_line_errors,
-    parse_arguments,
-    require,
-    setting,
-)
+from lesson import check_settings, one_line_errors, require, setting
 from mla_coded import cache_elements_per_token
 from moe_coded import (
     MixtureOfExperts,
@@ -52,34 +42,16 @@ from moe_coded import (
     balance_within_sequences,
 )
 from mtp_coded import CausalLM
-from pipeline import (
-    aligning,
-    checkpoint,
-    commands,
-    corpus,
-    decoding,
-    generating,
-    quantizing,
-    released,
-    report,
-    scoring,
-)
+from pipeline import aligning, decoding, generating, quantizing, released, report, scoring, training
+from pipeline.commands import Command, run_command
 from pipeline.fast import head_loss, speed_up
-from pipeline.run import (
-    PRECISIONS,
-    Run,
-    fastest_precision,
-    learning_rate,
-    open_run,
-    read_metrics,
-)
+from pipeline.run import learning_rate
+from pipeline.training import RunOptions
 from rope_coded import RotaryEmbedding, RotaryLatentAttention
 
-HERE = pathlib.Path(__file__).parent
-
 # %% The configuration: the fields of config.json
-# What released models of each type have; the first one is meant where the file says nothing.
-SUPPORTED = {
+# What differs by `model_type`. The first value is meant where the file says nothing.
+ROUTING = {
     "deepseek_v2": {
         "scoring_func": ("softmax",),
         "topk_method": ("greedy", "group_limited_greedy"),
@@ -91,10 +63,8 @@ SUPPORTED = {
         "norm_topk_prob": (True, False),
     },
 }
-for methods in SUPPORTED.values():
-    methods |= {
-        "hidden_act": ("silu",), "tie_word_embeddings": (False,), "attention_dropout": (0.0,),
-    }
+# What no released model has otherwise.
+ALWAYS = {"hidden_act": ("silu",), "tie_word_embeddings": (False,), "attention_dropout": (0.0,)}
 
 
 @dataclass
@@ -148,17 +118,17 @@ class DeepSeekConfig:
 
     def __post_init__(self):
         kind = self.model_type
-        require(kind in SUPPORTED, f"model_type={kind!r} is not supported, want deepseek_v2 or "
-                "deepseek_v3")
-        for name, choices in SUPPORTED[kind].items():
+        require(kind in ROUTING,
+                f"model_type={kind!r} is not supported, want deepseek_v2 or deepseek_v3")
+        for name, values in ROUTING[kind].items():
             if getattr(self, name) is None:
-                setattr(self, name, choices[0])
+                setattr(self, name, values[0])
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         check_settings(self, types=True)
-        for name, choices in SUPPORTED[kind].items():
-            value, wanted = getattr(self, name), " or ".join(map(repr, choices))
-            require(value in choices,
+        for name, values in {**ROUTING[kind], **ALWAYS}.items():
+            value, wanted = getattr(self, name), " or ".join(map(repr, values))
+            require(value in values,
                     f"{name}={value!r} is not supported for {kind}, want {wanted}")
         rotary = self.qk_rope_head_dim
         require(rotary % 2 == 0, f"qk_rope_head_dim={rotary} must be even: it rotates pairs")
@@ -175,22 +145,12 @@ class DeepSeekConfig:
     @classmethod
     def from_dict(cls, raw):
         """From the content of a config.json; fields that do not shape the model are ignored."""
-        raw = released.spelled_as_released(raw)
-        kept = {field.name: raw[field.name] for field in fields(cls) if field.name in raw}
-        required = [field.name for field in fields(cls) if field.default is MISSING]
-        missing = [name for name in required if kept.get(name) is None]
-        missing += ["model_type"] if "model_type" not in raw else []
-        require(not missing, f"the configuration lacks {', '.join(missing)}")
-        return cls(**kept)
+        return cls(**released.config_fields(raw, cls))
 
     @classmethod
     def from_file(cls, path):
         """Reads a config.json. ValueError naming the file if it is none."""
-        raw = checkpoint.read_json(path)
-        try:
-            return cls.from_dict(raw)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        return released.read_config(path, cls)
 
     def to_dict(self):
         """The content of a config.json in the released spelling."""
@@ -374,253 +334,121 @@ def training_step(
     the learning rate of all optimizers, `precision` that of the matrix products.
     """
     model.train()
-    for optimizer in optimizers:
-        optimizer.zero_grad()
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-    routed = []  # what each layer's router decides in this step
+    routed = []  # what the router of each layer decides in this step
     # Autocast: matrix products in `precision`, weights, norms, router and losses in FP32.
     with torch.autocast(ids.device.type, precision, enabled=precision != torch.float32):
         hidden_BTD = model.hidden_states(ids, routed=routed)
         next_loss = head_loss(model.lm_head, hidden_BTD, ids, shift=1)
         depths = model.mtp_hidden_states(hidden_BTD, ids, routed=routed)
         further_losses = [
-            head_loss(model.lm_head, states, ids, shift=k + 1, document_ids=document_ids)
-            for k, states in enumerate(depths, start=1)
+            head_loss(model.lm_head, states_BTD, ids, shift=k + 1, document_ids=document_ids)
+            for k, states_BTD in enumerate(depths, start=1)
         ]
-    further_loss = torch.stack(further_losses).mean() if further_losses else 0.0
-    balance_loss = sum(layer_pass.balance_loss() for layer_pass in routed)
+    further_loss = torch.stack(further_losses).mean() if further_losses else torch.zeros(())
+    balance_loss = sum((layer_pass.balance_loss() for layer_pass in routed), torch.zeros(()))
 
-    (next_loss + mtp_weight * further_loss + balance_loss).backward()
-    gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
-    for optimizer in optimizers:
-        optimizer.step()
-
-    max_load = {}
-    for name, layer_pass in zip(model.moe_layers(), routed, strict=True):
-        load_E = layer_pass.load().float()
-        max_load[name] = round((load_E.max() / load_E.mean()).item(), 4)
-        layer_pass.layer.gate.update_bias(load_E, gamma)
+    loss = next_loss + mtp_weight * further_loss + balance_loss
+    gradient_norm = descend(model, optimizers, loss, rate)
     return {
         "loss": next_loss.item(),
         "mtp_loss": further_loss.item() if len(model.mtp) else None,
-        "balance_loss": torch.as_tensor(balance_loss).item(),
+        "balance_loss": balance_loss.item(),
         "gradient_norm": gradient_norm.item(),
         "learning_rate": rate,
-        "max_load": max_load,
+        "max_load": move_routing_biases(model, routed, gamma),
         "tokens": ids.numel(),
     }
 
 
-# %% The run: options, and what a step reads
-OPTIMIZERS = ("auto", "muon", "adamw")
-DEFAULT_MINUTES = 4.6
+def descend(model, optimizers, loss, rate):
+    """One step of all optimizers along the gradient, clipped to length 1; returns its length."""
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+    loss.backward()
+    gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+    return gradient_norm
 
 
-@dataclass
-class RunOptions:
-    """What a training run was asked for; stored with its checkpoint, so that it can resume."""
-
-    config: str = setting(
-        str(HERE / "configs" / "small.json"),
-        "config.json of the model (default: configs/small.json)",
-    )
-    data: list | None = setting(
-        None, "your own UTF-8 text (default: standard library)", metavar="FILE"
-    )
-    steps: int | None = setting(None, "train for so many steps")
-    minutes: float | None = setting(
-        None, f"train for so many minutes (default: {DEFAULT_MINUTES})"
-    )
-    seed: int = setting(0, at_least=0)
-    batch_size: int = setting(4, at_least=1)
-    sequence_length: int = setting(256, at_least=3)
-    learning_rate: float = setting(3e-3, above=0)
-    precision: str = setting(
-        "auto", "of matrix products (default: auto, the faster)", choices=PRECISIONS
-    )
-    optimizer: str = setting(
-        "auto", "default: auto, muon where BF16 is the faster precision", choices=OPTIMIZERS
-    )
-    mtp_weight: float = setting(0.3, at_least=0)
-    gamma: float = setting(0.005, at_least=0)
-
-    def __post_init__(self):
-        check_settings(self, as_flags=True)
-
-    def settle(self, device):
-        """Replaces each "auto" by what is faster on `device`; a resumed run keeps it."""
-        if "auto" in (self.precision, self.optimizer):
-            faster = fastest_precision(device)
-            self.precision = faster if self.precision == "auto" else self.precision
-            if self.optimizer == "auto":
-                # Muon orthogonalises in BF16: without units for it, a step takes seconds.
-                self.optimizer = "muon" if faster == "bfloat16" else "adamw"
+def move_routing_biases(model, routed, gamma):
+    """b_i ± γ in each layer, against its load; returns {layer: busiest expert's load / mean}."""
+    max_load = {}
+    for name, layer_pass in zip(model.moe_layers(), routed, strict=True):
+        load_E = layer_pass.load().float()
+        layer_pass.layer.gate.update_bias(load_E, gamma)
+        max_load[name] = round((load_E.max() / load_E.mean()).item(), 4)
+    return max_load
 
 
-class TrainingRun(Run):
-    """Everything between the options and a trained checkpoint in `directory`/checkpoint."""
+# %% The run: this step over batches of the text, with V3's schedules
+class TrainingRun(training.TrainingRun):
+    """λ falls to a third after two thirds of the training, γ ends at 0; the rate is a cosine."""
 
-    options_class, default_minutes = RunOptions, DEFAULT_MINUTES
+    config_class, model_class = DeepSeekConfig, DeepSeekModel
 
-    def __init__(self, directory, options, device, resume=False):
-        super().__init__(directory, options, device)
-        options.settle(device)
-        self.corpus = corpus.load_corpus(options.data)
-        torch.manual_seed(options.seed)
-        self.tokenizer, self.model = self.stored() if resume else self.fresh()
-        self.model.to(device)
-        context, length = self.model.config.max_position_embeddings, options.sequence_length
-        require(length <= context,
-                f"--sequence-length={length} exceeds max_position_embeddings={context}")
-        self.optimizers = build_optimizers(
-            self.model, options.learning_rate, muon=options.optimizer == "muon"
-        )
-        if resume:
-            self.restore_optimizers()
-        stream = corpus.token_stream(self.tokenizer, self.corpus.train)
-        self.batches = corpus.Batches(stream, options.batch_size, length, options.seed)
+    def build_optimizers(self):
+        muon = self.options.optimizer == "muon"
+        return build_optimizers(self.model, self.options.learning_rate, muon)
 
-    def fresh(self):
-        """Tokenizer and model of a new run; the tokenizer may be smaller than its maximum."""
-        config = DeepSeekConfig.from_file(self.options.config)
-        require(config.quantization_config is None,
-                f"{self.options.config}: a quantised model cannot be trained")
-        tokenizer = corpus.train_tokenizer(self.corpus.train, config.vocab_size)
-        config.vocab_size = tokenizer.get_vocab_size()
-        return tokenizer, DeepSeekModel(config)
-
-    def stored(self):
-        """Tokenizer and model of the run's checkpoint."""
-        require(not (self.checkpoint / AlignmentRun.record).exists(),
-                f"{self.directory} is an alignment: go on with align --resume")
-        self.read_record()
-        tokenizer = corpus.load_tokenizer(self.checkpoint / "tokenizer.json")
-        model = DeepSeekModel.from_pretrained(self.checkpoint)
-        require(model.quantization is None,
-                f"{self.checkpoint} is quantised: it cannot be trained")
-        return tokenizer, model
+    def costs(self):
+        return parameter_counts(self.model), cache_elements(self.model.config)
 
     def step(self, number, used):
-        """Step `number`, when the share `used` of the budget is spent.
-
-        V3's schedules: λ falls to a third after two thirds of the training, γ ends at 0.
-        """
-        ids, document_ids = (part.to(self.device) for part in self.batches[number])
+        """Step `number`, when the share `used` of the budget is spent."""
+        options, (ids, document_ids) = self.options, self.batch(number)
         return training_step(
             self.model, self.optimizers, ids, document_ids,
-            rate=learning_rate(used, self.options.learning_rate),
-            mtp_weight=self.options.mtp_weight / (1 if used < 2 / 3 else 3),
-            gamma=self.options.gamma if used < 0.95 else 0.0,
-            precision=getattr(torch, self.options.precision),
+            rate=learning_rate(used, options.learning_rate),
+            mtp_weight=options.mtp_weight / (1 if used < 2 / 3 else 3),
+            gamma=options.gamma if used < 0.95 else 0.0,
+            precision=getattr(torch, options.precision),
         )
-
-    def go(self):
-        report.print_header(self, parameter_counts(self.model), cache_elements(self.model.config))
-        super().go()
-        step, tokens, seconds = self.state.step, self.state.tokens, self.state.seconds
-        print(f"trained {step} steps, {tokens:,} tokens in {seconds:.0f} s: "
-              f"{tokens / seconds:,.0f} tokens/s")
 
 
 class AlignmentRun(aligning.AlignmentRun):
+    """Phase 9's steps on the trained model."""
+
     model_class = DeepSeekModel
 
 
 # %% The commands
-def whole_pipeline(arguments):
+def whole_pipeline(run):
     """The main job: train, read the checkpoint back, score the test part, draw, generate, align."""
-    run = open_run(arguments, TrainingRun)
     run.go()
     model = DeepSeekModel.from_pretrained(run.checkpoint).to(run.device)
     test = run.corpus.test
     scores = scoring.score(model, run.tokenizer, test)
     rates = scoring.print_scores(scores, test, run.tokenizer, "test part")
-    metrics = read_metrics(run.metrics)
-    pictures = [run.directory / "loss.png", run.directory / "expert_load.png"]
-    report.draw_losses(metrics, pictures[0])
-    report.draw_expert_load(metrics, pictures[1])
-    checkpoint.write_json(
-        run.directory / "results.json",
-        {"bits_per_byte": rates, "test": scores, "training": asdict(run.state),
-         "python": sys.version.split()[0], "corpus": run.corpus.fingerprint},
-    )
+    pictures = report.save_results(run, scores, rates)
     generating.show_continuation(model, run.tokenizer, test)
     print(f"checkpoint: {run.checkpoint}   pictures: {', '.join(map(str, pictures))}")
-    align_after_training(run, scores)
+    aligning.align_after_training(run, scores, AlignmentRun)
 
 
-def align_after_training(run, scores):
-    """The last step of the main job, with as large a part of its budget as by default."""
-    steps, minutes = run.options.steps, run.options.minutes
-    options = aligning.AlignOptions(
-        str(run.checkpoint), run.options.data,
-        steps=steps and math.ceil(steps / 10),
-        minutes=minutes and minutes * aligning.DEFAULT_MINUTES / DEFAULT_MINUTES,
-        seed=run.options.seed, precision=run.options.precision,
-        max_new_tokens=min(aligning.AlignOptions.max_new_tokens, run.model.max_positions // 2),
-    )
-    try:
-        alignment = AlignmentRun(run.directory / "aligned", options, run.device)
-    except aligning.NoPrompts as error:
-        print(f"not aligned: {error}")
-        return
-    aligning.align(alignment, scores)
-
-
-def train(arguments):
-    run = open_run(arguments, TrainingRun)
-    run.go()
-    validation = run.corpus.validation
-    scores = scoring.score(run.model, run.tokenizer, validation)
-    scoring.print_scores(scores, validation, run.tokenizer, "validation part")
-    print(f"checkpoint: {run.checkpoint}")
-
-
-def align(arguments):
-    require(arguments.resume is not None or hasattr(arguments, "source"),
-            "want --checkpoint DIR or --resume RUN")
-    aligning.align(open_run(arguments, AlignmentRun))
-
-
-def load_with_tokenizer(directory, device):
-    """(model, tokenizer, directory) of a checkpoint or of a run."""
-    return released.load_with_tokenizer(DeepSeekModel, directory, device)
-
-
-def on_checkpoint(work, options_class):
-    """A command: the loaded --checkpoint and the options go to a room of pipeline/."""
-
-    def command(arguments):
-        options = options_class(**chosen_settings(arguments, options_class))
-        work(load_with_tokenizer(options.checkpoint, arguments.device), options)
-
-    return command
-
-
-COMMANDS = {  # name: what it does, the dataclass of its flags, the function
-    "train": ("train only, or go on with a stopped run", RunOptions, train),
-    "evaluate": (
-        "bits per byte of a checkpoint", scoring.EvaluateOptions,
-        on_checkpoint(scoring.evaluate, scoring.EvaluateOptions),
+WHOLE = Command("the main job", RunOptions, whole_pipeline, TrainingRun)
+COMMANDS = {  # name: what it does, its flags, the work, and for a run its kind
+    "train": Command(
+        "train only, or go on with a stopped run", RunOptions, training.train, TrainingRun
     ),
-    "generate": (
-        "continue a prompt", generating.GenerateOptions,
-        on_checkpoint(generating.generate, generating.GenerateOptions),
+    "evaluate": Command(
+        "bits per byte of a checkpoint", scoring.EvaluateOptions, scoring.evaluate
     ),
-    "align": ("reward Python that parses (GRPO)", aligning.AlignOptions, align),
-    "quantize": (
-        "a smaller model of INT8, INT4 or FP8", quantizing.QuantizeOptions,
-        on_checkpoint(quantizing.quantize, quantizing.QuantizeOptions),
+    "generate": Command("continue a prompt", generating.GenerateOptions, generating.generate),
+    "align": Command(
+        "reward Python that parses (GRPO)", aligning.AlignOptions, aligning.align, AlignmentRun
+    ),
+    "quantize": Command(
+        "a smaller model of INT8, INT4 or FP8", quantizing.QuantizeOptions, quantizing.quantize
     ),
 }
 
 
 @one_line_errors
 def main(argv=None):
-    parser = commands.build_parser(__doc__, whole=(RunOptions, whole_pipeline), commands=COMMANDS)
-    arguments = parse_arguments(parser, argv)
-    arguments.command(arguments)
+    run_command(argv, __doc__, DeepSeekModel, WHOLE, COMMANDS)
 
 
 if __name__ == "__main__":

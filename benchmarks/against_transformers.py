@@ -28,6 +28,7 @@ from mtp_coded import Sampling
 from pipeline import corpus
 from pipeline.decoding import new_caches, read
 from pipeline.fast import decoding_head, speed_up
+from pipeline.released import load_with_tokenizer
 from pipeline.run import training_record
 
 # The least that each row should reach, as a ratio.
@@ -204,7 +205,9 @@ class Trained:
     def __init__(self, checkpoint, files):
         from transformers import DeepseekV3ForCausalLM
 
-        self.model, tokenizer, directory = full.load_with_tokenizer(checkpoint, "cpu")
+        self.model, tokenizer, directory = load_with_tokenizer(
+            DeepSeekModel, checkpoint, "cpu"
+        )
         if not len(self.model.mtp):
             raise ValueError(f"{directory}: the model has no MTP module to draft with")
         self.theirs = DeepseekV3ForCausalLM.from_pretrained(directory).eval()

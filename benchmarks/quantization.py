@@ -24,6 +24,7 @@ from lesson import one_line_errors, picture
 from pipeline import corpus
 from pipeline.fast import pack_int4
 from pipeline.quantizing import calibration_ids
+from pipeline.released import load_with_tokenizer
 from pipeline.run import learning_rate, training_record
 from quantization_coded import (
     SCHEMES,
@@ -181,7 +182,8 @@ class Trained:
     """A run's model, its validation part in scoring windows, and its training text."""
 
     def __init__(self, directory, quick):
-        self.model, self.tokenizer, self.directory = full.load_with_tokenizer(directory, "cpu")
+        loaded = load_with_tokenizer(DeepSeekModel, directory, "cpu")
+        self.model, self.tokenizer, self.directory = loaded
         self.text = corpus.load_corpus(training_record(self.directory)["options"]["data"])
         documents = self.text.validation
         if quick:

@@ -4,6 +4,7 @@
 """
 
 import collections
+import math
 import sys
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ import torch
 
 from grpo_coded import VARIANTS, GRPOTrainer, Settings, draw_run, roll_out
 from lesson import require, setting
-from pipeline import checkpoint, compiler, corpus
+from pipeline import checkpoint, compiler, corpus, training
 from pipeline.generating import print_marked
 from pipeline.released import load_with_tokenizer
 from pipeline.run import (
@@ -90,6 +91,7 @@ class AlignmentRun(Run):
     default_minutes, default_directory = DEFAULT_MINUTES, "aligned"
 
     def __init__(self, directory, options, device, resume=False):
+        require(options.source is not None, "want --checkpoint DIR or --resume RUN")
         super().__init__(directory, options, device)
         model, self.tokenizer, source = load_with_tokenizer(
             self.model_class, options.source, device
@@ -237,6 +239,27 @@ def align(run, before=None):
          "steps": run.state.step, "seconds": run.state.seconds},
     )
     print(f"checkpoint: {run.checkpoint}   picture: {run.directory / 'alignment.png'}")
+
+
+def align_after_training(run, scores, run_class):
+    """The last step of the main job, with as large a part of its budget as by default.
+
+    run: the training run; scores: of its model's test part; run_class: the kind of alignment.
+    """
+    steps, minutes = run.options.steps, run.options.minutes
+    options = AlignOptions(
+        str(run.checkpoint), run.options.data,
+        steps=steps and math.ceil(steps / 10),
+        minutes=minutes and minutes * DEFAULT_MINUTES / training.DEFAULT_MINUTES,
+        seed=run.options.seed, precision=run.options.precision,
+        max_new_tokens=min(AlignOptions.max_new_tokens, run.model.max_positions // 2),
+    )
+    try:
+        alignment = run_class(run.directory / "aligned", options, run.device)
+    except NoPrompts as error:
+        print(f"not aligned: {error}")
+        return
+    align(alignment, scores)
 
 
 def show_completions(before, after, examples=4):

@@ -8,7 +8,7 @@ import pathlib
 import re
 import sys
 import warnings
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from typing import NamedTuple
 
 import torch
@@ -42,6 +42,24 @@ def spelled_as_released(raw):
         if raw.get(name, 1) is None:
             raw[name] = 1
     return raw
+
+
+def config_fields(raw, config_class):
+    """{field: value} of the content of a config.json; ValueError if a required one is missing."""
+    raw, known = spelled_as_released(raw), fields(config_class)
+    missing = [f.name for f in known if f.default is MISSING and raw.get(f.name) is None]
+    missing += ["model_type"] if "model_type" not in raw else []
+    require(not missing, f"the configuration lacks {', '.join(missing)}")
+    return {field.name: raw[field.name] for field in known if field.name in raw}
+
+
+def read_config(path, config_class):
+    """`DeepSeekConfig.from_file`."""
+    raw = checkpoint.read_json(path)
+    try:
+        return config_class.from_dict(raw)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def yarn_scaling(rope_scaling):

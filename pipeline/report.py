@@ -1,10 +1,13 @@
 """What a run says of itself: its header, and pictures drawn from its metrics file."""
 
 import platform
+from dataclasses import asdict
 
 import torch
 
 from lesson import curves, picture
+from pipeline.checkpoint import write_json
+from pipeline.run import read_metrics
 
 WINDOW = 20  # steps: a curve of single batches cannot be read
 
@@ -28,6 +31,23 @@ def print_header(run, counts, cached):
         f"model: {counts['total']:,} parameters, {counts['active']:,} active a token, "
         f"{counts['mtp']:,} more in MTP; {cached} cached numbers a token"
     )
+
+
+def save_results(run, scores, rates):
+    """Pictures and results.json in the run's directory; returns the pictures' paths.
+
+    scores, rates: of the test part, from `score` and `print_scores`.
+    """
+    metrics, directory = read_metrics(run.metrics), run.directory
+    pictures = [directory / "loss.png", directory / "expert_load.png"]
+    draw_losses(metrics, pictures[0])
+    draw_expert_load(metrics, pictures[1])
+    write_json(
+        directory / "results.json",
+        {"bits_per_byte": rates, "test": scores, "training": asdict(run.state),
+         "python": platform.python_version(), "corpus": run.corpus.fingerprint},
+    )
+    return pictures
 
 
 def draw_losses(metrics, path):

@@ -1,16 +1,19 @@
 """The command line: flags, help, and mistakes in one line that write nothing."""
 
+import pathlib
+
 import pytest
 
 import deepseek_full_model as full
-from deepseek_full_model import HERE, RunOptions
 from pipeline.commands import build_parser
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 def test_flags_before_and_after_the_command_count():
-    parser = build_parser("", (RunOptions, full.whole_pipeline), full.COMMANDS)
+    parser = build_parser("", full.WHOLE, full.COMMANDS)
     arguments = parser.parse_args(["--steps", "20", "train", "--seed", "3"])
-    assert arguments.command is full.train
+    assert arguments.command is full.COMMANDS["train"]
     assert (arguments.steps, arguments.seed, arguments.resume) == (20, 3, None)
 
 
@@ -39,7 +42,7 @@ def test_help():
         (["--minutes", "inf"], "the training budget must be above 0, got inf"),
         (["train", "--resume", "run", "--seed", "3"], "run holds no training run"),
         (
-            ["--config", str(HERE / "configs" / "deepseek_v3.json"), "--steps", "1"],
+            ["--config", str(ROOT / "configs" / "deepseek_v3.json"), "--steps", "1"],
             "a quantised model cannot be trained",
         ),
         (["--minutes", "nan"], "the training budget must be above 0, got nan"),

@@ -1,5 +1,7 @@
 """Phase 10: configuration, model, cost, training step, the training run, the command line."""
 
+import pathlib
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,6 @@ from torch import nn
 
 import deepseek_full_model as full
 from deepseek_full_model import (
-    HERE,
     DeepSeekConfig,
     DeepSeekModel,
     RunOptions,
@@ -22,8 +23,10 @@ from deepseek_full_model import (
 )
 from mla_coded import LatentCache
 from moe_coded import MixtureOfExperts, TopKRouter
-from pipeline import checkpoint, corpus, released
+from pipeline import checkpoint, corpus, released, training
 from quantization_coded import prepare_fp8_training, prepare_qat
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 PUBLISHED = {
     "deepseek_v2_lite": (15_706_484_224, 2_661_150_208, 2_451_435_008, 2_241_719_808, 15_552),
@@ -35,7 +38,7 @@ PUBLISHED = {
 @pytest.mark.performance
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_released_configurations_have_the_published_sizes(name):
-    config = DeepSeekConfig.from_file(HERE / "configs" / f"{name}.json")
+    config = DeepSeekConfig.from_file(ROOT / "configs" / f"{name}.json")
     with torch.device("meta"):
         model = DeepSeekModel(config)
     counts = parameter_counts(model)
@@ -217,14 +220,14 @@ def test_bfloat16_is_for_matrix_products_only():
 
 def test_settings_follow_what_is_fast_on_the_machine(monkeypatch):
     for faster, optimizer in (("bfloat16", "muon"), ("float32", "adamw")):
-        monkeypatch.setattr(full, "fastest_precision", lambda device, faster=faster: faster)
+        monkeypatch.setattr(training, "fastest_precision", lambda device, faster=faster: faster)
         options = RunOptions(steps=1)
         options.settle("cpu")
         assert (options.precision, options.optimizer) == (faster, optimizer)
         asked = RunOptions(steps=1, precision="float32", optimizer="muon")
         asked.settle("cpu")
         assert (asked.precision, asked.optimizer) == ("float32", "muon")
-    assert full.fastest_precision("mps") == "float32"
+    assert training.fastest_precision("mps") == "float32"
     only_adamw = build_optimizers(build("v3"), 1e-3, muon=False)
     assert [type(optimizer) for optimizer in only_adamw] == [torch.optim.AdamW]
 
@@ -282,7 +285,7 @@ def test_router_fields_follow_from_the_model_type():
 
 def test_configuration_round_trips(tmp_path):
     for name in ("deepseek_v2_lite", "deepseek_v2", "deepseek_v3", "small"):
-        config = DeepSeekConfig.from_file(HERE / "configs" / f"{name}.json")
+        config = DeepSeekConfig.from_file(ROOT / "configs" / f"{name}.json")
         checkpoint.write_json(tmp_path / "config.json", config.to_dict())
         assert DeepSeekConfig.from_file(tmp_path / "config.json") == config
 

@@ -1,0 +1,129 @@
+"""Training: a `Run` from a text to a checkpoint. Phase 10 gives it model, optimizers and step."""
+
+import pathlib
+from dataclasses import dataclass
+
+import torch
+
+from lesson import check_settings, require, setting
+from pipeline import corpus, report
+from pipeline.run import PRECISIONS, Run, fastest_precision
+from pipeline.scoring import print_scores, score
+
+SMALL_CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "small.json"
+OPTIMIZERS = ("auto", "muon", "adamw")
+DEFAULT_MINUTES = 4.6
+
+
+@dataclass
+class RunOptions:
+    """What a training run was asked for; stored with its checkpoint, so that it can resume."""
+
+    config: str = setting(
+        str(SMALL_CONFIG), "config.json of the model (default: configs/small.json)"
+    )
+    data: list | None = setting(
+        None, "your own UTF-8 text (default: standard library)", metavar="FILE"
+    )
+    steps: int | None = setting(None, "train for so many steps")
+    minutes: float | None = setting(
+        None, f"train for so many minutes (default: {DEFAULT_MINUTES})"
+    )
+    seed: int = setting(0, at_least=0)
+    batch_size: int = setting(4, at_least=1)
+    sequence_length: int = setting(256, at_least=3)
+    learning_rate: float = setting(3e-3, above=0)
+    precision: str = setting(
+        "auto", "of matrix products (default: auto, the faster)", choices=PRECISIONS
+    )
+    optimizer: str = setting(
+        "auto", "default: auto, muon where BF16 is the faster precision", choices=OPTIMIZERS
+    )
+    mtp_weight: float = setting(0.3, at_least=0)
+    gamma: float = setting(0.005, at_least=0)
+
+    def __post_init__(self):
+        check_settings(self, as_flags=True)
+
+    def settle(self, device):
+        """Replaces each "auto" by what is faster on `device`; a resumed run keeps it."""
+        if "auto" in (self.precision, self.optimizer):
+            faster = fastest_precision(device)
+            self.precision = faster if self.precision == "auto" else self.precision
+            if self.optimizer == "auto":
+                # Muon orthogonalises in BF16: without units for it, a step takes seconds.
+                self.optimizer = "muon" if faster == "bfloat16" else "adamw"
+
+
+class TrainingRun(Run):
+    """Everything between the options and a trained checkpoint in `directory`/checkpoint.
+
+    A subclass names the classes of model and configuration, and has `build_optimizers`, `costs`
+    and `step`.
+    """
+
+    config_class = model_class = None
+    options_class, default_minutes = RunOptions, DEFAULT_MINUTES
+
+    def __init__(self, directory, options, device, resume=False):
+        super().__init__(directory, options, device)
+        options.settle(device)
+        self.corpus = corpus.load_corpus(options.data)
+        torch.manual_seed(options.seed)
+        self.tokenizer, self.model = self.stored() if resume else self.fresh()
+        self.model.to(device)
+        context, length = self.model.config.max_position_embeddings, options.sequence_length
+        require(length <= context,
+                f"--sequence-length={length} exceeds max_position_embeddings={context}")
+        self.optimizers = self.build_optimizers()
+        if resume:
+            self.restore_optimizers()
+        stream = corpus.token_stream(self.tokenizer, self.corpus.train)
+        self.batches = corpus.Batches(stream, options.batch_size, length, options.seed)
+
+    def build_optimizers(self):
+        raise NotImplementedError
+
+    def costs(self):
+        """(parameters, as a dict with `total`, `active` and `mtp`; cached numbers a token)."""
+        raise NotImplementedError
+
+    def fresh(self):
+        """Tokenizer and model of a new run. The vocabulary is as large as the text gives."""
+        config = self.config_class.from_file(self.options.config)
+        require(config.quantization_config is None,
+                f"{self.options.config}: a quantised model cannot be trained")
+        tokenizer = corpus.train_tokenizer(self.corpus.train, config.vocab_size)
+        config.vocab_size = tokenizer.get_vocab_size()
+        return tokenizer, self.model_class(config)
+
+    def stored(self):
+        """Tokenizer and model of the run's checkpoint."""
+        require(not (self.checkpoint / "align.json").exists(),
+                f"{self.directory} is an alignment: go on with align --resume")
+        self.read_record()
+        tokenizer = corpus.load_tokenizer(self.checkpoint / "tokenizer.json")
+        model = self.model_class.from_pretrained(self.checkpoint)
+        require(model.quantization is None,
+                f"{self.checkpoint} is quantised: it cannot be trained")
+        return tokenizer, model
+
+    def batch(self, number):
+        """(ids, document_ids) of step `number`, (B, T) each."""
+        return tuple(part.to(self.device) for part in self.batches[number])
+
+    def go(self):
+        report.print_header(self, *self.costs())
+        super().go()
+        step, tokens, seconds = self.state.step, self.state.tokens, self.state.seconds
+        print(f"trained {step} steps, {tokens:,} tokens in {seconds:.0f} s: "
+              f"{tokens / seconds:,.0f} tokens/s")
+
+
+def train(run):
+    """The train command: trains, and scores the validation part."""
+    run.go()
+    validation = run.corpus.validation
+    scores = score(run.model, run.tokenizer, validation)
+    print_scores(scores, validation, run.tokenizer, "validation part")
+    print(f"checkpoint: {run.checkpoint}")
