@@ -72,7 +72,10 @@ def training(repeats, directory):
     theirs.train()
 
     def our_step(precision):
-        full.training_step(model, ours_adamw, ids, documents, 1e-4, 0.0, 0.0, precision)
+        full.training_step(
+            model, ours_adamw, ids, documents, rate=1e-4, mtp_weight=0.0, gamma=0.0,
+            precision=precision,
+        )
 
     def their_step(precision):
         with torch.autocast("cpu", precision, enabled=precision != torch.float32):

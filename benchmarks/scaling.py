@@ -186,8 +186,8 @@ def by_training_batch(batches, repeats):
 
         def step(ids=ids):
             full.training_step(
-                model, optimizers, ids, torch.zeros_like(ids), 1e-4, 0.0, 0.0,
-                getattr(torch, options.precision),
+                model, optimizers, ids, torch.zeros_like(ids), rate=1e-4, mtp_weight=0.0,
+                gamma=0.0, precision=getattr(torch, options.precision),
             )
 
         with KeptBytes() as kept:

@@ -44,11 +44,8 @@ def score(model, tokenizer, documents, batch_size=16):
         if len(model.mtp) and ids_BT.shape[1] > 2:
             choice_BT = torch.zeros_like(ids_BT[:, 1:])
             choice_BT[scored_BT] = logits.argmax(dim=-1)
-            further_BTD = model.mtp[0](hidden_BTD[:, :-1], ids_BT[:, 1:])
-            drafted_BT = target_BT[:, 2:]
-            drafts = model.lm_head(further_BTD[:, :-1][drafted_BT]).argmax(dim=-1)
-            agreed += int((drafts == choice_BT[:, 1:][drafted_BT]).sum())
-            drafted += len(drafts)
+            same = agreement(model, hidden_BTD, ids_BT, target_BT, choice_BT)
+            agreed, drafted = agreed + int(same.sum()), drafted + len(same)
     size = sum(document.size for document in documents)
     return {
         "bits_per_byte": nats / math.log(2) / size,
@@ -59,6 +56,17 @@ def score(model, tokenizer, documents, batch_size=16):
             name: (load.max() / load.float().mean()).item() for name, load in loads.items()
         },
     }
+
+
+def agreement(model, hidden_BTD, ids_BT, target_BT, choice_BT):
+    """Whether each greedy draft of the first MTP module is the main model's choice: bools (n,).
+
+    choice_BT (B, T − 1): the main model's greedy token after each; only scored tokens count.
+    """
+    further_BTD = model.mtp[0](hidden_BTD[:, :-1], ids_BT[:, 1:])
+    drafted_BT = target_BT[:, 2:]
+    drafts = model.lm_head(further_BTD[:, :-1][drafted_BT]).argmax(dim=-1)
+    return drafts == choice_BT[:, 1:][drafted_BT]
 
 
 def print_scores(scores, documents, tokenizer, part):

@@ -72,14 +72,13 @@ class TrainingRun(Run):
         torch.manual_seed(options.seed)
         self.tokenizer, self.model = self.stored() if resume else self.fresh()
         self.model.to(device)
-        context, length = self.model.config.max_position_embeddings, options.sequence_length
-        require(length <= context,
-                f"--sequence-length={length} exceeds max_position_embeddings={context}")
         self.optimizers = self.build_optimizers()
         if resume:
             self.restore_optimizers()
         stream = corpus.token_stream(self.tokenizer, self.corpus.train)
-        self.batches = corpus.Batches(stream, options.batch_size, length, options.seed)
+        self.batches = corpus.Batches(
+            stream, options.batch_size, options.sequence_length, options.seed
+        )
 
     def build_optimizers(self):
         raise NotImplementedError
@@ -93,6 +92,7 @@ class TrainingRun(Run):
         config = self.config_class.from_file(self.options.config)
         require(config.quantization_config is None,
                 f"{self.options.config}: a quantised model cannot be trained")
+        self.check_length(config)
         tokenizer = corpus.train_tokenizer(self.corpus.train, config.vocab_size)
         config.vocab_size = tokenizer.get_vocab_size()
         return tokenizer, self.model_class(config)
@@ -106,7 +106,13 @@ class TrainingRun(Run):
         model = self.model_class.from_pretrained(self.checkpoint)
         require(model.quantization is None,
                 f"{self.checkpoint} is quantised: it cannot be trained")
+        self.check_length(model.config)
         return tokenizer, model
+
+    def check_length(self, config):
+        length, context = self.options.sequence_length, config.max_position_embeddings
+        require(length <= context,
+                f"--sequence-length={length} exceeds max_position_embeddings={context}")
 
     def batch(self, number):
         """(ids, document_ids) of step `number`, (B, T) each."""

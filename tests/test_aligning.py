@@ -25,7 +25,7 @@ ALIGN = dict(prompts=2, group_size=4, max_new_tokens=12, learning_rate=1e-3)
 
 @pytest.mark.integration
 def test_a_stopped_alignment_resumes_with_the_same_figures(
-    trained, tmp_path, monkeypatch, any_line_is_valid
+    trained, tmp_path, monkeypatch, any_line_is_valid, capsys
 ):
     def options():
         return AlignOptions(str(trained), **ALIGN, steps=5)
@@ -44,6 +44,7 @@ def test_a_stopped_alignment_resumes_with_the_same_figures(
     with pytest.raises(SystemExit) as exit_info:
         stopped.go()
     assert exit_info.value.code == 130 and stopped.state.step == 3
+    assert f"align --resume {tmp_path / 'stopped'}" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path / "stopped")
     full.main(["align", "--resume", str(tmp_path / "stopped"), "--device", "cpu"])
 

@@ -13,7 +13,9 @@ from pipeline import checkpoint
 from pipeline.run import Budget, Run, State, learning_rate, read_metrics
 
 
-def run_for(tmp_path, budget, state=None, losses=None, stop_at=None, saves=None):
+def run_for(tmp_path, budget, state=None, losses=None, stop_at=None, saves=None, save_every=60.0):
+    """The `State` after a run of steps that cost nothing; `saves` gets the steps of its saves."""
+
     class Counting(Run):
         def step(self, number, used):
             if number == stop_at:
@@ -26,7 +28,7 @@ def run_for(tmp_path, budget, state=None, losses=None, stop_at=None, saves=None)
 
     run = Counting(tmp_path, types.SimpleNamespace(**{"steps": None, "minutes": None, **budget}),
                    "cpu")
-    run.state = state or run.state
+    run.state, run.save_every = state or run.state, save_every
     if stop_at is None:
         run.go()
     else:
@@ -45,6 +47,12 @@ def test_loop_spends_its_budget_and_writes_every_step(tmp_path, capsys):
     assert lines[3]["loss"] == 0.25 and lines[3]["tokens"] == 40
     progress = capsys.readouterr().err
     assert "step 7" in progress and "tokens/s" in progress and "left" in progress
+
+
+def test_a_run_is_saved_on_its_way(tmp_path):
+    saves = []
+    run_for(tmp_path, dict(steps=3), saves=saves, save_every=0.0)
+    assert saves == [1, 2, 3, 3]
 
 
 def test_minutes_budget_stops(tmp_path):
@@ -86,7 +94,7 @@ def test_budget_and_schedule():
 
 
 @pytest.mark.integration
-def test_a_stopped_run_resumes_with_the_same_figures(small_run, tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_with_the_same_figures(small_run, tmp_path, monkeypatch, capsys):
     _, options = small_run
     whole = TrainingRun(tmp_path / "whole", RunOptions(**options, steps=8), "cpu")
     whole.go()
@@ -103,6 +111,7 @@ def test_a_stopped_run_resumes_with_the_same_figures(small_run, tmp_path, monkey
     with pytest.raises(SystemExit) as exit_info:
         stopped.go()
     assert exit_info.value.code == 130 and stopped.state.step == 5
+    assert f"train --resume {tmp_path / 'stopped'}" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path / "stopped")  # from another directory
     full.main(["train", "--resume", str(tmp_path / "stopped"), "--device", "cpu"])
 
