@@ -66,6 +66,13 @@ class IndependentHead(nn.Module):
 class MultiTokenPredictor(nn.Module):
     """One MTP depth around a `TransformerBlock`; `embedding` and `head` are the main model's own.
 
+    Row i of each, in a text t0 t1 t2 …:
+
+                               row 0   row 1   row 2      guesses
+        main model   reads     t0      t1      t2         t1  t2  t3
+        module 1     joins     t1      t2      t3         t2  t3  t4
+        module 2     joins     t2      t3      t4         t3  t4  t5
+
     The names are those of the released checkpoints. They store the module as one more layer, and
     `norm` as `shared_head.norm`.
     """
@@ -150,20 +157,15 @@ def mtp_loss(depth_logits, input_ids, weight=0.3, document_ids=None, token_mask=
 # %% The smallest complete language model: phases 8 to 10 build on it
 @dataclass
 class Generation:
-    """What `CausalLM.complete` wrote, and what it took.
+    """What `CausalLM.complete` wrote, and what it took."""
 
-    ids (B, T + new): prompts and texts. logprobs (B, new): how likely each token was to be drawn
-    (meaningless after a row's end), None with drafts. forwards: passes, the prompts being one.
-    tokens: of the longest text. drafted, accepted: by the MTP modules. cache_bytes: at the end.
-    """
-
-    ids: torch.Tensor
-    logprobs: torch.Tensor | None = None
-    forwards: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    tokens: int = 0
-    cache_bytes: int = 0
+    ids: torch.Tensor  # (B, T + new): prompts and texts
+    logprobs: torch.Tensor | None = None  # (B, new): of drawing each token; None with drafts
+    forwards: int = 0  # passes of the main model; reading the prompts is one
+    drafted: int = 0  # tokens that the MTP modules drafted
+    accepted: int = 0  # drafts that the main model accepted
+    tokens: int = 0  # new tokens of the longest text
+    cache_bytes: int = 0  # of all latent caches at the end
 
 
 class CausalLM(nn.Module):
@@ -222,9 +224,7 @@ class CausalLM(nn.Module):
         """Hidden states of every MTP depth while the future is known, as in training.
 
         hidden: from `hidden_states` (B, T, D) of the same input_ids (B, T). Returns: a list; entry
-        k − 1 is (B, T − k, D). With tokens 5 6 7 8, module 1 joins the states at 5 6 7 with the
-        embeddings of 6 7 8 and guesses 7 8 and the token after; module 2 joins the first two of
-        module 1's states with 7 8.
+        k − 1 is (B, T − k, D): the last k rows have no token k ahead to join.
         """
         padding, states = self.padding(input_ids, attention_mask, past=0), []
         for k, predictor in enumerate(self.mtp, start=1):
@@ -417,7 +417,12 @@ def speculative_generate(model, input_ids, max_new_tokens, temperature=0.0, gene
 
     A round: module k drafts the k-th token, the main model reads the text and all drafts in one
     pass, and `verify` keeps the drafts up to the first wrong one and adds a token of the model's
-    own. So each pass gives at least one token, and at most one for every module and one more.
+    own. So a pass gives from one token to one more than there are modules. An example, greedy:
+
+        text and drafts           The cat sat | on  the  rug
+        the model's choices                     on  the  mat  .
+        kept                      The cat sat   on  the  mat
+
     The first pass has no drafts: it reads the prompt. Nothing is cached here, so that the idea
     stands alone; each round reads the whole text anew.
 

@@ -114,8 +114,8 @@ class PreallocatedRows:
         return self.storage[..., :end, :]
 
     def _grow(self, rows, needed):
-        held = 0 if self.storage is None else self.storage.shape[-2]
-        size = max(needed, self.capacity, 2 * held)
+        room = 0 if self.storage is None else self.storage.shape[-2]
+        size = max(needed, self.capacity, 2 * room)
         storage = rows.new_zeros(*rows.shape[:-2], size, rows.shape[-1])
         if self.storage is not None:
             storage[..., : self.length, :] = self.storage[..., : self.length, :]
@@ -285,17 +285,13 @@ def write_with_drafts(model, task, depth=None):
         useful = text.drafts_wanted(drafted)
         accepted, own = verify(head(judging), drafts, chances, task.sampling)
         appended = text.confirm(drafts, accepted, own)
-        counts = list(map(len, appended))
-        kept = zip(accepted.tolist(), useful.tolist(), counts, strict=True)
-        result.forwards += 1
-        result.drafted += int(useful.sum())
-        result.accepted += sum(map(min, kept))
+        most = count_round(result, useful.tolist(), accepted.tolist(), list(map(len, appended)))
         if task.stream is not None:
             task.stream(appended)
         if not text.active.any():
             break
         # As many as asked for or as seem to pay; one past the end would be thrown away.
-        wanted = asked or adaptive.next(drafted, accepted=max(counts) - 1)
+        wanted = asked or adaptive.next(drafted, accepted=most)
         drafted = int(text.drafts_wanted(wanted).max())
         drafter.observe(hidden, start)
         chances = drafter.draft(text.tokens, text.lengths, drafted) if drafted else None
@@ -305,6 +301,18 @@ def write_with_drafts(model, task, depth=None):
     result.ids, result.tokens = text.new(), int((text.lengths - task.lengths).max())
     result.cache_bytes = used_bytes(caches) + used_bytes(drafter.caches)
     return result
+
+
+def count_round(result, useful, accepted, appended):
+    """Counts a round in a `Generation`; returns how many drafts the row with the most accepted.
+
+    All lists have a number a row. useful: the drafts that the row had room for. appended: how many
+    tokens it got, of which one is the model's own unless a draft ended the text.
+    """
+    result.forwards += 1
+    result.drafted += sum(useful)
+    result.accepted += sum(map(min, useful, accepted, appended))
+    return max(appended) - 1
 
 
 def deepest_draft(model, depth):
