@@ -224,9 +224,10 @@ def build_block(config, rotary, moe):
         attention_bias=config.attention_bias,
         rotary=rotary,
     )
-    feed_forward = build_experts(config) if moe else SwiGLU(
-        config.hidden_size, config.intermediate_size
-    )
+    if moe:
+        feed_forward = build_experts(config)
+    else:
+        feed_forward = SwiGLU(config.hidden_size, config.intermediate_size)
     return TransformerBlock(attention, feed_forward, config.rms_norm_eps)
 
 
@@ -330,12 +331,16 @@ def training_step(
 ):
     """One step on a batch of tokens (B, T); returns its figures. Losses in nats per token.
 
-    λ = `mtp_weight` weighs the MTP loss; γ = `gamma` is how far the routing bias moves; `rate` is
-    the learning rate of all optimizers, `precision` that of the matrix products.
+    L = L_next + λ/depths · Σ_k L_k + Σ_layers L_balance, then b_i ± γ (V3, equations 24–25 and
+    section 2.1.2). λ: `mtp_weight`. γ: `gamma`. rate: learning rate of all optimizers. precision:
+    that of the matrix products. document_ids (B, T): no MTP target lies in another document.
     """
     model.train()
-    routed = []  # what the router of each layer decides in this step
-    # Autocast: matrix products in `precision`, weights, norms, router and losses in FP32.
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    routed = []  # gets what each layer's router decides
+    # Autocast: matrix products in `precision`; weights, norms, router and losses in FP32.
+    # `head_loss` is phase 6's `shifted_loss` of the head's logits, which it never stores whole.
     with torch.autocast(ids.device.type, precision, enabled=precision != torch.float32):
         hidden_BTD = model.hidden_states(ids, routed=routed)
         next_loss = head_loss(model.lm_head, hidden_BTD, ids, shift=1)
@@ -362,13 +367,11 @@ def training_step(
 
 def descend(model, optimizers, loss, rate):
     """One step of all optimizers along the gradient, clipped to length 1; returns its length."""
-    for optimizer in optimizers:
-        optimizer.zero_grad()
-        for group in optimizer.param_groups:
-            group["lr"] = rate
     loss.backward()
     gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
         optimizer.step()
     return gradient_norm
 
@@ -385,7 +388,7 @@ def move_routing_biases(model, routed, gamma):
 
 # %% The run: this step over batches of the text, with V3's schedules
 class TrainingRun(training.TrainingRun):
-    """λ falls to a third after two thirds of the training, γ ends at 0; the rate is a cosine."""
+    """λ falls to a third after two thirds of the training, and γ ends at 0."""
 
     config_class, model_class = DeepSeekConfig, DeepSeekModel
 

@@ -206,9 +206,9 @@ class AlignmentRun(Run):
         )
 
 
-# %% What it did
+# %% The command, and its report
 def align(run, before=None):
-    """Aligns, and prints what it did to held-out prompts and to held-out text.
+    """Aligns, and compares before and after on held-out prompts and on held-out text.
 
     before: `score`'s figures of the source on the test part, where they are known.
     """

@@ -1,4 +1,4 @@
-"""What a run says of itself: its header, and pictures drawn from its metrics file."""
+"""A run's header, its results, and pictures drawn from its metrics file."""
 
 import platform
 from dataclasses import asdict

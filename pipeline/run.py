@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, fields
 import torch
 
 from lesson import chosen_settings, progress_bar, require
-from lesson.settings import flag_name
 from pipeline import checkpoint
 
 
@@ -278,7 +277,8 @@ def open_run(arguments, run_class):
     record = directory / "checkpoint" / run_class.record
     require(record.is_file(), f"{directory} holds no {run_class.kind}: no checkpoint/"
             f"{run_class.record} in it")
-    fixed = [flag_name(field).removeprefix("--") for field in fields(options_class)
+    fixed = [(field.metadata.get("flag") or field.name).lstrip("-")
+             for field in fields(options_class)
              if field.name in chosen and field.name not in ("steps", "minutes")]
     fixed = sorted(fixed) + (["out"] if hasattr(arguments, "out") else [])
     require(not fixed, f"--resume goes on with the run's own options: leave out {fixed}")

@@ -16,7 +16,7 @@ from quantization_coded import quantize_cache
 
 @torch.no_grad()
 def score(model, tokenizer, documents, batch_size=16):
-    """Bits per byte of the documents, each byte scored once, and what else can be read off.
+    """Bits per byte of the documents, each byte scored once; also drafts and experts' loads.
 
     Windows of the model's context overlap by half: `corpus.scoring_batches`.
 
