@@ -21,6 +21,7 @@ def any_line_is_valid(monkeypatch):
 
 
 ALIGN = dict(prompts=2, group_size=4, max_new_tokens=12, learning_rate=1e-3)
+SMALL = ["--prompts", "2", "--group-size", "4", "--max-new-tokens", "12", "--learning-rate", "1e-3"]
 
 
 @pytest.mark.integration
@@ -63,9 +64,7 @@ def test_a_stopped_alignment_resumes_with_the_same_figures(
 @pytest.mark.integration
 def test_align_from_the_command_line(trained, tmp_path, capsys, monkeypatch, any_line_is_valid):
     monkeypatch.chdir(tmp_path)
-    small = [part for name, value in ALIGN.items()
-             for part in (f"--{name.replace('_', '-')}", str(value))]
-    command = ["align", "--checkpoint", "trained", *small, "--steps", "2", "--out", "aligned"]
+    command = ["align", "--checkpoint", "trained", *SMALL, "--steps", "2", "--out", "aligned"]
     full.main(command)
     printed = capsys.readouterr().out
     for promised in ("valid  ", "distinct", "bits per byte, test part", "MTP acceptance",
@@ -83,6 +82,16 @@ def test_align_from_the_command_line(trained, tmp_path, capsys, monkeypatch, any
     copies = {f"{layer}embed_tokens.weight", f"{layer}shared_head.head.weight"}
     assert {name for name in before if name.startswith(layer)} - copies <= same
     assert not {name for name in same if name.startswith("model.layers.0.self_attn")}
+
+
+@pytest.mark.integration
+def test_mistakes_of_align_are_one_line_and_write_nothing(
+    trained, tmp_path, capsys, monkeypatch, any_line_is_valid
+):
+    monkeypatch.chdir(tmp_path)
+    command = ["align", "--checkpoint", "trained", *SMALL, "--steps", "2", "--out", "aligned"]
+    full.main(command)
+    capsys.readouterr()
     before = set(tmp_path.rglob("*"))
     full.main(["align", "--resume", "aligned"])
     assert "already aligned for the whole budget (2 steps)" in capsys.readouterr().out

@@ -26,26 +26,44 @@ def test_calibration_texts_are_drawn_from_all_of_the_text_by_a_seed(small_run, t
     assert torch.equal(draw(5, 10**9, 0), ids[None])  # a text shorter than one piece
 
 
-@pytest.mark.integration
-def test_quantize_from_the_command_line(trained, tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def main(trained, tmp_path, capsys, monkeypatch):
+    """main(*arguments) → what it prints; the trained run is in `run`, beside nothing else."""
     trained.rename(tmp_path / "run")
     monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
 
-    def main(*arguments):
+    def run(*arguments):
         full.main([*map(str, arguments), "--device", "cpu"])
         return capsys.readouterr().out
 
-    def refused(*arguments):
+    return run
+
+
+@pytest.fixture
+def refused(main, capsys):
+    """refused(*arguments) → the line that the command ends with."""
+
+    def run(*arguments):
         with pytest.raises(SystemExit) as exit_info:
             main(*arguments)
         error = capsys.readouterr().err
         assert exit_info.value.code == 2 and error.count("\n") == 1
         return error
 
-    capsys.readouterr()
-    exact = main("evaluate", "--checkpoint", "run")
-    quantize = ("quantize", "--checkpoint", "run", "--scheme")
-    printed = main(*quantize, "gptq4", "--out", "small", "--cache-bits", 6,
+    return run
+
+
+QUANTIZE = ("quantize", "--checkpoint", "run", "--scheme")
+
+
+def rate_in(printed):
+    return float(printed.split("this model")[1].split()[0])
+
+
+@pytest.mark.integration
+def test_a_quantised_checkpoint_scores_and_writes(main, tmp_path):
+    printed = main(*QUANTIZE, "gptq4", "--out", "small", "--cache-bits", 6,
                    "--calibration-sequences", 4)
     assert "method gptq" in printed and "latent cache in 6 bits" in printed
     assert {path.name for path in (tmp_path / "small").iterdir()} == {
@@ -53,33 +71,43 @@ def test_quantize_from_the_command_line(trained, tmp_path, capsys, monkeypatch):
     }
     scored = main("evaluate", "--checkpoint", "small")
     assert scored.startswith("quantised (layer weights, bits 4") and "note" not in scored
-    rates = [float(text.split("this model")[1].split()[0]) for text in (exact, scored)]
-    assert rates[0] != rates[1] and abs(rates[1] / rates[0] - 1) < 0.02
+    exact, rounded = rate_in(main("evaluate", "--checkpoint", "run")), rate_in(scored)
+    assert exact != rounded and abs(rounded / exact - 1) < 0.02
+    assert rate_in(main("evaluate", "--checkpoint", "small", "--cache-bits", 2)) != rounded
     text = main("generate", "--checkpoint", "small", "--prompt", "def f", "--speculative")
     assert text.startswith("def f")
-    main(*quantize, "int8", "--out", "eight")
-    assert "--out eight exists already" in refused(*quantize, "int4", "--out", "eight")
-    again = ("quantize", "--checkpoint", "small", "--scheme", "int8", "--out", "x")
-    assert "quantised already" in refused(*again)
-    assert "invalid choice: 'int5'" in refused(*quantize, "int5", "--out", "x")
-    assert "bits=1 must be from 2 to 8" in refused(
-        *quantize, "int8", "--out", "x", "--cache-bits", 1
-    )
-    assert "--calibration-sequences=0 must be at least 1" in refused(
-        *quantize, "awq4", "--out", "x", "--calibration-sequences", 0
-    )
-    assert "--data is for schemes that calibrate" in refused(
-        *quantize, "int8", "--out", "x", "--data", "nowhere.txt"
-    )
-    cached = main("evaluate", "--checkpoint", "small", "--cache-bits", 2)
-    assert float(cached.split("this model")[1].split()[0]) != rates[1]
-    for command in (("evaluate", "--checkpoint", "small"), ("generate", "--checkpoint", "small")):
-        assert "bits=1 must be from 2 to 8" in refused(*command, "--cache-bits", 1)
-    (tmp_path / "run").rename("x.old")  # no other directory is touched
+
+
+@pytest.mark.integration
+def test_mistakes_of_quantize_are_one_line_and_write_nothing(main, refused, tmp_path):
+    main(*QUANTIZE, "int8", "--out", "eight")
+    for arguments, message in (
+        ((*QUANTIZE, "int4", "--out", "eight"), "--out eight exists already"),
+        (("quantize", "--checkpoint", "eight", "--scheme", "int8", "--out", "x"),
+         "quantised already"),
+        ((*QUANTIZE, "int5", "--out", "x"), "invalid choice: 'int5'"),
+        ((*QUANTIZE, "int8", "--out", "x", "--cache-bits", 1), "bits=1 must be from 2 to 8"),
+        ((*QUANTIZE, "awq4", "--out", "x", "--calibration-sequences", 0),
+         "--calibration-sequences=0 must be at least 1"),
+        ((*QUANTIZE, "int8", "--out", "x", "--data", "nowhere.txt"),
+         "--data is for schemes that calibrate"),
+        (("evaluate", "--checkpoint", "eight", "--cache-bits", 1), "bits=1 must be from 2 to 8"),
+        (("generate", "--checkpoint", "eight", "--cache-bits", 1), "bits=1 must be from 2 to 8"),
+    ):
+        assert message in refused(*arguments)
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "eight"}
+
+
+@pytest.mark.integration
+def test_quantize_touches_no_other_directory(main, tmp_path):
+    (tmp_path / "run").rename("x.old")
     main("quantize", "--checkpoint", "x.old", "--scheme", "int8", "--out", "x")
     assert (tmp_path / "x.old" / "checkpoint" / "run.json").is_file()
-    (tmp_path / "x.old").rename("run")
-    shutil.rmtree("x")
-    shutil.copytree("small", "resumed/checkpoint")
+    assert {path.name for path in tmp_path.iterdir()} == {"x", "x.old"}
+
+
+@pytest.mark.integration
+def test_a_quantised_run_is_not_trained(main, refused):
+    main(*QUANTIZE, "int8", "--out", "eight")
+    shutil.copytree("eight", "resumed/checkpoint")
     assert "is quantised: it cannot be trained" in refused("train", "--resume", "resumed")
-    assert {path.name for path in tmp_path.iterdir()} == {"run", "small", "eight", "resumed"}
