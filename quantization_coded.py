@@ -199,13 +199,6 @@ def w8a8_product(x, codes, scale, kernel=True):
     return F.linear(x_codes * x_scale, dequantize(codes, scale))
 
 
-@functools.cache
-def int_mm_is_exact():
-    """Whether `torch._int_mm` is: without VNNI instructions its 16-bit sums overflow silently."""
-    largest = torch.full((16, 64), 127, dtype=torch.int8)
-    return bool((torch._int_mm(largest, largest.T) == 64 * 127**2).all())
-
-
 def llm_int8_product(x, codes, scale, threshold=6.0, kernel=True):
     """LLM.int8(): columns in which some |x| reaches the threshold are multiplied in high precision.
 
@@ -217,6 +210,13 @@ def llm_int8_product(x, codes, scale, threshold=6.0, kernel=True):
     ordinary = w8a8_product(x.masked_fill(outliers, 0.0), codes, scale, kernel)
     columns = outliers.nonzero().squeeze(1)
     return ordinary + F.linear(x[:, columns].float(), dequantize(codes[:, columns], scale))
+
+
+@functools.cache
+def int_mm_is_exact():
+    """Whether `torch._int_mm` is: without VNNI instructions its 16-bit sums overflow silently."""
+    largest = torch.full((16, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(largest, largest.T) == 64 * 127**2).all())
 
 
 # %% Rounding that looks at the inputs: GPTQ
@@ -579,39 +579,6 @@ def scheme_of(scheme):
 
 
 # %% From a model to its quantised copy, block by block
-class ExpertList(Experts):
-    """`Experts` with a layer of its own for every expert's matrix: one by one they are rounded."""
-
-    def __init__(self, experts):
-        nn.Module.__init__(self)
-        for name in ("gate_up_proj", "down_proj"):
-            setattr(self, name, nn.ModuleList())
-            for weight in getattr(experts, name):
-                linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
-                linear.weight = nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
-                getattr(self, name).append(linear)
-
-    def expert(self, e, x):
-        gate, up = self.gate_up_proj[e](x).chunk(2, dim=-1)
-        return self.down_proj[e](F.silu(gate) * up)
-
-    def grouped(self, x_MD, routing):
-        return self.loop(x_MD, routing)
-
-
-def listed_experts(model):
-    """The model itself, each expert now in layers of its own (an `ExpertList`)."""
-    for moe in model.moe_layers().values():
-        if not isinstance(moe.experts, ExpertList):
-            moe.experts = ExpertList(moe.experts)
-    return model
-
-
-def linears_of(block):
-    """{name: `nn.Linear`} of attention, dense, shared and (listed) routed feed-forward."""
-    return {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
-
-
 def quantize_model(model, scheme, calibration=None):
     """A quantised copy for inference; the argument is untouched.
 
@@ -646,55 +613,6 @@ def quantize_model(model, scheme, calibration=None):
     return quantized.prepared()
 
 
-def check_model(model):
-    kind, modules = type(model).__name__, list(model.modules())
-    require(isinstance(model, CausalLM), f"the model must be a CausalLM, got {kind}")
-    quantized = any(isinstance(module, QuantizedLinear) for module in modules)
-    require(not quantized, "the model is quantised already")
-    in_training = any(map(parametrize.is_parametrized, modules))
-    require(not in_training, "the model is prepared for QAT: convert_qat makes it integer")
-
-
-def check_calibration(model, ids, scheme):
-    require(ids is not None, f"method {scheme.method!r} needs calibration: token ids (B, T)")
-    got = tuple(ids.shape) if torch.is_tensor(ids) else type(ids).__name__
-    shortest = len(model.mtp) + 1
-    wanted = f"calibration must be token ids (B, T) with B ≥ 1 and T ≥ {shortest}, got {got}"
-    require(torch.is_tensor(ids) and ids.dim() == 2, wanted)
-    require(ids.shape[0] >= 1 and ids.shape[1] >= shortest, wanted)
-
-
-@torch.no_grad()
-def input_statistics(model, calibration, linears, batch_size=8):
-    """{name: `InputStatistics`} of {name: linear} while the model reads calibration ids (B, T)."""
-    statistics, hooks = {}, []
-    for name, linear in linears.items():
-        statistics[name] = seen = InputStatistics(linear.in_features, linear.weight.device)
-        hook = linear.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.add(inputs[0]))
-        hooks.append(hook)
-    for ids in calibration.split(batch_size):
-        model.mtp_hidden_states(model.hidden_states(ids), ids)
-    for hook in hooks:
-        hook.remove()
-    for name, seen in statistics.items():
-        finite = seen.hessian.isfinite().all()
-        require(finite, f"{name}: NaN or infinite inputs while reading the calibration text")
-    return statistics
-
-
-def empty_layer(scheme, name, in_features, out_features, bias=False):
-    """The layer that replaces the linear `name`, yet to be filled."""
-    sizes, absorbed = (in_features, out_features, bias), name.endswith("kv_b_proj")
-    if scheme.layer == "fp8":
-        return Fp8Linear(*sizes, rounds_input=not absorbed)
-    if scheme.layer != "weights" and not absorbed:
-        threshold = 6.0 if scheme.layer == "llm_int8" else None
-        smooth = scheme.method == "smooth"
-        return W8A8Linear(*sizes, scaled_input=smooth, outlier_threshold=threshold)
-    return IntegerLinear(*sizes, scaled_input=scheme.method == "awq", bits=scheme.bits,
-                         group_size=scheme.groups(in_features), kernel=not absorbed)
-
-
 def quantized_linear(linear, scheme, name, statistics=None):
     """The layer that replaces `linear`, filled; `statistics` of its inputs, if the method asks."""
     weight, width = linear.weight.detach().float(), linear.in_features
@@ -716,6 +634,96 @@ def quantized_linear(linear, scheme, name, statistics=None):
     return layer.fill(*round_nearest(weight * sigma, layer.bits, layer.group_size), sigma)
 
 
+def empty_layer(scheme, name, in_features, out_features, bias=False):
+    """The layer that replaces the linear `name`, yet to be filled."""
+    sizes, absorbed = (in_features, out_features, bias), name.endswith("kv_b_proj")
+    if scheme.layer == "fp8":
+        return Fp8Linear(*sizes, rounds_input=not absorbed)
+    if scheme.layer != "weights" and not absorbed:
+        threshold = 6.0 if scheme.layer == "llm_int8" else None
+        smooth = scheme.method == "smooth"
+        return W8A8Linear(*sizes, scaled_input=smooth, outlier_threshold=threshold)
+    return IntegerLinear(*sizes, scaled_input=scheme.method == "awq", bits=scheme.bits,
+                         group_size=scheme.groups(in_features), kernel=not absorbed)
+
+
+@torch.no_grad()
+def input_statistics(model, calibration, linears, batch_size=8):
+    """{name: `InputStatistics`} of {name: linear} while the model reads calibration ids (B, T)."""
+    statistics, hooks = {}, []
+    for name, linear in linears.items():
+        statistics[name] = seen = InputStatistics(linear.in_features, linear.weight.device)
+        hook = linear.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.add(inputs[0]))
+        hooks.append(hook)
+    for ids in calibration.split(batch_size):
+        model.mtp_hidden_states(model.hidden_states(ids), ids)
+    for hook in hooks:
+        hook.remove()
+    for name, seen in statistics.items():
+        finite = seen.hessian.isfinite().all()
+        require(finite, f"{name}: NaN or infinite inputs while reading the calibration text")
+    return statistics
+
+
+def matrix_bytes(model):
+    """(bytes of the quantised matrices with all their scales, bytes of the same in FP32)."""
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    numbers = sum(layer.in_features * layer.out_features for layer in layers)
+    return sum(layer.weight_bytes() for layer in layers), 4 * numbers
+
+
+# %% Around it: an expert's matrices as layers, checks, loading
+class ExpertList(Experts):
+    """`Experts` with a layer of its own for every expert's matrix: one by one they are rounded."""
+
+    def __init__(self, experts):
+        nn.Module.__init__(self)
+        for name in ("gate_up_proj", "down_proj"):
+            setattr(self, name, nn.ModuleList())
+            for weight in getattr(experts, name):
+                linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+                linear.weight = nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
+                getattr(self, name).append(linear)
+
+    def expert(self, e, x):
+        gate, up = self.gate_up_proj[e](x).chunk(2, dim=-1)
+        return self.down_proj[e](F.silu(gate) * up)
+
+    def grouped(self, x_MD, routing):
+        return self.loop(x_MD, routing)
+
+
+def listed_experts(model):
+    """The model itself, each expert now in layers of its own (an `ExpertList`)."""
+    for moe in model.moe_layers().values():
+        if not isinstance(moe.experts, ExpertList):
+            moe.experts = ExpertList(moe.experts)
+    return model
+
+
+def linears_of(block):
+    """{name: `nn.Linear`} of attention, dense, shared and (listed) routed feed-forward."""
+    return {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
+
+
+def check_model(model):
+    kind, modules = type(model).__name__, list(model.modules())
+    require(isinstance(model, CausalLM), f"the model must be a CausalLM, got {kind}")
+    quantized = any(isinstance(module, QuantizedLinear) for module in modules)
+    require(not quantized, "the model is quantised already")
+    in_training = any(map(parametrize.is_parametrized, modules))
+    require(not in_training, "the model is prepared for QAT: convert_qat makes it integer")
+
+
+def check_calibration(model, ids, scheme):
+    require(ids is not None, f"method {scheme.method!r} needs calibration: token ids (B, T)")
+    got = tuple(ids.shape) if torch.is_tensor(ids) else type(ids).__name__
+    shortest = len(model.mtp) + 1
+    wanted = f"calibration must be token ids (B, T) with B ≥ 1 and T ≥ {shortest}, got {got}"
+    require(torch.is_tensor(ids) and ids.dim() == 2, wanted)
+    require(ids.shape[0] >= 1 and ids.shape[1] >= shortest, wanted)
+
+
 def quantized_skeleton(model, scheme):
     """The model itself with empty layers where `quantize_model` puts full ones: for loading."""
     for block in listed_experts(model).blocks():
@@ -732,13 +740,6 @@ def use_reference(model):
         if isinstance(layer, IntegerLinear):
             layer.kernel = False
     return model
-
-
-def matrix_bytes(model):
-    """(bytes of the quantised matrices with all their scales, bytes of the same in FP32)."""
-    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
-    numbers = sum(layer.in_features * layer.out_features for layer in layers)
-    return sum(layer.weight_bytes() for layer in layers), 4 * numbers
 
 
 # %% Training with rounded weights

@@ -82,6 +82,15 @@ def generated(model, ids, new_tokens, **options):
     return decoding.complete(model, ids, new_tokens, Sampling(), **options).ids
 
 
+@functools.cache
+def trained_model():
+    """The demonstration's model, trained; tests take copies."""
+    torch.manual_seed(0)
+    model = q.small_quantizable_model()
+    train_small(model, 120, 0.0, "cpu")
+    return model
+
+
 def calibration(sequences=8, length=32):
     return small_language(sequences * length, seed=3).view(sequences, length)
 
@@ -1020,8 +1029,7 @@ def test_calibrated_blocks_see_the_rounded_blocks_before_them(monkeypatch):
 
 @pytest.mark.integration
 def test_gptq_costs_a_trained_model_less_than_rounding():
-    model = q.small_quantizable_model()
-    train_small(model, 120, 0.0, "cpu")
+    model = trained_model().copy()
     base = q.held_out_loss(model.eval())
     ids = calibration(64, 64)
     losses = {
@@ -1081,8 +1089,7 @@ def test_qat_trains_every_matrix_and_leaves_its_argument_alone():
 
 @pytest.mark.integration
 def test_qat_recovers_what_rounding_costs():
-    model = q.small_quantizable_model()
-    train_small(model, 120, 0.0, "cpu")
+    model = trained_model().copy()
     scheme = Scheme(bits=2)
     control, rounded = copy.deepcopy(model), prepare_qat(model, scheme)
     for trained in (control, rounded):
