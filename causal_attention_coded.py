@@ -8,8 +8,8 @@ up with the *last* key, so the triangle of the mask is shifted to the right.
     M_ij = 1  if  j ≤ i + (S − T),  else 0
     CausalAttention(Q, K, V) = softmax(Q Kᵀ / √d_k  where M, −∞ elsewhere) V
 
-Paper: Vaswani et al., "Attention Is All You Need" (2017), section 3.2.3 (masking) and 5.4
-(dropout).
+Paper: Vaswani et al., "Attention Is All You Need" (2017), section 3.2.3 (masking). Dropout
+on the weights is in the authors' code; section 5.4 names it for the outputs of a layer only.
 Simplified: one head, no output projection.
 
 Dimensions: B batch · T query positions · S key positions · D model width · K query/key width ·
@@ -51,8 +51,8 @@ def causal_mask(query_length, key_length=None, device=None):
     Raises: ValueError if there are fewer keys than queries: some query would see nothing.
     """
     key_length = query_length if key_length is None else key_length
-    enough = key_length >= query_length
-    require(enough, f"key_length={key_length} must be at least query_length={query_length}")
+    message = f"key_length={key_length} must be at least query_length={query_length}"
+    require(key_length >= query_length, message)
     ones = torch.ones(query_length, key_length, dtype=torch.bool, device=device)
     return ones.tril(diagonal=key_length - query_length)
 
@@ -103,11 +103,8 @@ def gradient_reach(attention, x):
 
 
 # %% The demonstration
-@demonstration(
-    __doc__,
-    flag("length", 6, "tokens in the example sequence", at_least=3),
-    flag("dropout", 0.5, "share of weights dropped"),
-)
+@demonstration(__doc__, flag("length", 6, "tokens of the example", at_least=3),
+               flag("dropout", 0.5, "share of weights dropped"))
 def main(demo, arguments):
     length, device = arguments.length, demo.device
     attention = CausalSelfAttention(16, 8, dropout=arguments.dropout).to(device).eval()

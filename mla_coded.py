@@ -16,7 +16,7 @@ the same function, computed in another order.
 Papers: DeepSeek-V2 (2024), section 2.1, equations 9–19 and 37–47, Table 1, the norms of the
 latents in 3.1.2; cache sizes: "Insights into DeepSeek-V3" (2025), Table 1. Attribute names are
 those of the released checkpoints.
-Simplified: nothing; rotary positions arrive in phase 7 by overriding `rotate`.
+Simplified: k_R and q_R are not rotated yet; phase 7 overrides `rotate`.
 
 Dimensions: B batch · T query positions · S key positions · D model width · H heads · N
 no-position part and R rotary part of a query/key · V value width · C KV latent · Q query latent.
@@ -28,14 +28,14 @@ import torch
 from torch import nn
 
 from causal_attention_coded import causal_mask
-from lesson import demonstration, flag, require
+from lesson import check_input, check_sizes, demonstration, expanded_mask, flag, require
 from multihead_attention_coded import RowStore, fused_attention
-from self_attention_coded import expanded_mask
+from self_attention_coded import masked_softmax
 
 
 # %% The cache
 class LatentCache:
-    """One layer's [c_KV | k_R], (B, length, C + R): normed latent and rotated key, nothing else."""
+    """One layer's [c_KV | k_R], (B, length, C + R): normed latent, position key."""
 
     def __init__(self, store=RowStore):
         self.rows = store()
@@ -62,6 +62,16 @@ class RMSNorm(nn.RMSNorm):
         return super().forward(x.to(self.weight.dtype))
 
 
+def causal_and(mask, query, memory):
+    """The causal mask, and on top of it `mask` where given: (B, H, T, S)."""
+    (B, H, T), S = query.shape[:3], memory.shape[1]
+    triangle_TS = causal_mask(T, S, device=memory.device)
+    return (triangle_TS if mask is None else mask & triangle_TS).expand(B, H, T, S)
+
+
+PATHS = ("naive", "expanded", "einsum", "absorbed")
+
+
 # %% The module: what it projects, what it remembers, and how it attends
 class MultiHeadLatentAttention(nn.Module):
     """MLA with the projections of the released checkpoints.
@@ -86,12 +96,9 @@ class MultiHeadLatentAttention(nn.Module):
         attention_bias=False,
     ):
         super().__init__()
-        require(
-            qk_rope_head_dim >= 0 and qk_rope_head_dim % 2 == 0,
-            f"qk_rope_head_dim={qk_rope_head_dim} must be even: it rotates pairs",
-        )
-        for name, size in dict(kv_lora_rank=kv_lora_rank, q_lora_rank=q_lora_rank).items():
-            require(size is None or size >= 1, f"{name}={size} must be at least 1")
+        even = qk_rope_head_dim >= 0 and qk_rope_head_dim % 2 == 0
+        require(even, f"qk_rope_head_dim={qk_rope_head_dim} must be even: it rotates pairs")
+        check_sizes(kv_lora_rank=kv_lora_rank, q_lora_rank=q_lora_rank)
         self.hidden_size, self.num_heads = hidden_size, num_attention_heads
         self.q_lora_rank, self.kv_lora_rank = q_lora_rank, kv_lora_rank
         self.qk_nope_head_dim, self.qk_rope_head_dim = qk_nope_head_dim, qk_rope_head_dim
@@ -157,8 +164,7 @@ class MultiHeadLatentAttention(nn.Module):
                 values (best for many queries: training, prompts), "absorbed" attends to the latents
                 themselves (best for few: decoding), "einsum" is the equation of that.
         """
-        fits = hidden.dim() == 3 and hidden.shape[-1] == self.hidden_size
-        require(fits, f"input must be (B, T, {self.hidden_size}), got {tuple(hidden.shape)}")
+        check_input(hidden, self.hidden_size, batch="B")
         require(path in PATHS, f"path={path!r} must be one of {', '.join(PATHS)}")
         B, T, _ = hidden.shape
         past = 0 if cache is None else cache.length
@@ -169,7 +175,7 @@ class MultiHeadLatentAttention(nn.Module):
         q_nope_BHTN, q_rope_BHTR = self.queries(hidden)
         q_rope_BHTR = self.rotate(q_rope_BHTR, positions)
         memory = self.remember(hidden, positions, cache)
-        heads_BHTV = PATHS[path](self, q_nope_BHTN, q_rope_BHTR, memory, mask)
+        heads_BHTV = getattr(self, path)(q_nope_BHTN, q_rope_BHTR, memory, mask)
         return self.o_proj(heads_BHTV.transpose(1, 2).flatten(-2))
 
     def up_projections(self, dtype):
@@ -178,7 +184,7 @@ class MultiHeadLatentAttention(nn.Module):
         return rows.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
 
     # The naive reference
-    def head_by_head(self, q_nope_BHTN, q_rope_BHTR, memory, mask):
+    def naive(self, q_nope_BHTN, q_rope_BHTR, memory, mask):
         """Equations 9–19, one head after another; both scores are added, then scaled."""
         latent_BSC, k_rope_BSR = self.split_memory(memory)
         w_uk_HNC, w_uv_HVC = self.up_projections(memory.dtype)
@@ -204,7 +210,7 @@ class MultiHeadLatentAttention(nn.Module):
         return self.attend(q_BHTK, k_BHSK, v_BHSV, mask, scale=self.softmax_scale, causal=True)
 
     # No keys, no values: W_UK goes to the queries, W_UV to the outputs
-    def absorbed_einsum(self, q_nope_BHTN, q_rope_BHTR, memory, mask):
+    def einsum(self, q_nope_BHTN, q_rope_BHTR, memory, mask):
         """The last equation of the docstring, a line each: every head attends to the latents."""
         latent_BSC, k_rope_BSR = self.split_memory(memory)
         w_uk_HNC, w_uv_HVC = self.up_projections(memory.dtype)
@@ -234,27 +240,6 @@ class MultiHeadLatentAttention(nn.Module):
         mixed = fused_attention(rows, memory, memory, mask, self.softmax_scale).squeeze(1)
         mixed_BHTC = mixed[..., : self.kv_lora_rank].unflatten(1, (H, T))
         return mixed_BHTC @ w_uv_HVC.transpose(1, 2)
-
-
-PATHS = {
-    "naive": MultiHeadLatentAttention.head_by_head,
-    "expanded": MultiHeadLatentAttention.expanded,
-    "einsum": MultiHeadLatentAttention.absorbed_einsum,
-    "absorbed": MultiHeadLatentAttention.absorbed,
-}
-
-
-def causal_and(mask, query, memory):
-    """The causal mask, and on top of it `mask` where given: (B, H, T, S)."""
-    (B, H, T), S = query.shape[:3], memory.shape[1]
-    triangle_TS = causal_mask(T, S, device=memory.device)
-    return (triangle_TS if mask is None else mask & triangle_TS).expand(B, H, T, S)
-
-
-def masked_softmax(scores, allowed):
-    """Softmax over the allowed keys; zeros in place of 0/0 for a query with no key at all."""
-    weights = scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1)
-    return weights.masked_fill(~allowed, 0.0)
 
 
 # %% The cost: numbers cached per token, and arithmetic per decoded token
@@ -326,11 +311,8 @@ def check_published_sizes(demo):
         demo.check(f"BF16 cache of {name}", "", figure, kilobytes == published)
 
 
-@demonstration(
-    __doc__,
-    flag("context", 4096, "keys in the decoding comparison", at_least=1),
-    flag("kv-lora-rank", 32, "C of the small example", at_least=1),
-)
+@demonstration(__doc__, flag("context", 4096, "keys in the decoding comparison", at_least=1),
+               flag("kv-lora-rank", 32, "C of the small example", at_least=1))
 def main(demo, arguments):
     sizes = dict(qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12)
     x_BTD = torch.randn(2, 9, 64, device=demo.device)

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lesson import bands, demonstration, flag, picture, require
+from lesson import check_divides, check_input, check_sizes, demonstration, draw_bands, flag, require
 from multihead_attention_coded import MultiHeadAttention
 
 
@@ -40,8 +40,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, hidden_size, intermediate_size):
         super().__init__()
-        widths = f"widths must be at least 1, got {hidden_size}, {intermediate_size}"
-        require(hidden_size >= 1 and intermediate_size >= 1, widths)
+        check_sizes(hidden_size=hidden_size, intermediate_size=intermediate_size)
         # [W_gate; W_up] in one matrix, one product: released files store them apart.
         self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
@@ -94,7 +93,7 @@ class SwitchRouter(nn.Module):
 
     def __init__(self, hidden_size, n_routed_experts, capacity_factor=1.25):
         super().__init__()
-        require(n_routed_experts >= 1, f"n_routed_experts={n_routed_experts} must be at least 1")
+        check_sizes(n_routed_experts=n_routed_experts)
         require(capacity_factor > 0, f"capacity_factor={capacity_factor} must be above 0")
         self.num_experts, self.capacity_factor = n_routed_experts, capacity_factor
         self.weight = nn.Parameter(torch.empty(n_routed_experts, hidden_size))
@@ -157,36 +156,11 @@ class TopKRouter(nn.Module):
         self.scoring_func, self.topk_method = scoring_func, topk_method
         self.n_group, self.topk_group = n_group, topk_group
         self.norm_topk_prob, self.routed_scaling_factor = norm_topk_prob, routed_scaling_factor
-        self.check_arguments()
+        check_router(self)
         self.weight = nn.Parameter(torch.empty(n_routed_experts, hidden_size))
         nn.init.normal_(self.weight, std=0.02)
         if topk_method == "noaux_tc":
             self.register_buffer("e_score_correction_bias", torch.zeros(n_routed_experts))
-
-    def check_arguments(self):
-        E, A, scoring, method = (
-            self.num_experts, self.num_experts_per_tok, self.scoring_func, self.topk_method
-        )
-        scorings, methods = ("softmax", "sigmoid"), ("greedy", "group_limited_greedy", "noaux_tc")
-        require(scoring in scorings, f"scoring_func={scoring!r} must be one of {scorings}")
-        require(method in methods, f"topk_method={method!r} must be one of {methods}")
-        groups, best = self.n_group, self.topk_group
-        whole = groups >= 1 and E >= 1 and E % groups == 0
-        require(whole, f"n_routed_experts={E} must be divisible by n_group={groups}")
-        require(1 <= best <= groups, f"topk_group={best} must be from 1 to n_group={groups}")
-        size = E // groups
-        can = f"num_experts_per_tok={A} must be from 1 to the {best * size} experts that can be "
-        require(1 <= A <= best * size, can + "chosen")
-        pairs = method != "noaux_tc" or groups == 1 or size >= 2
-        require(pairs, f"n_group={groups} leaves {size} expert a group, want 2 or more")
-
-    def _apply(self, fn, recurse=True):
-        """Moves like any module, but keeps the bias in FP32: BF16 would swallow steps of γ."""
-        bias = self._buffers.get("e_score_correction_bias")
-        super()._apply(fn, recurse)
-        if bias is not None and not bias.is_meta:
-            self.e_score_correction_bias = bias.to(self.weight.device)
-        return self
 
     def forward(self, x_MD, token_mask=None):
         """(M, D) → `Routing`, in FP32. `token_mask` is without effect: tokens do not compete."""
@@ -223,6 +197,33 @@ class TopKRouter(nn.Module):
         if self.topk_method == "noaux_tc":
             load_E = load_E.float()
             self.e_score_correction_bias += gamma * torch.sign(load_E.mean() - load_E)
+
+    def _apply(self, fn, recurse=True):
+        """Moves like any module, but keeps the bias in FP32: BF16 would swallow steps of γ."""
+        bias = self._buffers.get("e_score_correction_bias")
+        super()._apply(fn, recurse)
+        if bias is not None and not bias.is_meta:
+            self.e_score_correction_bias = bias.to(self.weight.device)
+        return self
+
+
+def check_router(router):
+    """ValueError for a router whose experts, groups and choices do not fit together."""
+    E, A, groups, best = (
+        router.num_experts, router.num_experts_per_tok, router.n_group, router.topk_group
+    )
+    scoring, method, scorings = router.scoring_func, router.topk_method, ("softmax", "sigmoid")
+    methods = ("greedy", "group_limited_greedy", "noaux_tc")
+    require(scoring in scorings, f"scoring_func={scoring!r} must be one of {scorings}")
+    require(method in methods, f"topk_method={method!r} must be one of {methods}")
+    check_sizes(n_routed_experts=E)
+    check_divides(n_routed_experts=E, n_group=groups)
+    require(1 <= best <= groups, f"topk_group={best} must be from 1 to n_group={groups}")
+    size = E // groups
+    can = f"num_experts_per_tok={A} must be from 1 to the {best * size} experts that can be chosen"
+    require(1 <= A <= best * size, can)
+    pairs = method != "noaux_tc" or groups == 1 or size >= 2
+    require(pairs, f"n_group={groups} leaves {size} expert a group, want 2 or more")
 
 
 # %% The experts, and three ways to run them
@@ -287,22 +288,18 @@ class Experts(nn.Module):
 def grouped_linear(rows, weights, ends):
     """`F.linear` of each expert on its own rows: (rows, in), (E, out, in), (E,) → (rows, out).
 
-    `ends` (int32): where each expert's run ends. One kernel call where the kernel can: one dtype of
-    at most 32 bits, rows of a multiple of 16 bytes; a product per expert elsewhere.
+    `ends` (int32): where each expert's run ends. PyTorch's kernel takes them all in one call; it
+    wants one dtype and rows of a multiple of 16 bytes. Elsewhere: a product per expert.
     """
-    device = rows.device.type
-    if torch.is_autocast_enabled(device):  # the kernel is not on autocast's list
-        precision = torch.get_autocast_dtype(device)
+    if torch.is_autocast_enabled(rows.device.type):  # the kernel is not on autocast's list
+        precision = torch.get_autocast_dtype(rows.device.type)
         rows, weights = rows.to(precision), weights.to(precision)
-    fits = rows.dtype == weights.dtype and rows.element_size() <= 4 and not rows.is_mps
-    if fits and all(width * rows.element_size() % 16 == 0 for width in weights.shape[1:]):
+    size, narrow = rows.element_size(), rows.element_size() <= 4 and not rows.is_mps
+    whole = all(width * size % 16 == 0 for width in weights.shape[1:])
+    if narrow and whole and rows.dtype == weights.dtype:
         return F.grouped_mm(rows, weights.transpose(-2, -1), offs=ends)
-    starts = [0, *ends.tolist()[:-1]]
-    runs = [
-        F.linear(rows[start:end], weight)
-        for start, end, weight in zip(starts, ends.tolist(), weights, strict=True)
-    ]
-    return torch.cat(runs)
+    runs = rows.tensor_split(ends.tolist()[:-1])
+    return torch.cat([F.linear(run, weight) for run, weight in zip(runs, weights, strict=True)])
 
 
 # %% The layer
@@ -337,14 +334,14 @@ class MixtureOfExperts(nn.Module):
         self, hidden_size, moe_intermediate_size, router, n_shared_experts=0, balance_loss=None
     ):
         super().__init__()
-        F_, D = moe_intermediate_size, router.weight.shape[1]
-        require(F_ >= 1, f"moe_intermediate_size={F_} must be at least 1")
+        check_sizes(moe_intermediate_size=moe_intermediate_size)
+        D = router.weight.shape[1]
         require(hidden_size == D, f"the router reads width {D}, want hidden_size={hidden_size}")
         self.gate = router
-        self.experts = Experts(router.num_experts, hidden_size, F_)
+        self.experts = Experts(router.num_experts, hidden_size, moe_intermediate_size)
         self.shared_experts = None
         if n_shared_experts:
-            self.shared_experts = SwiGLU(hidden_size, n_shared_experts * F_)
+            self.shared_experts = SwiGLU(hidden_size, n_shared_experts * moe_intermediate_size)
         self.balance_loss = balance_loss
 
     def forward(self, x, token_mask=None, routed=None, dispatch="grouped"):
@@ -353,15 +350,16 @@ class MixtureOfExperts(nn.Module):
         token_mask: (...), False = padding, which enters neither balance loss nor load. routed: a
         list that gets this pass's `Routed`. dispatch: "dense", "loop" or "grouped", all the same.
         """
-        ways, D = ("dense", "loop", "grouped"), self.gate.weight.shape[1]
+        ways = ("dense", "loop", "grouped")
         require(dispatch in ways, f"dispatch={dispatch!r} must be one of {ways}")
-        fits = x.dim() >= 2 and x.shape[-1] == D
-        require(fits, f"input must be (..., T, {D}), got {tuple(x.shape)}")
+        check_input(x, self.gate.weight.shape[1])
+        mask_M = None
         if token_mask is not None:
             got, want = tuple(token_mask.shape), tuple(x.shape[:-1])
             require(got == want, f"token_mask must be {want}, got {got}")
+            mask_M = token_mask.flatten()
         x_MD = x.flatten(0, -2)
-        routing = self.gate(x_MD, None if token_mask is None else token_mask.flatten())
+        routing = self.gate(x_MD, mask_M)
         output_MD = getattr(self.experts, dispatch)(x_MD, routing)
         if self.shared_experts is not None:
             output_MD = output_MD + self.shared_experts(x_MD)
@@ -399,9 +397,9 @@ class TransformerBlock(nn.Module):
 
 
 # %% Balance losses: what training adds so that experts are used alike
-# Each is α when all experts are chosen equally often. As a rule, uneven use costs more, since the
+# Each is α when what it counts is even. As a rule, uneven use costs more, since the
 # scores P favour the experts that are chosen more often; but not always. Two experts, top 1, scores
-# (.51, .49), (.51, .49), (0, 1): f = (2/3, 1/3), P = (.34, .66), and the loss is 0.893 α.
+# (.51, .49), (.51, .49), (0, 1): f = (4/3, 2/3), P = (.34, .66), and the loss is 0.893 α.
 def switch_balance_loss(scores_ME, indices_MA, alpha, token_mask=None):
     """α E Σ_i f_i P_i (Switch, equation 4); f share of the tokens sent to i, P mean score of i."""
     return expert_balance_loss(scores_ME, indices_MA[:, :1], alpha, token_mask)
@@ -450,9 +448,7 @@ def communication_balance_loss(
 
 def _experts_of_devices(per_expert, devices):
     """(..., E) → (..., devices, E / devices): neighbours share a device."""
-    E = per_expert.shape[-1]
-    whole = devices >= 1 and E % devices == 0
-    require(whole, f"{E} experts must be divisible by {devices} devices")
+    check_divides(experts=per_expert.shape[-1], devices=devices)
     return per_expert.unflatten(-1, (devices, -1))
 
 
@@ -594,11 +590,8 @@ def check_balancing(demo, steps, gamma, path):
         shares[name], error = train_on_clusters(balancing, steps, gamma, demo.seed, demo.device)
         busiest[name] = shares[name][-20:].mean(dim=0).max().item() * 8
         demo.note(f"{name}: busiest expert {busiest[name]:.2f}× the mean load, error {error:.3f}")
-    with picture(path, columns=3, size=(13, 3.6), sharey=True) as axes:
-        for axis, (name, parts) in zip(axes, shares.items(), strict=True):
-            title = f"{name}: busiest expert {busiest[name]:.2f}× the mean"
-            bands(axis, parts.numpy(), title=title, xlabel="training step")
-        axes[0].set_ylabel("share of the choices, one band an expert")
+    titles = {f"{n}: busiest expert {busiest[n]:.2f}× the mean": shares[n] for n in shares}
+    draw_bands(path, titles, xlabel="training step", ylabel="share of the choices, by expert")
     before, after = busiest["no balancing"], busiest["V3 bias"]
     better = after < before or gamma == 0
     figure = f"{before:.2f} → {after:.2f}"
@@ -606,12 +599,9 @@ def check_balancing(demo, steps, gamma, path):
     demo.note(f"picture: {path}")
 
 
-@demonstration(
-    __doc__,
-    flag("steps", 120, "training steps of the picture", at_least=20),
-    flag("gamma", 0.02, "speed of the bias update"),
-    flag("picture", "pictures/moe_load.png", "where to draw it"),
-)
+@demonstration(__doc__, flag("steps", 120, "training steps of the picture", at_least=20),
+               flag("gamma", 0.02, "speed of the bias update"),
+               flag("picture", "pictures/moe_load.png", "where to draw it"))
 def main(demo, arguments):
     check_dispatches(demo)
     check_balance_losses(demo)

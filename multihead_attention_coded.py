@@ -3,9 +3,9 @@
 One head can follow one relation between tokens at a time. Multi-head attention runs H small heads
 side by side and mixes their outputs with one matrix. When text is generated token by token, the
 keys and values of the past do not change, so they are kept in a cache: that cache, not the
-arithmetic, is what makes long contexts expensive. Grouped-query attention (GQA) shrinks it by
-letting several query heads share a key/value head; multi-query attention (MQA) keeps just one.
-Phase 4 shows DeepSeek's better bargain.
+arithmetic, is what makes decoding after a long context expensive. Grouped-query attention (GQA)
+shrinks it by letting several query heads share a key/value head; multi-query attention (MQA) keeps
+just one. Phase 4 shows DeepSeek's better bargain.
 
     head_h = Attention(X W_Q^h, X W_K^g, X W_V^g)   with g = ⌊h · groups / H⌋
     MultiHead(X) = [head_0; …; head_{H−1}] W_O
@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from causal_attention_coded import causal_mask
-from lesson import demonstration, flag, require
-from self_attention_coded import expanded_mask, scaled_dot_product_attention
+from lesson import check_divides, check_input, demonstration, expanded_mask, flag, require
+from self_attention_coded import scaled_dot_product_attention
 
 
 # %% The naive reference: one head after another
@@ -81,10 +81,8 @@ class RowStore:
 
     def truncate(self, length):
         """Forgets all rows after the first `length`: rolls the cache back."""
-        require(
-            0 <= length <= self.length,
-            f"cannot truncate a cache of length {self.length} to {length}",
-        )
+        message = f"cannot truncate a cache of length {self.length} to {length}"
+        require(0 <= length <= self.length, message)
         self.rows = self.rows[..., :length, :] if self.length else None
 
     def used_bytes(self):
@@ -160,10 +158,8 @@ class MultiHeadAttention(nn.Module):
     def __init__(self, d_model, num_heads, num_kv_heads=None, dropout=0.0, bias=False):
         super().__init__()
         groups = num_heads if num_kv_heads is None else num_kv_heads
-        divides = num_heads >= 1 and d_model % num_heads == 0
-        require(divides, f"d_model={d_model} must be divisible by num_heads={num_heads}")
-        divides = groups >= 1 and num_heads % groups == 0
-        require(divides, f"num_heads={num_heads} must be divisible by num_kv_heads={groups}")
+        check_divides(d_model=d_model, num_heads=num_heads)
+        check_divides(num_heads=num_heads, num_kv_heads=groups)
         require(0.0 <= dropout < 1.0, f"dropout={dropout} must be at least 0 and below 1")
         self.num_heads, self.head_width, self.dropout = num_heads, d_model // num_heads, dropout
         self.q_proj = nn.Linear(d_model, d_model, bias=bias)
@@ -185,9 +181,7 @@ class MultiHeadAttention(nn.Module):
             causal: False lets every token see every other.
             path: "loop" (the naive reference), "explicit" (all heads at once) or "fused".
         """
-        d_model = self.q_proj.in_features
-        fits = x.dim() == 3 and x.shape[-1] == d_model
-        require(fits, f"input must be (B, T, {d_model}), got {tuple(x.shape)}")
+        check_input(x, self.q_proj.in_features, batch="B")
         (B, T), H = x.shape[:2], self.num_heads
         S = T if cache is None else cache.length + T
         require(path in PATHS, f"path={path!r} must be one of {', '.join(PATHS)}")
@@ -208,11 +202,8 @@ class MultiHeadAttention(nn.Module):
 
 
 # %% The demonstration
-@demonstration(
-    __doc__,
-    flag("heads", 8, "query heads; must divide 64", at_least=1),
-    flag("kv-heads", 2, "key/value heads of the GQA example", at_least=1),
-)
+@demonstration(__doc__, flag("heads", 8, "query heads; must divide 64", at_least=1),
+               flag("kv-heads", 2, "key/value heads of the GQA example", at_least=1))
 def main(demo, arguments):
     d_model, length = 64, 10
     x_BTD = torch.randn(2, length, d_model, device=demo.device)

@@ -12,8 +12,8 @@ positions (phase 7).
 Paper: Vaswani et al., "Attention Is All You Need" (2017), section 3.2.1, equation 1.
 Simplified: one head, no output projection (both arrive in phase 3).
 
-Dimensions: B batch · T query positions · S key positions · D model width · K query/key width ·
-V value width.
+Dimensions: B batch · T query positions · S key positions · D model width · K query/key width (d_k
+in the equation) · V value width.
 
 Run:  python self_attention_coded.py [--d-k 256] [--seed 0] [--device cpu]
 """
@@ -23,7 +23,7 @@ import math
 import torch
 from torch import nn
 
-from lesson import demonstration, flag, require
+from lesson import check_attention, check_input, check_sizes, demonstration, expanded_mask, flag
 
 
 # %% The naive reference: one sequence, explicit loops
@@ -63,35 +63,21 @@ def scaled_dot_product_attention(query, key, value, mask=None, scale=None, dropo
 
     Raises: ValueError on widths or lengths that do not fit, or a mask that is not boolean.
     """
-    least = min(query.dim(), key.dim(), value.dim())
-    require(least >= 2, "query, key and value must each be (..., length, width)")
-    width, key_width, keys, values = query.shape[-1], key.shape[-1], key.shape[-2], value.shape[-2]
-    require(width == key_width, f"query width {width} must equal key width {key_width}")
-    require(keys == values, f"got {keys} keys for {values} values, want as many")
-    if scale is None:
-        scale = 1.0 / math.sqrt(width)
+    check_attention(query, key, value)
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     scores = query @ key.transpose(-2, -1) * scale
-    if mask is not None:
-        mask = expanded_mask(mask, scores.shape)
-        scores = scores.masked_fill(~mask, float("-inf"))
-        # A row of -inf only has no softmax. Zeros keep the forward and the backward pass finite.
-        nothing_to_see = ~mask.any(dim=-1, keepdim=True)
-        scores = scores.masked_fill(nothing_to_see, 0.0)
-        weights = torch.softmax(scores, dim=-1).masked_fill(nothing_to_see, 0.0)
-    else:
+    if mask is None:
         weights = torch.softmax(scores, dim=-1)
+    else:
+        weights = masked_softmax(scores, expanded_mask(mask, scores.shape))
     weights = nn.functional.dropout(weights, p=dropout_p)
     return weights @ value, weights
 
 
-def expanded_mask(mask, shape):
-    """A boolean mask as a view of shape (..., T, S); ValueError if it is no such mask."""
-    boolean = mask.dtype == torch.bool
-    require(boolean, f"mask must be boolean (True = may attend), got {mask.dtype}")
-    ends = zip(reversed(mask.shape), reversed(shape), strict=False)
-    fits = mask.dim() <= len(shape) and all(size in (1, wanted) for size, wanted in ends)
-    require(fits, f"mask must be broadcastable to {tuple(shape)}, got {tuple(mask.shape)}")
-    return mask.expand(shape)
+def masked_softmax(scores, mask):
+    """Softmax over the keys with mask True; all zeros, not NaN, for a query that has none."""
+    weights = torch.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1)
+    return weights.masked_fill(~mask, 0.0)
 
 
 # %% The module
@@ -103,17 +89,14 @@ class SelfAttention(nn.Module):
 
     def __init__(self, d_in, d_out, bias=False):
         super().__init__()
-        some = d_in >= 1 and d_out >= 1
-        require(some, f"d_in and d_out must be at least 1, got {d_in} and {d_out}")
+        check_sizes(d_in=d_in, d_out=d_out)
         self.q_proj = nn.Linear(d_in, d_out, bias=bias)
         self.k_proj = nn.Linear(d_in, d_out, bias=bias)
         self.v_proj = nn.Linear(d_in, d_out, bias=bias)
 
     def project(self, x):
         """(B, T, d_in) or (T, d_in) → queries, keys and values (..., T, d_out)."""
-        d_in = self.q_proj.in_features
-        fits = x.dim() >= 2 and x.shape[-1] == d_in
-        require(fits, f"input must be (..., T, {d_in}), got {tuple(x.shape)}")
+        check_input(x, self.q_proj.in_features)
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def forward(self, x, mask=None):
@@ -130,8 +113,8 @@ def softmax_health(d_k, scale, queries=256, keys=32, seed=0):
     scale, one key takes nearly all the weight when d_k is large, and the softmax passes almost no
     gradient back to its own input. With the scale, the gradient stays the same size for every d_k.
 
-    Returns: (mean of each row's largest weight, mean norm of the gradient that a unit-variance
-        gradient on the weights sends back to the softmax's input).
+    Returns: (mean of each row's largest weight, mean norm of the gradient at the scores, for a
+        random gradient on the weights).
     """
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(queries, d_k, generator=generator)

@@ -5,7 +5,15 @@ in one line. `require` checks an argument. `setting` declares a dataclass field 
 its flag. `curves` and `bands` draw. This package knows no lesson.
 """
 
-from lesson.checks import Demonstration, require
+from lesson.checks import (
+    Demonstration,
+    check_attention,
+    check_divides,
+    check_input,
+    check_sizes,
+    expanded_mask,
+    require,
+)
 from lesson.command_line import (
     OneLineParser,
     demonstration,
@@ -17,7 +25,7 @@ from lesson.command_line import (
     pick_device,
     progress_bar,
 )
-from lesson.pictures import bands, curves, picture
+from lesson.pictures import bands, curves, draw_bands, picture
 from lesson.settings import add_flags, check_settings, chosen_settings, setting
 
 __all__ = [
@@ -25,11 +33,17 @@ __all__ = [
     "OneLineParser",
     "add_flags",
     "bands",
+    "check_attention",
+    "check_divides",
+    "check_input",
     "check_settings",
+    "check_sizes",
     "chosen_settings",
     "curves",
     "demonstration",
+    "draw_bands",
     "demonstration_parser",
+    "expanded_mask",
     "flag",
     "inside_ipython",
     "one_line_errors",

@@ -13,6 +13,45 @@ def require(condition, message):
         raise ValueError(message)
 
 
+def check_sizes(**sizes):
+    """Every named size must be at least 1; None is not checked."""
+    for name, size in sizes.items():
+        require(size is None or size >= 1, f"{name}={size} must be at least 1")
+
+
+def check_divides(**sizes):
+    """Of two named numbers, the second must divide the first."""
+    (name, number), (divisor_name, divisor) = sizes.items()
+    divides = divisor >= 1 and number % divisor == 0
+    require(divides, f"{name}={number} must be divisible by {divisor_name}={divisor}")
+
+
+def check_input(x, width, batch="..."):
+    """x must be (..., T, width), or, with `batch` "B", exactly (B, T, width)."""
+    fits = x.dim() >= 2 if batch == "..." else x.dim() == 3
+    want = f"({batch}, T, {width})"
+    require(fits and x.shape[-1] == width, f"input must be {want}, got {tuple(x.shape)}")
+
+
+def check_attention(query, key, value):
+    """query (..., T, K), key (..., S, K), value (..., S, V)."""
+    least = min(query.dim(), key.dim(), value.dim())
+    require(least >= 2, "query, key and value must each be (..., length, width)")
+    width, key_width, keys, values = query.shape[-1], key.shape[-1], key.shape[-2], value.shape[-2]
+    require(width == key_width, f"query width {width} must equal key width {key_width}")
+    require(keys == values, f"got {keys} keys for {values} values, want as many")
+
+
+def expanded_mask(mask, shape):
+    """A boolean mask as a view of shape (..., T, S); ValueError if it is no such mask."""
+    boolean = mask.dtype == torch.bool
+    require(boolean, f"mask must be boolean (True = may attend), got {mask.dtype}")
+    ends = zip(reversed(mask.shape), reversed(shape), strict=False)
+    fits = mask.dim() <= len(shape) and all(size in (1, wanted) for size, wanted in ends)
+    require(fits, f"mask must be broadcastable to {tuple(shape)}, got {tuple(mask.shape)}")
+    return mask.expand(shape)
+
+
 class Demonstration:
     """Prints a header, then one line a check; `finish` exits with status 1 if a check failed."""
 

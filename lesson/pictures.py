@@ -36,6 +36,15 @@ def curves(axis, x, series, window=1, colors=None, **labels):
     axis.grid(alpha=0.3)
 
 
+def draw_bands(path, shares_by_title, ylabel, **labels):
+    """A picture of `bands` side by side, one for each {title: shares (steps, parts)}."""
+    count = len(shares_by_title)
+    with picture(path, columns=count, size=(13, 3.6), sharey=True) as axes:
+        for axis, (title, shares) in zip(axes, shares_by_title.items(), strict=True):
+            bands(axis, shares, title=title, **labels)
+        axes[0].set_ylabel(ylabel)
+
+
 def bands(axis, shares, **labels):
     """Draws shares (steps, parts), which add up at every step, as bands on top of each other."""
     axis.stackplot(range(len(shares)), shares.T, edgecolor="white", linewidth=0.3)

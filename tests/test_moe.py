@@ -480,7 +480,7 @@ def test_every_parameter_gets_a_gradient(kind):
         (lambda: TopKRouter(4, 8, 2, "relu"), "scoring_func='relu'"),
         (lambda: TopKRouter(4, 8, 2, topk_method="best"), "topk_method='best'"),
         (lambda: SwitchRouter(4, 2, 0), "capacity_factor=0 must be above 0"),
-        (lambda: SwiGLU(0, 2), "widths must be at least 1"),
+        (lambda: SwiGLU(0, 2), "hidden_size=0 must be at least 1"),
         (lambda: MixtureOfExperts(4, 2, SwitchRouter(4, 2))(torch.ones(1, 4), dispatch="magic"),
          "dispatch='magic'"),
         (lambda: MixtureOfExperts(4, 0, SwitchRouter(4, 2)), "moe_intermediate_size=0 must be"),
@@ -489,7 +489,7 @@ def test_every_parameter_gets_a_gradient(kind):
          r"input must be \(..., T, 4\), got \(3, 5\)"),
         (lambda: MixtureOfExperts(4, 2, SwitchRouter(4, 2))(torch.ones(3, 4), torch.ones(2)),
          r"token_mask must be \(3,\), got \(2,\)"),
-        (lambda: device_balance_loss(*even_routing(), 1.0, 3), "8 experts must be divisible by 3"),
+        (lambda: device_balance_loss(*even_routing(), 1.0, 3), "experts=8 must be divisible by devices=3"),
     ],
 )
 def test_mistakes_are_named(call, message):

@@ -118,7 +118,7 @@ MISTAKES = [
      r"mask must be broadcastable to \(2, 2\), got \(3, 2\)"),
     (lambda: scaled_dot_product_attention(*[torch.ones(2)] * 3), "must each be"),
     (lambda: SelfAttention(4, 2)(torch.ones(2, 5)), r"be \(..., T, 4\), got \(2, 5\)"),
-    (lambda: SelfAttention(0, 2), "must be at least 1, got 0"),
+    (lambda: SelfAttention(0, 2), "d_in=0 must be at least 1"),
 ]
 
 

@@ -3,8 +3,8 @@
 import torch
 
 from causal_attention_coded import causal_mask
+from lesson import expanded_mask
 from multihead_attention_coded import fused_attention
-from self_attention_coded import expanded_mask
 
 # Tokens up to which storing all scores pays. One sequence of 1,024: 0.30 s a training step against
 # 0.33 fused; of 2,048: 1.07 against 0.80, and 827 MB against 544.
