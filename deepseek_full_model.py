@@ -7,16 +7,20 @@ drafts for speculative decoding. A model is described by the fields of the relea
 and stored in the released layout, so transformers reads what this script writes, and back.
 
     h = Emb(t);   per layer: h += RotaryMLA(RMSNorm(h)), h += MoE(RMSNorm(h));   Head(RMSNorm(h))
-    L = L_next + λ L_mtp + L_balance;   after each step  b_i ± γ  for the routing bias
+    L = L_next + λ L_mtp + L_balance;   after each step of a V3 model  b_i ± γ  for the routing bias
 
-Papers: DeepSeek-V2 (2024), DeepSeek-V3 (2024). Attention, MoE, MTP and RoPE: phases 4 to 7.
-Simplified: one device; documents packed without attention masks between them.
+Papers: DeepSeek-V2 (2024, arXiv:2405.04434), section 2; DeepSeek-V3 (2024, arXiv:2412.19437),
+sections 2 and 4.2. Attention, MoE, MTP and RoPE: phases 4 to 7.
+Simplified: one device. Ours are Muon beside AdamW and a cosine schedule from the start: V3 used
+AdamW alone, and held the learning rate constant for most of the training before it decayed.
+Documents are packed without attention masks between them, as in V3.
 
 Dimensions: B batch · T query positions · D model width · E routed experts · A active experts per
 token · W vocabulary.
 
 Run:  python deepseek_full_model.py                    train, score, draw, generate, align: ~9 min
-      python deepseek_full_model.py --steps 20         the same as a smoke test, under a minute
+      python deepseek_full_model.py check              the proof: V3's sizes, equal paths, a step
+      python deepseek_full_model.py --steps 20         the main job as a smoke test, under a minute
       python deepseek_full_model.py train --data my.txt --minutes 10 --out runs/mine
       python deepseek_full_model.py train --resume runs/mine
       python deepseek_full_model.py evaluate --checkpoint runs/mine/checkpoint
@@ -26,193 +30,28 @@ Run:  python deepseek_full_model.py                    train, score, draw, gener
 """
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from lesson import check_settings, one_line_errors, require, setting
+import moe_coded as moe
+from lesson import one_line_errors, setting
 from mla_coded import cache_elements_per_token
-from moe_coded import (
-    MixtureOfExperts,
-    SwiGLU,
-    TopKRouter,
-    TransformerBlock,
-    balance_over_batch,
-    balance_within_sequences,
-)
 from mtp_coded import CausalLM
-from pipeline import aligning, decoding, generating, quantizing, released, report, scoring, training
-from pipeline.commands import Command, run_command
-from pipeline.fast import head_loss, speed_up
+from pipeline import aligning, generating, report, scoring, training
+from pipeline.commands import OF_A_CHECKPOINT, CheckOptions, Command, run_command
+from pipeline.fast import head_loss
+from pipeline.released import ReleasedConfig, ReleasedModel
 from pipeline.run import learning_rate
 from pipeline.training import RunOptions
 from rope_coded import RotaryEmbedding, RotaryLatentAttention
 
-# %% The configuration: the fields of config.json
-# What differs by `model_type`. The first value is meant where the file says nothing.
-ROUTING = {
-    "deepseek_v2": {
-        "scoring_func": ("softmax",),
-        "topk_method": ("greedy", "group_limited_greedy"),
-        "norm_topk_prob": (False, True),
-    },
-    "deepseek_v3": {
-        "scoring_func": ("sigmoid",),
-        "topk_method": ("noaux_tc",),
-        "norm_topk_prob": (True, False),
-    },
-}
-# What no released model has otherwise.
-ALWAYS = {"hidden_act": ("silu",), "tie_word_embeddings": (False,), "attention_dropout": (0.0,)}
 
-
-@dataclass
-class DeepSeekConfig:
-    """Fields as in the released config.json. `model_type` decides what V2 and V3 do differently.
-
-    `from_file` and `from_dict` read both spellings of the rotary settings and fill in what
-    transformers leaves out. Raises ValueError for a combination that no released model has.
-    """
-
-    vocab_size: int = setting(at_least=1)
-    hidden_size: int = setting(at_least=1)
-    intermediate_size: int = setting(at_least=1)
-    moe_intermediate_size: int = setting(at_least=1)
-    num_hidden_layers: int = setting(at_least=1)
-    num_attention_heads: int = setting(at_least=1)
-    kv_lora_rank: int = setting(at_least=1)
-    qk_nope_head_dim: int = setting(at_least=1)
-    qk_rope_head_dim: int = setting(at_least=1)
-    v_head_dim: int = setting(at_least=1)
-    n_routed_experts: int = setting(at_least=1)
-    num_experts_per_tok: int = setting(at_least=1)
-    model_type: str = "deepseek_v3"
-    num_key_value_heads: int | None = setting(None, at_least=1)  # without effect: MLA has none
-    q_lora_rank: int | None = setting(None, at_least=1)
-    n_shared_experts: int = setting(1, at_least=0)
-    first_k_dense_replace: int = setting(0, at_least=0)
-    moe_layer_freq: int = setting(1, at_least=1)
-    n_group: int = setting(1, at_least=1)
-    topk_group: int = setting(1, at_least=1)
-    topk_method: str | None = None
-    scoring_func: str | None = None
-    norm_topk_prob: bool | None = None
-    routed_scaling_factor: float = setting(1.0, above=0)
-    aux_loss_alpha: float = setting(0.001, at_least=0)
-    seq_aux: bool = True
-    num_nextn_predict_layers: int = setting(0, at_least=0)
-    max_position_embeddings: int = setting(4096, at_least=1)
-    rope_theta: float = setting(10000.0, above=0)
-    rope_scaling: dict | None = None
-    rms_norm_eps: float = setting(1e-6, above=0)
-    initializer_range: float = setting(0.02, at_least=0)
-    hidden_act: str = "silu"
-    attention_bias: bool = False
-    attention_dropout: float = setting(0.0, at_least=0)
-    tie_word_embeddings: bool = False
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
-    pad_token_id: int | None = None
-    quantization_config: dict | None = None
-
-    def __post_init__(self):
-        kind = self.model_type
-        require(kind in ROUTING,
-                f"model_type={kind!r} is not supported, want deepseek_v2 or deepseek_v3")
-        for name, values in ROUTING[kind].items():
-            if getattr(self, name) is None:
-                setattr(self, name, values[0])
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        check_settings(self, types=True)
-        for name, values in {**ROUTING[kind], **ALWAYS}.items():
-            value, wanted = getattr(self, name), " or ".join(map(repr, values))
-            require(value in values,
-                    f"{name}={value!r} is not supported for {kind}, want {wanted}")
-        rotary = self.qk_rope_head_dim
-        require(rotary % 2 == 0, f"qk_rope_head_dim={rotary} must be even: it rotates pairs")
-        self.yarn  # noqa: B018 - wrong rope_scaling is reported here
-
-    @property
-    def yarn(self):
-        """The `YarnScaling` that rope_scaling describes, or None."""
-        return released.yarn_scaling(self.rope_scaling)
-
-    def is_moe_layer(self, index):
-        return index >= self.first_k_dense_replace and index % self.moe_layer_freq == 0
-
-    @classmethod
-    def from_dict(cls, raw):
-        """From the content of a config.json; fields that do not shape the model are ignored."""
-        return cls(**released.config_fields(raw, cls))
-
-    @classmethod
-    def from_file(cls, path):
-        """Reads a config.json. ValueError naming the file if it is none."""
-        return released.read_config(path, cls)
-
-    def to_dict(self):
-        """The content of a config.json in the released spelling."""
-        return released.config_content(self)
-
-
-# %% The model
-class DeepSeekModel(CausalLM):
-    """DeepSeek-V2 or V3 by its configuration: `CausalLM` with rotary MLA, experts and MTP modules.
-
-    `model(input_ids)` (B, T) → logits (B, T, W). `generate`, `hidden_states` and `mtp_logits` are
-    `CausalLM`'s. Build it under `torch.device("meta")` to count without memory.
-    """
-
-    quantization = cache_bits = None  # phase 8 notes here what it changed
-
-    def __init__(self, config):
-        rotary = RotaryEmbedding(config.qk_rope_head_dim, config.rope_theta, config.yarn)
-        layers = range(config.num_hidden_layers)
-        depths = range(config.num_nextn_predict_layers)
-        super().__init__(
-            config.vocab_size,
-            config.hidden_size,
-            blocks=[build_block(config, rotary, config.is_moe_layer(i)) for i in layers],
-            mtp_blocks=[build_block(config, rotary, moe=True) for _ in depths],
-            norm_eps=config.rms_norm_eps,
-            max_positions=config.max_position_embeddings,
-        )
-        self.config = config
-        self.init_weights(config.initializer_range)
-        self.prepared()
-
-    def prepared(self):
-        """The model itself, with quicker layers that give the same numbers: pipeline/fast."""
-        return speed_up(self)
-
-    def complete(self, input_ids, max_new_tokens, sampling, **options):
-        """`CausalLM.complete` in its production form, with drafts and streams: pipeline/decoding.
-
-        So `generate` also takes `speculative`, `depth`, `prefill_chunk` and `stream`.
-        """
-        return decoding.complete(self, input_ids, max_new_tokens, sampling, **options)
-
-    @classmethod
-    def from_pretrained(cls, directory):
-        """Reads config.json and safetensors in the released layout, in FP32, or a quantised model.
-
-        A checkpoint without any MTP tensors loads without MTP and warns. Raises: ValueError for
-        missing, extra or mis-shaped tensors, unsupported configurations, or no checkpoint.
-        """
-        return released.load(cls, DeepSeekConfig, directory)
-
-    def save_pretrained(self, directory):
-        """Writes config.json and model.safetensors in the released layout.
-
-        A quantised model goes to a layout of its own: every integer layer's codes and scales.
-        """
-        released.save(self, directory)
-
-
-def build_block(config, rotary, moe):
-    """One layer: rotary latent attention, then experts (`moe`) or a dense feed-forward."""
+# %% One layer: phases 4, 5 and 7 put together
+def build_block(config, rotary, experts):
+    """One layer: rotary latent attention, then `experts` or a dense feed-forward."""
     attention = RotaryLatentAttention(
         hidden_size=config.hidden_size,
         num_attention_heads=config.num_attention_heads,
@@ -224,16 +63,16 @@ def build_block(config, rotary, moe):
         attention_bias=config.attention_bias,
         rotary=rotary,
     )
-    if moe:
+    if experts:
         feed_forward = build_experts(config)
     else:
-        feed_forward = SwiGLU(config.hidden_size, config.intermediate_size)
-    return TransformerBlock(attention, feed_forward, config.rms_norm_eps)
+        feed_forward = moe.SwiGLU(config.hidden_size, config.intermediate_size)
+    return moe.TransformerBlock(attention, feed_forward, config.rms_norm_eps)
 
 
 def build_experts(config):
     """Shared and routed experts, with a balance loss over each sequence or over the batch."""
-    router = TopKRouter(
+    router = moe.TopKRouter(
         config.hidden_size,
         config.n_routed_experts,
         config.num_experts_per_tok,
@@ -244,14 +83,101 @@ def build_experts(config):
         norm_topk_prob=config.norm_topk_prob,
         routed_scaling_factor=config.routed_scaling_factor,
     )
-    balance = balance_within_sequences if config.seq_aux else balance_over_batch
-    return MixtureOfExperts(
+    balance = moe.balance_within_sequences if config.seq_aux else moe.balance_over_batch
+    return moe.MixtureOfExperts(
         config.hidden_size,
         config.moe_intermediate_size,
         router,
         n_shared_experts=config.n_shared_experts,
         balance_loss=functools.partial(balance, config.aux_loss_alpha),
     )
+
+
+# %% The configuration: the fields of config.json
+@dataclass(kw_only=True)
+class DeepSeekConfig(ReleasedConfig):
+    """Fields as in the released config.json. `model_type` decides what V2 and V3 do differently.
+
+    `from_file` and `from_dict` read both spellings of the rotary settings and fill in what
+    transformers leaves out. Raises ValueError for a combination that no released model has.
+    """
+
+    model_type: str = "deepseek_v3"
+    vocab_size: int = setting(at_least=1)
+    hidden_size: int = setting(at_least=1)
+    num_hidden_layers: int = setting(at_least=1)
+    initializer_range: float = setting(0.02, at_least=0)
+    rms_norm_eps: float = setting(1e-6, above=0)
+    # Latent attention (phase 4)
+    num_attention_heads: int = setting(at_least=1)
+    num_key_value_heads: int | None = setting(None, at_least=1)  # without effect: MLA has none
+    q_lora_rank: int | None = setting(None, at_least=1)  # None: queries are not compressed
+    kv_lora_rank: int = setting(at_least=1)
+    qk_nope_head_dim: int = setting(at_least=1)
+    qk_rope_head_dim: int = setting(at_least=1)
+    v_head_dim: int = setting(at_least=1)
+    attention_bias: bool = False
+    attention_dropout: float = setting(0.0, at_least=0)
+    # Dense layers and experts (phase 5). None: as `model_type` has it
+    first_k_dense_replace: int = setting(0, at_least=0)  # so many layers are dense
+    moe_layer_freq: int = setting(1, at_least=1)
+    intermediate_size: int = setting(at_least=1)  # of a dense layer
+    moe_intermediate_size: int = setting(at_least=1)  # of one expert
+    hidden_act: str = "silu"
+    n_shared_experts: int = setting(1, at_least=0)
+    n_routed_experts: int = setting(at_least=1)
+    num_experts_per_tok: int = setting(at_least=1)
+    n_group: int = setting(1, at_least=1)  # of experts: a token's come from `topk_group` of them
+    topk_group: int = setting(1, at_least=1)
+    topk_method: str | None = None
+    scoring_func: str | None = None
+    norm_topk_prob: bool | None = None
+    routed_scaling_factor: float = setting(1.0, above=0)
+    aux_loss_alpha: float = setting(0.001, at_least=0)  # of the balance loss
+    seq_aux: bool = True  # over each sequence, not over the batch
+    # Multi-token prediction (phase 6)
+    num_nextn_predict_layers: int = setting(0, at_least=0)
+    # Rotary positions (phase 7)
+    max_position_embeddings: int = setting(4096, at_least=1)
+    rope_theta: float = setting(10000.0, above=0)
+    rope_scaling: dict | None = None  # YaRN
+    # Tokens, and how the files are stored
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = False
+    quantization_config: dict | None = None
+
+    def is_moe_layer(self, index):
+        return index >= self.first_k_dense_replace and index % self.moe_layer_freq == 0
+
+
+# %% The model
+class DeepSeekModel(ReleasedModel, CausalLM):
+    """DeepSeek-V2 or V3 by its configuration: `CausalLM` with rotary MLA, experts and MTP modules.
+
+    `model(input_ids)` (B, T) → logits (B, T, W). `hidden_states` and `mtp_logits` are `CausalLM`'s;
+    `from_pretrained` and `save_pretrained`, and `generate` at speed, are `ReleasedModel`'s. Build
+    it under `torch.device("meta")` to count without memory.
+    """
+
+    config_class = DeepSeekConfig
+
+    def __init__(self, config):
+        rotary = RotaryEmbedding(config.qk_rope_head_dim, config.rope_theta, config.yarn)
+        layers = range(config.num_hidden_layers)
+        depths = range(config.num_nextn_predict_layers)
+        super().__init__(
+            config.vocab_size,
+            config.hidden_size,
+            blocks=[build_block(config, rotary, config.is_moe_layer(i)) for i in layers],
+            mtp_blocks=[build_block(config, rotary, experts=True) for _ in depths],
+            norm_eps=config.rms_norm_eps,
+            max_positions=config.max_position_embeddings,
+        )
+        self.config = config
+        self.init_weights(config.initializer_range)
+        self.prepared()  # quicker layers, the same numbers: pipeline/fast
 
 
 # %% The cost of a configuration
@@ -271,7 +197,7 @@ def parameter_counts(model):
     share = 1 - model.config.num_experts_per_tok / model.config.n_routed_experts
     idle = sum(
         round(size(block.mlp.experts) * share) for block in model.layers
-        if isinstance(block.mlp, MixtureOfExperts)
+        if isinstance(block.mlp, moe.MixtureOfExperts)
     )
     return {
         "total": total,
@@ -290,7 +216,10 @@ def cache_elements(config):
 
 
 def training_flops_per_token(model, context):
-    """6 · active parameters without the embedding, plus causal attention at `context` tokens."""
+    """6 · active parameters without the embedding, plus causal attention at `context` tokens.
+
+    Main model only, as in the published figures: an MTP module comes on top.
+    """
     config = model.config
     head_widths = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
     attention = config.num_hidden_layers * config.num_attention_heads * head_widths * context * 3
@@ -299,13 +228,14 @@ def training_flops_per_token(model, context):
 
 # %% Optimizers and the training step
 def build_optimizers(model, peak_rate, muon=True):
-    """AdamW, and (`muon`) Muon for eh_proj and the matrices of attention, dense and shared FFN.
+    """AdamW, and with `muon` Muon for the matrices between hidden states.
 
     Muon replaces a matrix' momentum by roughly the nearest orthogonal matrix, so that every
-    direction learns at the same pace; `match_rms_adamw` scales its steps to AdamW's, so one
-    learning rate serves both. Embedding and head are no maps between hidden states and the router
-    is a few rows: they stay with AdamW, and so do the experts, whose many matrices would make a
-    step 40 % longer. Gate and up count as one matrix. Norms and the router do not decay.
+    direction learns at the same pace. `match_rms_adamw` scales its steps to AdamW's, so that one
+    learning rate serves both. It takes eh_proj and the matrices of attention and of dense and
+    shared feed-forwards; gate and up count as one. It spares embedding and head, which lead from
+    and to tokens; the router, which is a few rows; and the experts, whose many matrices would make
+    a step 40 % longer. Weight decay spares norms and the router.
     """
     named = dict(model.named_parameters())
     spared = (".gate.", "embed_tokens", "lm_head", ".experts.")
@@ -319,10 +249,9 @@ def build_optimizers(model, peak_rate, muon=True):
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(groups, lr=peak_rate, betas=(0.9, 0.95), fused=True)]
     if matrices:
-        muon = torch.optim.Muon(
+        optimizers.append(torch.optim.Muon(
             matrices.values(), lr=peak_rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
-        )
-        optimizers.append(muon)
+        ))
     return optimizers
 
 
@@ -334,6 +263,7 @@ def training_step(
     L = L_next + λ/depths · Σ_k L_k + Σ_layers L_balance, then b_i ± γ (V3, equations 24–25 and
     section 2.1.2). λ: `mtp_weight`. γ: `gamma`. rate: learning rate of all optimizers. precision:
     that of the matrix products. document_ids (B, T): no MTP target lies in another document.
+    A V2 model has no bias: its balance losses are all that keeps the load even.
     """
     model.train()
     for optimizer in optimizers:
@@ -343,6 +273,8 @@ def training_step(
     # `head_loss` is phase 6's `shifted_loss` of the head's logits, which it never stores whole.
     with torch.autocast(ids.device.type, precision, enabled=precision != torch.float32):
         hidden_BTD = model.hidden_states(ids, routed=routed)
+        # No document_ids here: the separator that opens a document is how the one before ends, and
+        # the model learns to stop by it. An MTP target behind it would be another text's start.
         next_loss = head_loss(model.lm_head, hidden_BTD, ids, shift=1)
         depths = model.mtp_hidden_states(hidden_BTD, ids, routed=routed)
         further_losses = [
@@ -386,11 +318,11 @@ def move_routing_biases(model, routed, gamma):
     return max_load
 
 
-# %% The run: this step over batches of the text, with V3's schedules
+# %% The run: this step over batches of the text, with V3's schedules of λ and γ
 class TrainingRun(training.TrainingRun):
     """λ falls to a third after two thirds of the training, and γ ends at 0."""
 
-    config_class, model_class = DeepSeekConfig, DeepSeekModel
+    model_class = DeepSeekModel
 
     def build_optimizers(self):
         muon = self.options.optimizer == "muon"
@@ -417,6 +349,65 @@ class AlignmentRun(aligning.AlignmentRun):
     model_class = DeepSeekModel
 
 
+# %% The proof
+def check_published_sizes(demo):
+    """V3 from its own config.json, on the meta device, against the numbers of its papers."""
+    config = DeepSeekConfig.from_file(training.SMALL_CONFIG.with_name("deepseek_v3.json"))
+    with torch.device("meta"):
+        model = DeepSeekModel(config)
+    counts, billion = parameter_counts(model), 10**9
+    flops = round(training_flops_per_token(model, context=4096))
+    for what, published, unit, ours in (
+        ("parameters of the main model", 671, billion, counts["total"]),
+        ("of these active, without embedding", 37, billion, counts["active_without_embedding"]),
+        ("parameters of the MTP module", 11_610_067_968, 1, counts["mtp"]),
+        ("bytes of BF16 cache a token", 70_272, 1, 2 * cache_elements(config)),
+        ("FLOPs to train on a token of 4,096", 250, billion, flops),
+    ):
+        ok = round(ours / unit) == published
+        demo.check(f"V3: {what}", f"{published:,}{' · 10⁹' * (unit > 1)}", f"{ours:,}", ok)
+
+
+def check_paths(demo, model, ids_BT):
+    """Attention from the latent itself, and drafts, change speed and nothing else."""
+    absorbed_BTW, expanded_BTW = (model(ids_BT, path=path) for path in ("absorbed", "expanded"))
+    demo.same("absorbed = expanded", "(B, T, W)", absorbed_BTW, expanded_BTW, tolerance=1e-4)
+    greedy, drafted = (model.generate(ids_BT, 20, speculative=each) for each in (False, True))
+    same = torch.equal(greedy, drafted)
+    demo.check("a text with drafts = without", "(B, T + 20)", "the same tokens", same)
+
+
+def check_training_step(demo, model, ids_BT, gamma=0.01):
+    """The first loss is that of a guess, and each routing bias moves by γ against its load."""
+    routed = []
+    model.mtp_hidden_states(model.hidden_states(ids_BT, routed=routed), ids_BT, routed=routed)
+    loads_E = [layer_pass.load().float() for layer_pass in routed]
+    figures = training_step(
+        model, build_optimizers(model, 1e-3, muon=False), ids_BT, torch.zeros_like(ids_BT),
+        rate=1e-3, mtp_weight=0.3, gamma=gamma,
+    )
+    guess, loss = math.log(model.config.vocab_size), figures["loss"]
+    demo.check("first loss = ln W", "scalar", f"{loss:.3f}, ln W {guess:.3f}",
+               abs(loss - guess) < 0.1)
+    moved = [layer.gate.e_score_correction_bias for layer in model.moe_layers().values()]
+    wanted = [gamma * torch.sign(load_E.mean() - load_E) for load_E in loads_E]
+    demo.same("biases move by γ against the load", "(layers, E)", torch.stack(moved),
+              torch.stack(wanted), tolerance=0.0)
+
+
+def check(demo):
+    """The check command, in a few seconds."""
+    check_published_sizes(demo)
+    model = DeepSeekModel(DeepSeekConfig.from_file(training.SMALL_CONFIG)).to(demo.device)
+    ids_BT = torch.randint(model.config.vocab_size, (2, 64), device=demo.device)
+    check_training_step(demo, model, ids_BT)
+    model.init_weights(std=0.1)  # wide enough for attention to choose
+    with torch.no_grad():
+        check_paths(demo, model.eval(), ids_BT)
+    demo.finish("check --seed 1: other weights, the same verdicts",
+                "--steps 20: the whole main job, from a text to an aligned model")
+
+
 # %% The commands
 def whole_pipeline(run):
     """The main job: train, read the checkpoint back, score the test part, draw, generate, align."""
@@ -433,19 +424,14 @@ def whole_pipeline(run):
 
 WHOLE = Command("the main job", RunOptions, whole_pipeline, TrainingRun)
 COMMANDS = {  # name: what it does, its flags, the work, and for a run its kind
+    "check": Command("prove sizes, paths and training step", CheckOptions, check),
     "train": Command(
         "train only, or go on with a stopped run", RunOptions, training.train, TrainingRun
     ),
-    "evaluate": Command(
-        "bits per byte of a checkpoint", scoring.EvaluateOptions, scoring.evaluate
-    ),
-    "generate": Command("continue a prompt", generating.GenerateOptions, generating.generate),
     "align": Command(
         "reward Python that parses (GRPO)", aligning.AlignOptions, aligning.align, AlignmentRun
     ),
-    "quantize": Command(
-        "a smaller model of INT8, INT4 or FP8", quantizing.QuantizeOptions, quantizing.quantize
-    ),
+    **OF_A_CHECKPOINT,  # evaluate, generate, quantize
 }
 
 

@@ -2,10 +2,18 @@
 
 import argparse
 import collections.abc
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-from lesson import OneLineParser, add_flags, chosen_settings, parse_arguments
+from lesson import (
+    Demonstration,
+    OneLineParser,
+    add_flags,
+    chosen_settings,
+    parse_arguments,
+    setting,
+)
+from pipeline import generating, quantizing, scoring
 from pipeline.released import load_with_tokenizer
 from pipeline.run import open_run
 
@@ -14,13 +22,31 @@ class Command(NamedTuple):
     """`options`: the dataclass of its flags.
 
     `work(run)` of a `run_class`, which --resume goes on with; without a `run_class`,
-    `work(loaded, options)` of a --checkpoint.
+    `work(loaded, options)` of a --checkpoint; with `CheckOptions`, `work(demo)`.
     """
 
     help: str
     options: type
     work: collections.abc.Callable
     run_class: type | None = None
+
+
+@dataclass
+class CheckOptions:
+    """The flags of a demonstration."""
+
+    seed: int = setting(0, "of the random inputs")
+
+
+OF_A_CHECKPOINT = {
+    "evaluate": Command(
+        "bits per byte of a checkpoint", scoring.EvaluateOptions, scoring.evaluate
+    ),
+    "generate": Command("continue a prompt", generating.GenerateOptions, generating.generate),
+    "quantize": Command(
+        "a smaller model of INT8, INT4 or FP8", quantizing.QuantizeOptions, quantizing.quantize
+    ),
+}
 
 
 def build_parser(docstring, whole, commands):
@@ -68,5 +94,8 @@ def run_command(argv, docstring, model_class, whole, commands):
         command.work(open_run(arguments, command.run_class))
         return
     options = command.options(**chosen_settings(arguments, command.options))
+    if command.options is CheckOptions:
+        command.work(Demonstration("deepseek_full_model.py", arguments.device, options.seed))
+        return
     loaded = load_with_tokenizer(model_class, options.checkpoint, arguments.device)
     command.work(loaded, options)

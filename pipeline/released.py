@@ -1,7 +1,8 @@
 """Released checkpoints: names of tensors, spellings of settings; and our own quantised layout.
 
 A model in memory and one in files differ: files name each expert's matrices apart, and gate and up
-projections, which here are slices of fused ones. The model is handed in, and its class to load one.
+projections, which here are slices of fused ones. Phase 10 inherits `ReleasedConfig` and
+`ReleasedModel`; elsewhere the model is handed in, and its class to load one.
 """
 
 import pathlib
@@ -15,8 +16,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lesson import require
-from pipeline import checkpoint, corpus
+from lesson import check_settings, require
+from pipeline import checkpoint, corpus, decoding
+from pipeline.fast import speed_up
 from quantization_coded import Scheme, quantize_cache, quantized_skeleton
 from rope_coded import YarnScaling
 
@@ -44,24 +46,6 @@ def spelled_as_released(raw):
     return raw
 
 
-def config_fields(raw, config_class):
-    """{field: value} of the content of a config.json; ValueError if a required one is missing."""
-    raw, known = spelled_as_released(raw), fields(config_class)
-    missing = [f.name for f in known if f.default is MISSING and raw.get(f.name) is None]
-    missing += ["model_type"] if "model_type" not in raw else []
-    require(not missing, f"the configuration lacks {', '.join(missing)}")
-    return {field.name: raw[field.name] for field in known if field.name in raw}
-
-
-def read_config(path, config_class):
-    """`DeepSeekConfig.from_file`."""
-    raw = checkpoint.read_json(path)
-    try:
-        return config_class.from_dict(raw)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
 def yarn_scaling(rope_scaling):
     """The `YarnScaling` that a config.json's rope_scaling describes, or None."""
     if rope_scaling is None:
@@ -80,18 +64,82 @@ def yarn_scaling(rope_scaling):
     return YarnScaling(**settings)
 
 
-def config_content(config):
-    """The content of a config.json in the released spelling."""
-    name = {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
-    values = {key: value for key, value in asdict(config).items() if value is not None}
-    # null where a reader's own default would differ
-    explicit = ("q_lora_rank", "rope_scaling", "bos_token_id", "eos_token_id", "pad_token_id")
-    return {
-        "architectures": [name[config.model_type]],
-        **values,
-        **{key: getattr(config, key) for key in explicit},
-        "torch_dtype": "float32",
-    }
+# What differs by `model_type`. The first value is meant where the file says nothing.
+ROUTING = {
+    "deepseek_v2": {
+        "scoring_func": ("softmax",),
+        "topk_method": ("greedy", "group_limited_greedy"),
+        "norm_topk_prob": (False, True),
+    },
+    "deepseek_v3": {
+        "scoring_func": ("sigmoid",),
+        "topk_method": ("noaux_tc",),
+        "norm_topk_prob": (True, False),
+    },
+}
+# What no released model has otherwise.
+ALWAYS = {"hidden_act": ("silu",), "tie_word_embeddings": (False,), "attention_dropout": (0.0,)}
+ARCHITECTURES = {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
+
+
+class ReleasedConfig:
+    """What a dataclass of config.json's fields inherits: checks, reading, writing.
+
+    Raises ValueError for a combination that no released model has.
+    """
+
+    def __post_init__(self):
+        kind = self.model_type
+        require(kind in ROUTING,
+                f"model_type={kind!r} is not supported, want deepseek_v2 or deepseek_v3")
+        for name, values in ROUTING[kind].items():
+            if getattr(self, name) is None:
+                setattr(self, name, values[0])
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        check_settings(self, types=True)
+        for name, values in {**ROUTING[kind], **ALWAYS}.items():
+            value, wanted = getattr(self, name), " or ".join(map(repr, values))
+            require(value in values,
+                    f"{name}={value!r} is not supported for {kind}, want {wanted}")
+        rotary = self.qk_rope_head_dim
+        require(rotary % 2 == 0, f"qk_rope_head_dim={rotary} must be even: it rotates pairs")
+        self.yarn  # noqa: B018 - wrong rope_scaling is reported here
+
+    @property
+    def yarn(self):
+        """The `YarnScaling` that rope_scaling describes, or None."""
+        return yarn_scaling(self.rope_scaling)
+
+    @classmethod
+    def from_dict(cls, raw):
+        """From the content of a config.json; fields that do not shape the model are ignored."""
+        raw, known = spelled_as_released(raw), fields(cls)
+        missing = [f.name for f in known if f.default is MISSING and raw.get(f.name) is None]
+        missing += ["model_type"] if "model_type" not in raw else []
+        require(not missing, f"the configuration lacks {', '.join(missing)}")
+        return cls(**{field.name: raw[field.name] for field in known if field.name in raw})
+
+    @classmethod
+    def from_file(cls, path):
+        """Reads a config.json. ValueError naming the file if it is none."""
+        raw = checkpoint.read_json(path)
+        try:
+            return cls.from_dict(raw)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def to_dict(self):
+        """The content of a config.json in the released spelling."""
+        values = {key: value for key, value in asdict(self).items() if value is not None}
+        # null where a reader's own default would differ
+        explicit = ("q_lora_rank", "rope_scaling", "bos_token_id", "eos_token_id", "pad_token_id")
+        return {
+            "architectures": [ARCHITECTURES[self.model_type]],
+            **values,
+            **{key: getattr(self, key) for key in explicit},
+            "torch_dtype": "float32",
+        }
 
 
 # %% The names of tensors
@@ -154,12 +202,12 @@ def quantized_tensors(model):
 
 # %% Saving
 def save(model, directory):
-    """`DeepSeekModel.save_pretrained`."""
+    """`ReleasedModel.save_pretrained`."""
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     require(not any(map(parametrize.is_parametrized, model.modules())),
             "the model is prepared for QAT: save what convert_qat makes of it")
-    content, name = config_content(model.config), checkpoint.WEIGHTS
+    content, name = model.config.to_dict(), checkpoint.WEIGHTS
     if model.quantization is None:
         tensors = {**released_tensors(model), **mtp_copies(model)}
     else:
@@ -172,12 +220,12 @@ def save(model, directory):
 
 
 # %% Loading
-def load(model_class, config_class, directory):
-    """`DeepSeekModel.from_pretrained`."""
+def load(model_class, directory):
+    """`ReleasedModel.from_pretrained`."""
     directory = pathlib.Path(directory)
     require((directory / "config.json").is_file(),
             f"{directory} is no checkpoint: it has no config.json")
-    config = config_class.from_file(directory / "config.json")
+    config = model_class.config_class.from_file(directory / "config.json")
     if config.quantization_config is not None:
         return load_quantized(model_class, config, directory)
     files = {
@@ -244,6 +292,45 @@ def load_quantized(model_class, config, directory):
                 f"{directory}: {name} is {got}, want {held}")
     model.load_state_dict(state, strict=False)  # MTP's shared parts are not stored twice
     return model.prepared()
+
+
+# %% The model around it
+class ReleasedModel:
+    """What phase 10's model gets on top of `CausalLM`: speed, decoding in production form, files.
+
+    A subclass names `config_class`, a `ReleasedConfig`, keeps its own as `config` and ends its
+    construction with `prepared()`.
+    """
+
+    config_class = None
+    quantization = cache_bits = None  # phase 8 notes here what it changed
+
+    def prepared(self):
+        """The model itself, with quicker layers that give the same numbers: pipeline/fast."""
+        return speed_up(self)
+
+    def complete(self, input_ids, max_new_tokens, sampling, **options):
+        """`CausalLM.complete` in its production form, with drafts and streams: pipeline/decoding.
+
+        So `generate` also takes `speculative`, `depth`, `prefill_chunk` and `stream`.
+        """
+        return decoding.complete(self, input_ids, max_new_tokens, sampling, **options)
+
+    @classmethod
+    def from_pretrained(cls, directory):
+        """Reads config.json and safetensors in the released layout, in FP32, or a quantised model.
+
+        A checkpoint without any MTP tensors loads without MTP and warns. Raises: ValueError for
+        missing, extra or mis-shaped tensors, unsupported configurations, or no checkpoint.
+        """
+        return load(cls, directory)
+
+    def save_pretrained(self, directory):
+        """Writes config.json and model.safetensors in the released layout.
+
+        A quantised model goes to a layout of its own: every integer layer's codes and scales.
+        """
+        save(self, directory)
 
 
 # %% A model with its tokenizer

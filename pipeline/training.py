@@ -58,11 +58,10 @@ class RunOptions:
 class TrainingRun(Run):
     """Everything between the options and a trained checkpoint in `directory`/checkpoint.
 
-    A subclass names the classes of model and configuration, and has `build_optimizers`, `costs`
-    and `step`.
+    A subclass names the class of its model, and has `build_optimizers`, `costs` and `step`.
     """
 
-    config_class = model_class = None
+    model_class = None
     options_class, default_minutes = RunOptions, DEFAULT_MINUTES
 
     def __init__(self, directory, options, device, resume=False):
@@ -89,7 +88,7 @@ class TrainingRun(Run):
 
     def fresh(self):
         """Tokenizer and model of a new run. The vocabulary is as large as the text gives."""
-        config = self.config_class.from_file(self.options.config)
+        config = self.model_class.config_class.from_file(self.options.config)
         require(config.quantization_config is None,
                 f"{self.options.config}: a quantised model cannot be trained")
         self.check_length(config)
