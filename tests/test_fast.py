@@ -23,6 +23,7 @@ from pipeline.fast import (
     shared_linear,
     speed_up,
 )
+from rope_coded import RotaryEmbedding
 
 SIZES = dict(
     vocab_size=300,
@@ -279,3 +280,21 @@ def test_products_are_for_whole_short_texts_in_bfloat16():
     assert chosen(6, 6, torch.bfloat16) == "product_attention"
     assert chosen(6, 6, torch.float32) == chosen(2, 6, torch.bfloat16) == "fused_attention"
     assert chosen(1025, 1025, torch.bfloat16) == "fused_attention"
+
+
+# The rotations of a pass
+def test_kept_rotations_are_those_of_the_positions_asked_for():
+    plain = RotaryEmbedding(8)
+    quick = speed_up(RotaryEmbedding(8))
+    for positions in (torch.arange(5), torch.arange(3, 8), torch.arange(3, 8).expand(2, 5)):
+        for _ in range(2):
+            torch.testing.assert_close(quick.rotations(positions), plain.rotations(positions))
+
+
+def test_rotations_kept_while_inferring_are_not_used_in_training():
+    quick, positions = speed_up(RotaryEmbedding(8)), torch.arange(5)
+    with torch.inference_mode():
+        quick.rotations(positions)
+    x = torch.randn(5, 4, dtype=torch.complex64, requires_grad=True)
+    (x * quick.rotations(positions)).abs().sum().backward()  # an inference tensor would fail here
+    assert x.grad.isfinite().all()

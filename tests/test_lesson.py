@@ -89,6 +89,7 @@ def test_a_demonstration_has_its_flags_and_those_of_all(capsys):
     assert sample(["--device", "cpu", "--seed", "5"]).seed == 5
     output = capsys.readouterr().out
     assert output.startswith("test_lesson.py · torch") and "  3 steps\n" in output
+    sample(["--most-steps", "2"])  # the least that is allowed
     with pytest.raises(SystemExit):
         sample(["--help"])
     text = capsys.readouterr().out
