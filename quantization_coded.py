@@ -1,11 +1,12 @@
 """Phase 8: quantisation, a model in fewer bits and what it costs.
 
 A weight needs no 32 bits. Rounded to one of 255 or of 15 values it takes a quarter or an eighth
-of the bytes, and decoding, which mostly waits for weights, gets faster by about as much. Few bits
-are not the problem. Numbers that share a scale share a grid, and one large number makes it coarse
-for all. Part 1 takes one matrix: who shares a scale (tensor, row, group, tile), what to do with
-large numbers (LLM.int8(), SmoothQuant), how to round so that errors cancel (GPTQ, AWQ). Part 2
-takes a model: layers, schemes, training with rounded weights, training in FP8, the latent cache.
+of the bytes; decoding mostly waits for weights, so it can gain as much (benchmarks/quantization.py
+measures it). Few bits are not the problem. Numbers that share a scale share a grid, and one large
+number makes it coarse for all. Part 1 takes one matrix: who shares a scale (tensor, row, group,
+tile), what to do with large numbers (LLM.int8(), SmoothQuant), how to round so that errors cancel
+(GPTQ, AWQ). Part 2 takes a model: the latent cache, training with rounded weights, training in FP8,
+then a rounded layer in the place of each linear one, by one of eight schemes.
 
     absmax        q = round(x / s),  s = max|x| / (2^(bits−1) − 1),      x̂ = s q
     W8A8          y_ij = s_i s_j Σ_k q_ik q_jk                           (integers inside the sum)
@@ -22,8 +23,9 @@ arXiv:2210.17323); Lin et al., AWQ (2024, arXiv:2306.00978); Xiao et al., Smooth
 arXiv:2211.10438); DeepSeek-V3 (2024, arXiv:2412.19437), section 3.3; Bengio et al. (2013,
 arXiv:1308.3432) for the straight-through estimator. DeepSeek-V2 (2024, arXiv:2405.04434) reports a
 KV cache of 6 bits and does not say how it is made.
-Simplified: σ is applied to the input of a layer, where the papers fold it into the norm before;
-FP8 products are emulated (rounded to FP8, multiplied in FP32).
+Simplified: the smoothing σ is applied to the input of a layer, where the papers fold it into the
+norm before; LLM.int8() multiplies outlier columns by 16-bit weights, here these come from the INT8
+codes; FP8 products are emulated (rounded to FP8, multiplied in FP32).
 
 Dimensions: B batch · T query positions · S key positions · D model width · C KV latent · R rotary
 part · M tokens (B·T) · E routed experts · F expert hidden width.
@@ -40,7 +42,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lesson import check_settings, demonstration, flag, require, setting
+from lesson import check_settings, demonstration, flag, require, require_shape, setting
 from mla_coded import LatentCache, MultiHeadLatentAttention
 from moe_coded import Experts, MixtureOfExperts, SwiGLU, TopKRouter, TransformerBlock
 from mtp_coded import CausalLM, next_token_loss, small_language, train_small
@@ -85,7 +87,7 @@ def in_groups(x, group_size):
 
 
 def round_nearest(weight, bits, group_size=None):
-    """Each weight to its nearest code: codes (out, in) and BF16 scale (out, groups)."""
+    """Each weight to its nearest code: codes (..., out, in) and BF16 scale (..., out, groups)."""
     codes, scale = absmax_quantize(in_groups(weight, group_size), bits, -1, torch.bfloat16)
     return codes.flatten(-2), scale.squeeze(-1)
 
@@ -203,8 +205,8 @@ def llm_int8_product(x, codes, scale, threshold=6.0, kernel=True):
     """LLM.int8(): columns in which some |x| reaches the threshold are multiplied in high precision.
 
     They are looked for in every input, so the output of a token depends a little on the other
-    tokens of its batch. Their weights come from the INT8 codes: no second copy is kept (0 bytes
-    more), and the outliers themselves are never rounded.
+    tokens of its batch. The outliers are never rounded; their weights come from the INT8 codes, so
+    that no second copy is kept.
     """
     outliers = (x.abs() >= threshold).any(dim=0)
     ordinary = w8a8_product(x.masked_fill(outliers, 0.0), codes, scale, kernel)
@@ -245,7 +247,7 @@ def output_error(weight, rounded, hessian):
 def gptq_by_inverses(weight, hessian, bits, group_size=None, dampening=0.01):
     """The naive reference of `gptq`: a new inverse of what is left of H after each column.
 
-    One column by hand, with 3 bits, dampening 0, one row, and three inputs, two of them alike:
+    One column by hand: 3 bits, dampening 0, one row, three input columns, two of them alike:
 
         W = (0.4, 1.4, 3.0)     H = (1.0 0.8 0.0)     scale = 3.0 / 3 = 1
                                     (0.8 1.0 0.0)
@@ -268,17 +270,18 @@ def gptq_by_inverses(weight, hessian, bits, group_size=None, dampening=0.01):
 
 
 def gptq(
-    weight, hessian, bits, group_size=None, block_size=128, dampening=0.01, activation_order=True
+    weight, hessian, bits, group_size=None, columns_at_a_time=128, dampening=0.01,
+    activation_order=True,
 ):
     """Rounds column by column and lets the columns not yet rounded make up for each error.
 
     The rows of one Cholesky factor U of H⁻¹ (H⁻¹ = Uᵀ U) hold all that the inverses above would
-    tell: [H⁻¹]_ij / [H⁻¹]_ii = U_ij / U_ii. Corrections reach beyond the block of `block_size`
-    columns once it is finished. Scales are those of the weights as they came, so groups stay
-    together when `activation_order` takes the columns with the largest inputs first.
+    tell: [H⁻¹]_ij / [H⁻¹]_ii = U_ij / U_ii. A few columns at a time are finished, then all later
+    ones corrected at once. Scales are those of the weights as they came, so groups stay together
+    when `activation_order` takes the columns with the largest inputs first.
 
-    Args: weight (out, in); hessian Σ x xᵀ (in, in); dampening: share of the mean of H's diagonal
-        that is added to it. Returns: codes (out, in) and BF16 scale (out, groups).
+    weight (out, in); hessian Σ x xᵀ (in, in); dampening: share of the mean of H's diagonal that is
+    added to it. Returns codes (out, in) and BF16 scale (out, groups).
     """
     codes, scale = round_nearest(weight, bits, group_size)
     column_scale, weight = scale_of_each(weight, scale), weight.clone()
@@ -290,8 +293,8 @@ def gptq(
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
     upper = torch.linalg.cholesky(inverse, upper=True).to(weight.dtype)
     weight, column_scale, codes = weight[:, order], column_scale[:, order], codes[:, order]
-    for start in range(0, width, block_size):
-        end = min(start + block_size, width)
+    for start in range(0, width, columns_at_a_time):
+        end = min(start + columns_at_a_time, width)
         errors = torch.zeros_like(weight[:, start:end])
         for i in range(start, end):
             codes[:, i] = nearest_codes(weight[:, i], column_scale[:, i], bits)
@@ -315,8 +318,8 @@ def dampened(hessian, dampening):
 
 
 # %% Scaling before rounding: AWQ and SmoothQuant
-def awq_input_scale(weight, statistics, bits, group_size=None, steps=20):
-    """σ = mean|X_j|^α for the α of 0, 1/steps, … 1 whose rounding moves the outputs least.
+def awq_smoothing(weight, statistics, bits, group_size=None, steps=20):
+    """The smoothing σ = mean|X_j|^α: α from 0, 1/steps, … 1, that moves the outputs least.
 
     Weights that meet large inputs are scaled up before rounding, so that they lose less; α = 0 is
     plain rounding.
@@ -324,16 +327,16 @@ def awq_input_scale(weight, statistics, bits, group_size=None, steps=20):
     size = statistics.total / statistics.total.mean().clamp(min=1e-12)
     best, best_error = None, math.inf
     for step in range(steps + 1):
-        sigma = size.clamp(min=1e-4) ** (step / steps)
-        rounded = dequantize(*round_nearest(weight * sigma, bits, group_size)) / sigma
+        smoothing = size.clamp(min=1e-4) ** (step / steps)
+        rounded = dequantize(*round_nearest(weight * smoothing, bits, group_size)) / smoothing
         error = output_error(weight, rounded, statistics.hessian)
         if error < best_error:
-            best, best_error = sigma, error
+            best, best_error = smoothing, error
     return best
 
 
-def smoothing_scale(weight, largest_input, alpha=0.5):
-    """SmoothQuant's σ (in,): moves large inputs into the weights, half of the way at α = ½.
+def smoothquant_smoothing(weight, largest_input, alpha=0.5):
+    """SmoothQuant's smoothing σ (in,): moves large inputs into the weights, half way at α = ½.
 
     A column small in the few inputs that an expert saw need not stay so: max|X_j| counts as a
     tenth of the columns' mean at least. A column of zeros has σ = 1.
@@ -341,11 +344,11 @@ def smoothing_scale(weight, largest_input, alpha=0.5):
     largest_weight = weight.abs().amax(dim=0)
     unused, floor = largest_input == 0, largest_input.mean() / 10
     largest_input = largest_input.clamp(min=floor)
-    sigma = largest_input**alpha / largest_weight.clamp(min=1e-12) ** (1 - alpha)
-    return torch.where(unused | (largest_weight == 0), 1.0, sigma)
+    smoothing = largest_input**alpha / largest_weight.clamp(min=1e-12) ** (1 - alpha)
+    return torch.where(unused | (largest_weight == 0), 1.0, smoothing)
 
 
-# %% Fewer than 8 bits: packed, no bit wasted
+# %% Part 2, a model. Its latent cache in fewer than 8 bits, no bit wasted
 def pack_bits(codes, bits):
     """Signed codes (..., n), int8 → bytes (..., ⌈n · bits / 8⌉), uint8; the first code lowest.
 
@@ -375,32 +378,113 @@ def unpack_bits(packed, bits, count):
     return (codes.flatten(-2)[..., :count] - 2 ** (bits - 1)).to(torch.int8)
 
 
-# %% Part 2, a model. Layers that hold rounded weights and nothing else
+class QuantizedLatentCache:
+    """A `LatentCache` of packed integers and two BF16 scales a token: latent and rotary key apart.
+
+    Attention reads dequantised numbers, those of the newest token included. V2-sized, 6 bits: 576
+    numbers in 432 + 4 bytes. Codes and scales have a `store` each.
+    """
+
+    def __init__(self, store=RowStore, *, bits, latent_width):
+        self.bits, self.latent_width = bits, latent_width
+        self.codes, self.scales = store(), store()
+
+    @property
+    def length(self):
+        return self.codes.length
+
+    def append(self, memory):
+        """(B, new, C + R) → all so far, dequantised, (B, S, C + R)."""
+        width = memory.shape[-1]
+        widths = [part for part in (self.latent_width, width - self.latent_width) if part]
+        parts = [round_nearest(part, self.bits) for part in memory.split(widths, dim=-1)]
+        codes, scales = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
+        codes = unpack_bits(self.codes.append(pack_bits(codes, self.bits)), self.bits, width)
+        scales = self.scales.append(scales).to(memory.dtype)
+        repeats = torch.tensor(widths, device=memory.device)
+        return codes * scales.repeat_interleave(repeats, dim=-1, output_size=width)
+
+    def truncate(self, length):
+        self.codes.truncate(length)
+        self.scales.truncate(length)
+
+    def used_bytes(self):
+        return self.codes.used_bytes() + self.scales.used_bytes()
+
+
+# %% Training with rounded weights
 def straight_through(exact, rounded):
     """`rounded` in the forward pass; in the backward pass the gradient goes to `exact`."""
     return exact + (rounded - exact).detach()
 
 
+class FakeQuantize(nn.Module):
+    """Weights (..., out, in) → the same as the integer layer will hold them."""
+
+    def __init__(self, scheme):
+        super().__init__()
+        self.scheme = scheme
+
+    def forward(self, weight):
+        groups = self.scheme.groups(weight.shape[-1])
+        rounded = dequantize(*round_nearest(weight, self.scheme.bits, groups))
+        return straight_through(weight, rounded.to(weight.dtype))
+
+
+# %% A training step in FP8
+class Fp8Product(torch.autograd.Function):
+    """y = x Wᵀ whose three products all take rounded operands, as V3 trains (figure 6).
+
+    Forward  y = ⌊x⌉ ⌊W⌉ᵀ, input gradient ∂x = ⌊∂y⌉ ⌊W⌉, weight gradient ∂W = ⌊∂yᵀ⌉ ⌊xᵀ⌉ᵀ: tiles of
+    1×128 lie along the dimension that is summed over, in the last product along the tokens.
+    """
+
+    @staticmethod
+    def forward(context, x, weight):
+        context.save_for_backward(x, weight)
+        rounded = block_dequantize(*block_quantize(weight, 128), 128)
+        return F.linear(tile_rounded(x), rounded)
+
+    @staticmethod
+    def backward(context, gradient):
+        x, weight = context.saved_tensors
+        rounded = block_dequantize(*block_quantize(weight, 128), 128)
+        gradient_rows, rows = (t.reshape(-1, t.shape[-1]) for t in (gradient, x))
+        weight_gradient = tile_rounded(gradient_rows.T) @ tile_rounded(rows.T).T
+        return tile_rounded(gradient) @ rounded, weight_gradient
+
+
+class Fp8TrainingLinear(nn.Linear):
+    """A linear whose master weights stay FP32 and whose products run in simulated FP8."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            output = Fp8Product.apply(x.float(), self.weight)
+        return output if self.bias is None else output + self.bias
+
+
+# %% Layers that hold rounded weights and nothing else
 class QuantizedLinear(nn.Module):
     """y = (x / input_scale) Ŵᵀ + bias, (..., in) → (..., out). The subclasses say what Ŵ is.
 
-    `weight` is the FP32 matrix that the layer stands for, worked out at each call: MLA's absorption
-    reads it and sees what the layer does.
+    `input_scale` is the smoothing σ, not a grid's step, or None. `weight` is the FP32 matrix that
+    the layer stands for, worked out at each call: MLA's absorption reads it and sees what the layer
+    does.
     """
 
     def __init__(self, in_features, out_features, bias=False, scaled_input=False):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
-        scale = torch.ones(in_features).bfloat16() if scaled_input else None
-        self.register_buffer("input_scale", scale)
+        smoothing = torch.ones(in_features, dtype=torch.bfloat16) if scaled_input else None
+        self.register_buffer("input_scale", smoothing)
 
     def rounded_weight(self):
         """Ŵ (out, in), FP32."""
         raise NotImplementedError
 
     def product(self, rows):
-        """(M, in) → (M, out), without input scale and bias: the reference."""
+        """(M, in) → (M, out), without smoothing and bias: the reference."""
         return F.linear(rows, self.rounded_weight().to(rows.dtype))
 
     @property
@@ -423,14 +507,13 @@ class QuantizedLinear(nn.Module):
         return output.view(*x.shape[:-1], self.out_features)
 
     def weight_bytes(self):
-        """What stands for the matrix: codes, scales and input scale."""
+        """What stands for the matrix: codes, scales and smoothing."""
         return sum(b.nbytes for name, b in self.named_buffers() if name != "bias")
 
     def _apply(self, function, recurse=True):
         """Moves to another device and keeps the types: a cast must not touch codes and scales."""
-        for name, buffer in self.named_buffers(recurse=False):
-            device = function(torch.empty(0, device=buffer.device)).device
-            setattr(self, name, buffer.to(device))
+        for name, buffer in self.named_buffers():
+            setattr(self, name, buffer.to(function(buffer[:0]).device))
         return self
 
 
@@ -452,14 +535,14 @@ class IntegerLinear(QuantizedLinear):
         self.register_buffer("codes", pack_bits(codes, bits))
         self.register_buffer("scale", scale)
 
-    def fill(self, codes, scale, input_scale=None):
-        """codes (out, in), int8; scale (out, groups), BF16; input_scale (in,), BF16."""
+    def fill(self, codes, scale, smoothing=None):
+        """codes (out, in), int8; scale (out, groups), BF16; smoothing (in,), BF16."""
         rows, width = self.out_features, self.in_features
         got = tuple(codes.shape), tuple(scale.shape)
         want = (rows, width), (rows, width // self.group_size)
         require(got == want, f"codes and scale must be {want[0]} and {want[1]}, got {got}")
         self.codes = pack_bits(codes, self.bits)
-        self.scale, self.input_scale = scale, input_scale
+        self.scale, self.input_scale = scale, smoothing
         return self
 
     def fill_nearest(self, weight):
@@ -489,10 +572,10 @@ class W8A8Linear(IntegerLinear):
         self.outlier_threshold = outlier_threshold
 
     def product(self, rows):
-        if self.outlier_threshold is None:
-            return w8a8_product(rows, self.codes, self.scale, self.kernel)
-        threshold = self.outlier_threshold
-        return llm_int8_product(rows, self.codes, self.scale, threshold, self.kernel)
+        operands, threshold = (rows, self.codes, self.scale), self.outlier_threshold
+        if threshold is None:
+            return w8a8_product(*operands, kernel=self.kernel)
+        return llm_int8_product(*operands, threshold, kernel=self.kernel)
 
 
 class Fp8Linear(QuantizedLinear):
@@ -573,9 +656,9 @@ SCHEMES = {
 
 def scheme_of(scheme):
     """The `Scheme` of that name, or the `Scheme` itself."""
-    known = isinstance(scheme, Scheme) or scheme in list(SCHEMES)
-    require(known, f"scheme={scheme!r} must be one of {', '.join(SCHEMES)}")
-    return scheme if isinstance(scheme, Scheme) else SCHEMES[scheme]
+    found = SCHEMES.get(str(scheme), scheme)
+    require(isinstance(found, Scheme), f"scheme={scheme!r} must be one of {', '.join(SCHEMES)}")
+    return found
 
 
 # %% From a model to its quantised copy, block by block
@@ -587,28 +670,24 @@ def quantize_model(model, scheme, calibration=None):
     The absorbed path feeds `kv_b_proj` other inputs than the expanded path; rounding them would
     make the two disagree. So its inputs are never rounded, and it takes no BF16 kernel.
 
-    Args:
-        model: a `CausalLM`. scheme: a name in `SCHEMES` or a `Scheme`.
-        calibration: token ids (B, T), for methods that look at inputs: each block is rounded to the
-            inputs that it gets from the rounded blocks before it.
-
-    Raises: ValueError for an unknown scheme, calibration missing or of a wrong shape, groups that
-        divide no row, weights that are not finite, a model already quantised or prepared for QAT.
+    model: a `CausalLM` that is neither quantised nor prepared for QAT. scheme: a name in `SCHEMES`
+    or a `Scheme`. calibration: token ids (B, T), for methods that look at inputs: each block is
+    rounded to the inputs that it gets from the rounded blocks before it.
     """
     scheme = scheme_of(scheme)
     check_model(model)
     calibrates = scheme.method != "nearest"
     if calibrates:
-        check_calibration(model, calibration, scheme)
+        needed = f"method {scheme.method!r} needs calibration: calibration must be token ids"
+        require_shape(calibration, needed, B=1, T=len(model.mtp) + 1)
     quantized = listed_experts(model.copy().eval().requires_grad_(False))
     for number, block in enumerate(quantized.blocks()):
         linears, statistics = linears_of(block), {}
         if calibrates:  # by what the rounded blocks before it will really compute
             statistics = input_statistics(quantized.prepared(), calibration, linears)
         for name, linear in linears.items():
-            where = f"block {number} {name}"
-            layer = quantized_linear(linear, scheme, where, statistics.get(name))
-            block.set_submodule(name, layer)
+            full_name, seen = f"block {number} {name}", statistics.get(name)
+            block.set_submodule(name, quantized_linear(linear, scheme, full_name, seen))
     quantized.quantization = asdict(scheme)
     return quantized.prepared()
 
@@ -619,32 +698,33 @@ def quantized_linear(linear, scheme, name, statistics=None):
     require(weight.isfinite().all(), f"{name}: the weights hold NaN or infinite numbers")
     fits = width % scheme.groups(width) == 0
     require(fits, f"{name}: group_size={scheme.group_size} must divide {width}")
-    layer = empty_layer(scheme, name, width, linear.out_features, linear.bias is not None)
+    layer = empty_layer(linear, scheme, name)
     if linear.bias is not None:
-        layer.bias = linear.bias.detach().clone()
+        layer.bias = linear.bias.detach()
     if scheme.method == "gptq":
         return layer.fill(*gptq(weight, statistics.hessian, layer.bits, layer.group_size))
     if layer.input_scale is None:
         return layer.fill_nearest(weight)
     if scheme.method == "smooth":
-        sigma = smoothing_scale(weight, statistics.largest)
+        smoothing = smoothquant_smoothing(weight, statistics.largest)
     else:
-        sigma = awq_input_scale(weight, statistics, layer.bits, layer.group_size)
-    sigma = sigma.bfloat16()
-    return layer.fill(*round_nearest(weight * sigma, layer.bits, layer.group_size), sigma)
+        smoothing = awq_smoothing(weight, statistics, layer.bits, layer.group_size)
+    smoothing = smoothing.bfloat16()
+    rounded = round_nearest(weight * smoothing, layer.bits, layer.group_size)
+    return layer.fill(*rounded, smoothing)
 
 
-def empty_layer(scheme, name, in_features, out_features, bias=False):
-    """The layer that replaces the linear `name`, yet to be filled."""
-    sizes, absorbed = (in_features, out_features, bias), name.endswith("kv_b_proj")
+def empty_layer(linear, scheme, name):
+    """The layer that replaces the `linear` of this name, yet to be filled."""
+    sizes = linear.in_features, linear.out_features, linear.bias is not None
+    absorbed = name.endswith("kv_b_proj")
     if scheme.layer == "fp8":
         return Fp8Linear(*sizes, rounds_input=not absorbed)
-    if scheme.layer != "weights" and not absorbed:
-        threshold = 6.0 if scheme.layer == "llm_int8" else None
-        smooth = scheme.method == "smooth"
-        return W8A8Linear(*sizes, scaled_input=smooth, outlier_threshold=threshold)
-    return IntegerLinear(*sizes, scaled_input=scheme.method == "awq", bits=scheme.bits,
-                         group_size=scheme.groups(in_features), kernel=not absorbed)
+    if scheme.layer == "weights" or absorbed:
+        return IntegerLinear(*sizes, scaled_input=scheme.method == "awq", bits=scheme.bits,
+                             group_size=scheme.groups(linear.in_features), kernel=not absorbed)
+    return W8A8Linear(*sizes, scaled_input=scheme.method == "smooth",
+                      outlier_threshold=6.0 if scheme.layer == "llm_int8" else None)
 
 
 @torch.no_grad()
@@ -672,25 +752,27 @@ def matrix_bytes(model):
     return sum(layer.weight_bytes() for layer in layers), 4 * numbers
 
 
-# %% Around it: an expert's matrices as layers, checks, loading
+# %% Around it: an expert's matrices as layers, one check
 class ExpertList(Experts):
     """`Experts` with a layer of its own for every expert's matrix: one by one they are rounded."""
 
     def __init__(self, experts):
         nn.Module.__init__(self)
-        for name in ("gate_up_proj", "down_proj"):
-            setattr(self, name, nn.ModuleList())
-            for weight in getattr(experts, name):
-                linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
-                linear.weight = nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
-                getattr(self, name).append(linear)
+        self.gate_up_proj = nn.ModuleList(map(linear_holding, experts.gate_up_proj))
+        self.down_proj = nn.ModuleList(map(linear_holding, experts.down_proj))
 
     def expert(self, e, x):
         gate, up = self.gate_up_proj[e](x).chunk(2, dim=-1)
         return self.down_proj[e](F.silu(gate) * up)
 
-    def grouped(self, x_MD, routing):
-        return self.loop(x_MD, routing)
+    grouped = Experts.loop
+
+
+def linear_holding(weight):
+    """An `nn.Linear` around the very memory of a weight (out, in)."""
+    linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
+    return linear
 
 
 def listed_experts(model):
@@ -707,55 +789,15 @@ def linears_of(block):
 
 
 def check_model(model):
-    kind, modules = type(model).__name__, list(model.modules())
-    require(isinstance(model, CausalLM), f"the model must be a CausalLM, got {kind}")
-    quantized = any(isinstance(module, QuantizedLinear) for module in modules)
-    require(not quantized, "the model is quantised already")
-    in_training = any(map(parametrize.is_parametrized, modules))
-    require(not in_training, "the model is prepared for QAT: convert_qat makes it integer")
+    require(isinstance(model, CausalLM),
+            f"the model must be a CausalLM, got {type(model).__name__}")
+    for module in model.modules():
+        require(not isinstance(module, QuantizedLinear), "the model is quantised already")
+        require(not parametrize.is_parametrized(module),
+                "the model is prepared for QAT: convert_qat makes it integer")
 
 
-def check_calibration(model, ids, scheme):
-    require(ids is not None, f"method {scheme.method!r} needs calibration: token ids (B, T)")
-    got = tuple(ids.shape) if torch.is_tensor(ids) else type(ids).__name__
-    shortest = len(model.mtp) + 1
-    wanted = f"calibration must be token ids (B, T) with B ≥ 1 and T ≥ {shortest}, got {got}"
-    require(torch.is_tensor(ids) and ids.dim() == 2, wanted)
-    require(ids.shape[0] >= 1 and ids.shape[1] >= shortest, wanted)
-
-
-def quantized_skeleton(model, scheme):
-    """The model itself with empty layers where `quantize_model` puts full ones: for loading."""
-    for block in listed_experts(model).blocks():
-        for name, linear in linears_of(block).items():
-            sizes = linear.in_features, linear.out_features, linear.bias is not None
-            block.set_submodule(name, empty_layer(scheme, name, *sizes))
-    model.quantization = asdict(scheme)
-    return model.eval().requires_grad_(False)
-
-
-def use_reference(model):
-    """The quantised model itself, from now on without PyTorch's kernels: dequantise, `F.linear`."""
-    for layer in model.modules():
-        if isinstance(layer, IntegerLinear):
-            layer.kernel = False
-    return model
-
-
-# %% Training with rounded weights
-class FakeQuantize(nn.Module):
-    """Weights (..., out, in) → the same as the integer layer will hold them."""
-
-    def __init__(self, scheme):
-        super().__init__()
-        self.scheme = scheme
-
-    def forward(self, weight):
-        groups = self.scheme.groups(weight.shape[-1])
-        rounded = dequantize(*round_nearest(weight, self.scheme.bits, groups))
-        return straight_through(weight, rounded.to(weight.dtype))
-
-
+# %% A model for training with rounded weights, in FP8, or with a smaller cache
 def prepare_qat(model, scheme):
     """A copy that trains with rounded weights: `int8`, `int4` or another that rounds to nearest.
 
@@ -790,38 +832,6 @@ def convert_qat(model):
     return quantize_model(model, scheme)
 
 
-# %% A training step in FP8
-class Fp8Product(torch.autograd.Function):
-    """y = x Wᵀ whose three products all take rounded operands, as V3 trains (figure 6).
-
-    Forward  y = ⌊x⌉ ⌊W⌉ᵀ, input gradient ∂x = ⌊∂y⌉ ⌊W⌉, weight gradient ∂W = ⌊∂yᵀ⌉ ⌊xᵀ⌉ᵀ: tiles of
-    1×128 lie along the dimension that is summed over, in the last product along the tokens.
-    """
-
-    @staticmethod
-    def forward(context, x, weight):
-        context.save_for_backward(x, weight)
-        rounded = block_dequantize(*block_quantize(weight, 128), 128)
-        return F.linear(tile_rounded(x), rounded)
-
-    @staticmethod
-    def backward(context, gradient):
-        x, weight = context.saved_tensors
-        rounded = block_dequantize(*block_quantize(weight, 128), 128)
-        gradient_rows, rows = (t.reshape(-1, t.shape[-1]) for t in (gradient, x))
-        weight_gradient = tile_rounded(gradient_rows.T) @ tile_rounded(rows.T).T
-        return tile_rounded(gradient) @ rounded, weight_gradient
-
-
-class Fp8TrainingLinear(nn.Linear):
-    """A linear whose master weights stay FP32 and whose products run in simulated FP8."""
-
-    def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):
-            output = Fp8Product.apply(x.float(), self.weight)
-        return output if self.bias is None else output + self.bias
-
-
 def prepare_fp8_training(model):
     """A copy that trains in simulated FP8; embedding, head, router, norms and attention do not.
 
@@ -835,54 +845,14 @@ def prepare_fp8_training(model):
     return model
 
 
-# %% The latent cache in 8 or 6 bits
-class QuantizedLatentCache:
-    """A `LatentCache` of packed integers and two BF16 scales a token: latent and rotary key apart.
-
-    Attention reads dequantised numbers, those of the newest token included. V2-sized, 6 bits: 576
-    numbers in 432 + 4 bytes. `bits`: 8 or less. `store`: as in `LatentCache`, one for the codes and
-    one for the scales.
-    """
-
-    def __init__(self, store=RowStore, *, bits, latent_width):
-        self.bits, self.latent_width = bits, latent_width
-        self.codes, self.scales = store(), store()
-
-    @property
-    def length(self):
-        return self.codes.length
-
-    def append(self, memory):
-        """(B, new, C + R) → all so far, dequantised, (B, S, C + R)."""
-        width = memory.shape[-1]
-        widths = [part for part in (self.latent_width, width - self.latent_width) if part]
-        parts = [
-            absmax_quantize(part, self.bits, -1, torch.bfloat16)
-            for part in memory.split(widths, dim=-1)
-        ]
-        codes, scales = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
-        codes = unpack_bits(self.codes.append(pack_bits(codes, self.bits)), self.bits, width)
-        scales = self.scales.append(scales).to(memory.dtype)
-        repeats = torch.tensor(widths, device=memory.device)
-        return codes * scales.repeat_interleave(repeats, dim=-1, output_size=width)
-
-    def truncate(self, length):
-        self.codes.truncate(length)
-        self.scales.truncate(length)
-
-    def used_bytes(self):
-        return self.codes.used_bytes() + self.scales.used_bytes()
-
-
 def quantize_cache(model, bits):
     """The model itself, from now on with latent caches of `bits` (2 to 8; None: as they were)."""
     if bits is not None:
         largest_code(bits)
     for block in model.blocks():
-        attention = block.self_attn
-        options = dict(bits=bits, latent_width=attention.kv_lora_rank)
-        smaller = functools.partial(QuantizedLatentCache, **options)
-        attention.cache_type = LatentCache if bits is None else smaller
+        width = block.self_attn.kv_lora_rank
+        smaller = functools.partial(QuantizedLatentCache, bits=bits, latent_width=width)
+        block.self_attn.cache_type = LatentCache if bits is None else smaller
     model.cache_bits = bits
     return model
 
@@ -905,8 +875,8 @@ def show_shared_scales(demo):
     figures = ", ".join(f"{name} {error:.4f}" for name, error in errors.items())
     demo.note("INT8, one column 30 × the others; error of columns 64…255 by who shares a scale:")
     demo.note(f"    {figures}")
-    demo.check("the fewer share a scale, the less is lost", "(256, 256)", "tensor > row > group",
-               errors["tensor"] > errors["row"] > errors["group of 32"])
+    demo.check("it matters who shares a scale with the large ones", "(256, 256)",
+               " > ".join(errors), sorted(errors, key=errors.get, reverse=True) == list(errors))
     one_sided = torch.rand(64, 64, device=demo.device) + 0.5
     codes, scale, zero = zero_point_quantize(one_sided)
     asymmetric = relative_error((codes.float() - zero) * scale, one_sided)
@@ -951,12 +921,12 @@ def show_outliers(demo):
     x_codes, x_scale = absmax_quantize(x)
     w_codes, w_scale = absmax_quantize(weight)
     by_row = round_nearest(weight, 8)
-    sigma = smoothing_scale(weight, x.abs().amax(dim=0))
+    smoothing = smoothquant_smoothing(weight, x.abs().amax(dim=0))
     outputs = {
         "absmax, a scale a tensor": F.linear(x_codes * x_scale, w_codes * w_scale),
         "W8A8, a scale a row": w8a8_product(x, *by_row),
         "LLM.int8()": llm_int8_product(x, *by_row),
-        "SmoothQuant": w8a8_product(x / sigma, *round_nearest(weight * sigma, 8)),
+        "SmoothQuant": w8a8_product(x / smoothing, *round_nearest(weight * smoothing, 8)),
     }
     # The outliers drown the part of the output that the other columns make.
     ordinary = torch.ones(256, dtype=torch.bool, device=demo.device)
@@ -985,10 +955,10 @@ def show_methods(demo, bits):
     differing = int((codes != naive).sum())
     demo.check("GPTQ: Cholesky factor = new inverses", "(out, in)", f"{differing} codes differ",
                differing == 0)
-    sigma = awq_input_scale(weight, statistics, bits)
+    smoothing = awq_smoothing(weight, statistics, bits)
     rounded = {
         "nearest": dequantize(*round_nearest(weight, bits)),
-        "AWQ": dequantize(*round_nearest(weight * sigma, bits)) / sigma,
+        "AWQ": dequantize(*round_nearest(weight * smoothing, bits)) / smoothing,
         "GPTQ": dequantize(*gptq(weight, statistics.hessian, bits)),
     }
     errors = {name: output_error(weight, w, statistics.hessian) for name, w in rounded.items()}

@@ -13,6 +13,7 @@ from lesson.checks import (
     check_sizes,
     expanded_mask,
     require,
+    require_shape,
 )
 from lesson.command_line import (
     OneLineParser,
@@ -52,5 +53,6 @@ __all__ = [
     "picture",
     "progress_bar",
     "require",
+    "require_shape",
     "setting",
 ]

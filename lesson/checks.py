@@ -52,6 +52,19 @@ def expanded_mask(mask, shape):
     return mask.expand(shape)
 
 
+def require_shape(tensor, what, **least):
+    """ValueError unless a tensor has one dimension for each keyword, each at least that long.
+
+    `require_shape(ids, "the ids must be integers", B=1, T=2)`: "… integers (B, T) with B ≥ 1 and
+    T ≥ 2, got (5,)".
+    """
+    got = tuple(tensor.shape) if torch.is_tensor(tensor) else type(tensor).__name__
+    sizes = got if torch.is_tensor(tensor) else ()
+    fits = len(sizes) == len(least) and all(map(int.__ge__, sizes, least.values()))
+    wanted = " and ".join(f"{letter} ≥ {size}" for letter, size in least.items())
+    require(fits, f"{what} ({', '.join(least)}) with {wanted}, got {got}")
+
+
 class Demonstration:
     """Prints a header, then one line a check; `finish` exits with status 1 if a check failed."""
 

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from lesson import check_settings, require
 from pipeline import checkpoint, corpus, decoding
 from pipeline.fast import speed_up
-from quantization_coded import Scheme, quantize_cache, quantized_skeleton
+from quantization_coded import Scheme, empty_layer, linears_of, listed_experts, quantize_cache
 from rope_coded import YarnScaling
 
 QUANT_METHOD = "quantization_coded"
@@ -292,6 +292,15 @@ def load_quantized(model_class, config, directory):
                 f"{directory}: {name} is {got}, want {held}")
     model.load_state_dict(state, strict=False)  # MTP's shared parts are not stored twice
     return model.prepared()
+
+
+def quantized_skeleton(model, scheme):
+    """The model itself with empty layers where `quantize_model` puts full ones: for loading."""
+    for block in listed_experts(model).blocks():
+        for name, linear in linears_of(block).items():
+            block.set_submodule(name, empty_layer(linear, scheme, name))
+    model.quantization = asdict(scheme)
+    return model.eval().requires_grad_(False)
 
 
 # %% The model around it

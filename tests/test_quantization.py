@@ -43,7 +43,6 @@ from quantization_coded import (
     round_to_grid,
     tile_rounded,
     unpack_bits,
-    use_reference,
     zero_point_quantize,
 )
 from rope_coded import RotaryEmbedding, RotaryLatentAttention
@@ -98,6 +97,13 @@ def calibration(sequences=8, length=32):
 def correlated(rows, width, decay=-2.0, dtype=torch.float32):
     mixing = torch.randn(width, width, dtype=dtype) * torch.logspace(0, decay, width, dtype=dtype)
     return torch.randn(rows, width, dtype=dtype) @ mixing
+
+
+def use_reference(model):
+    """The quantised model itself, from now on without PyTorch's kernels: dequantise, `F.linear`."""
+    for layer in model.modules():
+        layer.kernel = False
+    return model
 
 
 def statistics_of(x):
@@ -510,7 +516,7 @@ def test_few_large_columns_break_absmax_and_neither_llm_int8_nor_smoothquant():
     others = torch.ones(256, dtype=torch.bool)
     others[columns] = False
     size = F.linear(x[:, others], weight[:, others]).norm()
-    sigma = q.smoothing_scale(weight, x.abs().amax(dim=0))
+    sigma = q.smoothquant_smoothing(weight, x.abs().amax(dim=0))
     outputs = {
         "rows": W8A8Linear(256, 256).fill_nearest(weight)(x),
         "mixed": W8A8Linear(256, 256, outlier_threshold=6.0).fill_nearest(weight)(x),
@@ -520,14 +526,14 @@ def test_few_large_columns_break_absmax_and_neither_llm_int8_nor_smoothquant():
     assert errors["rows"] > 0.15 and errors["mixed"] < 0.06 and errors["smooth"] < 0.06
 
 
-def test_smoothing_scale_by_hand():
+def test_smoothing_by_hand():
     weight = torch.tensor([[2.0, -0.5, 0.0, 1.0], [-1.0, 0.1, 0.0, 4.0]])
     largest = torch.tensor([8.0, 50.0, 3.0, 0.0])
-    scale = q.smoothing_scale(weight, largest)
+    scale = q.smoothquant_smoothing(weight, largest)
     torch.testing.assert_close(scale, torch.tensor([2.0, 10.0, 1.0, 1.0]))
-    assert q.smoothing_scale(weight, largest, alpha=1.0)[1] == 50.0
+    assert q.smoothquant_smoothing(weight, largest, alpha=1.0)[1] == 50.0
     floor = torch.tensor([10.0, 1e-6, 10.0, 10.0])  # a column that calibration hardly saw
-    assert q.smoothing_scale(weight, floor, alpha=1.0)[1] == pytest.approx(floor.mean() / 10)
+    assert q.smoothquant_smoothing(weight, floor, alpha=1.0)[1] == pytest.approx(floor.mean() / 10)
 
 
 # FP8 layers
@@ -573,8 +579,8 @@ def test_one_gptq_column_by_hand(way):
 def test_gptq_is_its_naive_reference(bits, group_size):
     x, weight = correlated(256, 48, dtype=torch.float64), torch.randn(20, 48, dtype=torch.float64)
     naive = gptq_by_inverses(weight, x.T @ x, bits, group_size)
-    for block_size in (128, 16, 7):
-        codes, _ = gptq(weight, x.T @ x, bits, group_size, block_size, activation_order=False)
+    for columns in (128, 16, 7):
+        codes, _ = gptq(weight, x.T @ x, bits, group_size, columns, activation_order=False)
         assert torch.equal(codes, naive)
 
 
@@ -643,7 +649,7 @@ def test_awq_is_never_worse_than_rounding_on_what_it_saw_and_better_with_large_i
     x, weight = torch.randn(256, 64), torch.randn(48, 64)
     x[:, :4] *= 20
     statistics = statistics_of(x)
-    sigma = q.awq_input_scale(weight, statistics, 3)
+    sigma = q.awq_smoothing(weight, statistics, 3)
     assert sigma[:4].min() > sigma[4:].max()
 
     def error(sigma):
@@ -656,7 +662,7 @@ def test_awq_is_never_worse_than_rounding_on_what_it_saw_and_better_with_large_i
 
 
 def test_awq_without_inputs_is_rounding():
-    sigma = q.awq_input_scale(torch.randn(8, 16), InputStatistics(16), 4)
+    sigma = q.awq_smoothing(torch.randn(8, 16), InputStatistics(16), 4)
     assert torch.equal(sigma, torch.ones(16))
 
 
@@ -718,9 +724,9 @@ def test_each_scheme_fills_its_layers_by_its_own_method(scheme):
         statistics.add(model.layers[0].input_layernorm(model.embed_tokens(calibration())))
     weight, sigma = linear.weight.detach(), None
     if scheme == "awq4":
-        sigma = q.awq_input_scale(weight, statistics, 4, 64).bfloat16()
+        sigma = q.awq_smoothing(weight, statistics, 4, 64).bfloat16()
     if scheme == "smoothquant":
-        sigma = q.smoothing_scale(weight, statistics.largest).bfloat16()
+        sigma = q.smoothquant_smoothing(weight, statistics.largest).bfloat16()
     if sigma is not None:
         assert torch.equal(layer.input_scale, sigma) and sigma.unique().numel() > 1
         expected = round_nearest(weight * sigma, layer.bits, layer.group_size)
