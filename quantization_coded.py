@@ -43,6 +43,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lesson import check_settings, demonstration, flag, require, require_shape, setting
+from lesson.checks import int_mm_is_exact
 from mla_coded import LatentCache, MultiHeadLatentAttention
 from moe_coded import Experts, MixtureOfExperts, SwiGLU, TopKRouter, TransformerBlock
 from mtp_coded import CausalLM, next_token_loss, small_language, train_small
@@ -214,13 +215,6 @@ def llm_int8_product(x, codes, scale, threshold=6.0, kernel=True):
     return ordinary + F.linear(x[:, columns].float(), dequantize(codes[:, columns], scale))
 
 
-@functools.cache
-def int_mm_is_exact():
-    """Whether `torch._int_mm` is: without VNNI instructions its 16-bit sums overflow silently."""
-    largest = torch.full((16, 64), 127, dtype=torch.int8)
-    return bool((torch._int_mm(largest, largest.T) == 64 * 127**2).all())
-
-
 # %% Rounding that looks at the inputs: GPTQ
 class InputStatistics:
     """What calibration leaves of a layer's inputs, all one needs for GPTQ, AWQ and SmoothQuant."""
@@ -319,7 +313,7 @@ def dampened(hessian, dampening):
 
 # %% Scaling before rounding: AWQ and SmoothQuant
 def awq_smoothing(weight, statistics, bits, group_size=None, steps=20):
-    """The smoothing σ = mean|X_j|^α: α from 0, 1/steps, … 1, that moves the outputs least.
+    """The smoothing σ = mean|X_j|^α; of α = 0, 1/steps, … 1 the one that moves outputs least.
 
     Weights that meet large inputs are scaled up before rounding, so that they lose less; α = 0 is
     plain rounding.
@@ -696,8 +690,8 @@ def quantized_linear(linear, scheme, name, statistics=None):
     """The layer that replaces `linear`, filled; `statistics` of its inputs, if the method asks."""
     weight, width = linear.weight.detach().float(), linear.in_features
     require(weight.isfinite().all(), f"{name}: the weights hold NaN or infinite numbers")
-    fits = width % scheme.groups(width) == 0
-    require(fits, f"{name}: group_size={scheme.group_size} must divide {width}")
+    require(width % scheme.groups(width) == 0,
+            f"{name}: group_size={scheme.group_size} must divide {width}")
     layer = empty_layer(linear, scheme, name)
     if linear.bias is not None:
         layer.bias = linear.bias.detach()

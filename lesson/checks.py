@@ -1,5 +1,6 @@
-"""Checking an argument, and the check lines that a demonstration prints."""
+"""Checking an argument or a processor, and the check lines that a demonstration prints."""
 
+import functools
 import itertools
 import sys
 import textwrap
@@ -63,6 +64,13 @@ def require_shape(tensor, what, **least):
     fits = len(sizes) == len(least) and all(map(int.__ge__, sizes, least.values()))
     wanted = " and ".join(f"{letter} ≥ {size}" for letter, size in least.items())
     require(fits, f"{what} ({', '.join(least)}) with {wanted}, got {got}")
+
+
+@functools.cache
+def int_mm_is_exact():
+    """Whether `torch._int_mm` is: without VNNI instructions its 16-bit sums overflow silently."""
+    largest = torch.full((16, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(largest, largest.T) == 64 * 127**2).all())
 
 
 class Demonstration:
