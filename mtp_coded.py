@@ -9,11 +9,13 @@ After training we can drop the modules, or keep them to draft tokens that the ma
 one pass. This is speculative decoding. It changes only speed: greedy text is identical, and sampled
 text has the same distribution.
 
-    h_k,i = Block_k( W_k [ RMSNorm(Emb(t_{i+k})) ; RMSNorm(h_{k−1,i}) ] ),    h_0 = main model
-    P_k(t_{i+k+1}) = softmax(Head(RMSNorm(h_k,i)))
-    L = L_main + λ/depths · Σ_k L_k
+    h_k,i = RMSNorm(Block_k( W_k [ RMSNorm(Emb(t_{i+k})) ; RMSNorm(h_{k−1,i}) ] ))
+    P_k(t_{i+k+1}) = softmax(Head(h_k,i))
+    L = L_main + λ/n · Σ_k L_k,    k = 1 … n
     accept a draft x, drawn from q, with probability min(1, p(x)/q(x)); else draw from max(0, p − q)
 
+h_0 is the main model's state after its final norm. k is the depth of a module in a chain of n: its
+state at position i has seen k tokens more than the main model's.
 The embedding comes first as in the released weights; equation 21 has the hidden state first.
 
 Papers: DeepSeek-V3 (2024, arXiv:2412.19437), section 2.2, equations 21–25, and 5.4.3; Gloeckle et
@@ -37,6 +39,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lesson import demonstration, flag, require
+from lesson.checks import check_attention_mask, check_prompts, check_token_ids
 from mla_coded import MultiHeadLatentAttention
 from moe_coded import MixtureOfExperts, SwiGLU, TransformerBlock
 from multihead_attention_coded import RowStore
@@ -46,7 +49,7 @@ from multihead_attention_coded import RowStore
 class IndependentHead(nn.Module):
     """Guesses the token k + 1 ahead from the main hidden state alone (Gloeckle et al., 2024)."""
 
-    chained = False  # every depth starts from the main model's hidden states
+    chained = False  # every head starts from the main model's hidden states
 
     def __init__(self, block, embedding, head, norm_eps=1e-6):
         super().__init__()
@@ -62,13 +65,13 @@ class IndependentHead(nn.Module):
         return self.norm(self.block(self.join(hidden, future_ids), **options))
 
 
-# %% V3's module: each depth continues from the one before and sees the token in between
+# %% V3's module: it continues from the module before and sees the token in between
 class MultiTokenPredictor(nn.Module):
-    """One MTP depth around a `TransformerBlock`; `embedding` and `head` are the main model's own.
+    """An MTP module around a `TransformerBlock`, with `embedding` and `head` of the main model.
 
     Row i of each, in a text t0 t1 t2 …:
 
-                               row 0   row 1   row 2      guesses
+                               row 0   row 1   row 2      guesses (row 0, 1, 2)
         main model   reads     t0      t1      t2         t1  t2  t3
         module 1     joins     t1      t2      t3         t2  t3  t4
         module 2     joins     t2      t3      t4         t3  t4  t5
@@ -77,7 +80,7 @@ class MultiTokenPredictor(nn.Module):
     `norm` as `shared_head.norm`.
     """
 
-    chained = True  # a depth starts from the hidden states of the depth before
+    chained = True  # a module starts from the hidden states of the module before
 
     def __init__(self, block, embedding, head, norm_eps=1e-6):
         super().__init__()
@@ -96,13 +99,28 @@ class MultiTokenPredictor(nn.Module):
         return self.eh_proj(joined).to(hidden.dtype)
 
     def forward(self, hidden, future_ids, **options):
-        """Hidden states of the depth before, normed, and the tokens k ahead → those of this depth.
+        """Normed states of the module before, and the tokens k ahead → normed states of this one.
 
-        hidden (B, T, D), future_ids (B, T): future_ids[:, i] is t_{i+k}. Returns (B, T, D), normed:
-        `head` turns it into logits for t_{i+k+1}, and the next depth takes it as it is.
+        hidden (B, T, D), future_ids (B, T): future_ids[:, i] is t_{i+k}. Returns (B, T, D): `head`
+        turns it into logits for t_{i+k+1}, and the next module takes it as it is.
         `options` go to the block.
         """
         return self.norm(self.block(self.join(hidden, future_ids), **options))
+
+
+def mtp_states(modules, hidden, input_ids, padding, **options):
+    """Hidden states of every module while the future is known, as in training.
+
+    hidden: the main model's (B, T, D) of input_ids (B, T). padding: from `CausalLM.padding`.
+    Returns: a list; entry k − 1 is (B, T − k, D): the last k rows have no token k ahead to join.
+    """
+    states = []
+    for k, module in enumerate(modules, start=1):
+        hidden, future_ids = hidden[:, :-1], input_ids[:, k:]
+        real = {name: value[..., : hidden.shape[1]] for name, value in padding.items()}
+        states.append(module(hidden, future_ids, **options, **real))
+        hidden = states[-1] if module.chained else hidden
+    return states
 
 
 # %% The losses: which token is the target of which row
@@ -142,7 +160,7 @@ def next_token_loss(logits, input_ids, token_mask=None):
 
 
 def mtp_loss(depth_logits, input_ids, weight=0.3, document_ids=None, token_mask=None):
-    """λ/depths · Σ_k L_k (V3, equations 24–25), in nats; with no depths: 0.
+    """λ/n · Σ_k L_k of n modules (V3, equations 24–25), in nats; 0 if there is none.
 
     depth_logits: from `CausalLM.mtp_logits`; entry k − 1 predicts token i + k + 1 at row i.
     weight: λ. Other arguments: `shifted_loss`.
@@ -154,24 +172,183 @@ def mtp_loss(depth_logits, input_ids, weight=0.3, document_ids=None, token_mask=
     return weight * torch.stack(losses).mean() if losses else torch.zeros((), dtype=torch.float32)
 
 
+# %% Speculative decoding: the modules draft, the main model checks all drafts in one pass
+@torch.no_grad()
+def greedy_generate(model, input_ids, max_new_tokens):
+    """Plain decoding, which the rest must equal: a pass over the whole text gives one token."""
+    ids = input_ids
+    for _ in range(max_new_tokens):
+        ids = torch.cat([ids, model(ids)[:, -1:].argmax(dim=-1)], dim=1)
+    return ids
+
+
+@torch.no_grad()
+def speculative_generate(model, input_ids, max_new_tokens, temperature=0.0, generator=None):
+    """The same text in fewer passes: (1, T) → ids (1, T + new) and figures.
+
+    A round: module k drafts the k-th token, the main model reads the text and all drafts in one
+    pass, and `verify` keeps the drafts up to the first wrong one and adds a token of the model's
+    own. So a pass gives from one token to one more than there are modules. An example, greedy:
+
+        text and drafts           The cat sat | on  the  rug
+        the model's choices                     on  the  mat  .
+        kept                      The cat sat   on  the  mat
+
+    The first pass has no drafts: it reads the prompt. Nothing is cached here, so that the idea
+    stands alone: each round reads the whole text anew. `pipeline/decoding.py` has the form that
+    saves time, with caches and for batches.
+
+    In FP32 the greedy text is the same, token for token, up to ties in the last bit. Sampled text
+    has the same distribution. Figures: `forwards` (passes), `drafted` and `accepted` tokens.
+    """
+    require(len(model.mtp) > 0, "speculative decoding needs MTP modules, and this model has none")
+    require(len(input_ids) == 1, f"one sequence at a time, got {len(input_ids)}")
+    sampling, ids = Sampling(temperature, generator=generator), input_ids
+    figures = dict(forwards=0, drafted=0, accepted=0)
+    start, end = ids.shape[1], ids.shape[1] + max_new_tokens
+    while ids.shape[1] < end:
+        count = 0 if ids.shape[1] == start else min(len(model.mtp), end - ids.shape[1] - 1)
+        drafts, draft_chances = draft(model, ids, count, sampling)
+        logits = model(torch.cat([ids, drafts], dim=1))[:, ids.shape[1] - 1 :]
+        accepted, own = verify(logits, drafts, draft_chances, sampling)
+        ids = torch.cat([ids, drafts[:, : int(accepted)], own[:, None]], dim=1)
+        figures["forwards"] += 1
+        figures["drafted"] += count
+        figures["accepted"] += int(accepted)
+    return ids, figures
+
+
+def draft(model, ids, count, sampling):
+    """ids (1, T) → drafts (1, count), and the distributions they were drawn from.
+
+    Module k needs the token k ahead of each state. For tokens 0–6, the states are those of tokens
+    0–5: module 1 joins them with tokens 1–6 and drafts token 7 behind its last state; module 2
+    joins module 1's states with tokens 2–7, the draft among them, and drafts token 8.
+    The distributions are (1, count, W), or None if greedy or if count is 0.
+    """
+    tokens, chances = ids, []
+    hidden = model.hidden_states(ids[:, :-1]) if count else None
+    for k, module in enumerate(model.mtp[:count], start=1):
+        states = module(hidden, tokens[:, k:])
+        logits = model.lm_head(states[:, -1])
+        if not sampling.greedy:
+            chances.append(sampling.probabilities(logits))
+        token = logits.argmax(dim=-1) if sampling.greedy else sampling.draw(chances[-1])
+        tokens = torch.cat([tokens, token[:, None]], dim=1)
+        hidden = states if module.chained else hidden
+    return tokens[:, ids.shape[1] :], torch.stack(chances, dim=1) if chances else None
+
+
+def verify(logits, drafts, draft_chances, sampling):
+    """How many drafts to accept, from the left, and the model's own token after them: (B,), (B,).
+
+    logits (B, d + 1, W): the model's, at the token before the drafts and at each draft. drafts
+    (B, d), drawn from draft_chances (B, d, W); None if greedy or if nothing was drafted.
+
+    Greedy: accept a draft if it is the model's choice. Sampling (Leviathan et al., 2023, section
+    2.3): accept a draft x drawn from q with probability min(1, p(x)/q(x)); after a rejection, draw
+    the token from max(0, p − q), normalised. Together that is a token drawn from p, whatever q is:
+
+        x as an accepted draft:    q(x) · min(1, p(x)/q(x)) = min(p(x), q(x))
+        x after a rejection:       max(0, p(x) − q(x)), as rejections have chance Σ max(0, p − q)
+        their sum:                 p(x)
+
+    To accept by confidence, when q(x) or p(x) is above some bound, gives another distribution.
+    """
+    if sampling.greedy:
+        choices = logits.argmax(dim=-1)
+        accepted = (choices[:, :-1] == drafts).long().cumprod(dim=1).sum(dim=1)
+        return accepted, choices.gather(1, accepted[:, None]).squeeze(1)
+    chances = sampling.probabilities(logits)
+    draft_chances = chances[:, :0] if draft_chances is None else draft_chances  # nothing drafted
+    p, q = (c.gather(2, drafts[..., None]).squeeze(2) for c in (chances[:, :-1], draft_chances))
+    uniform = torch.rand(p.shape, device=p.device, generator=sampling.generator)
+    accepted = (uniform * q < p).long().cumprod(dim=1).sum(dim=1)
+    # After the last draft nothing was drafted: there q = 0, and the rest is p itself.
+    at = accepted[:, None, None].expand(-1, 1, chances.shape[2])
+    rest = (chances - F.pad(draft_chances, (0, 0, 0, 1))).gather(1, at).squeeze(1).clamp(min=0)
+    equal = rest.sum(dim=-1, keepdim=True) <= 0  # p = q up to rounding
+    return accepted, sampling.draw(torch.where(equal, chances.gather(1, at).squeeze(1), rest))
+
+
+def tokens_a_pass(acceptance, modules):
+    """1 + a + a² + … + aⁿ: what a pass with n drafts gives on average (Leviathan, equation 1).
+
+    Draft k stays if it and all before it are accepted, each with probability a = Σ min(p, q).
+    DeepSeek-V3 (section 5.4.3) reports a = 0.85–0.9 with one module, and 1.8 times the speed.
+    """
+    return sum(acceptance**k for k in range(modules + 1))
+
+
+# %% Choosing a token
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen from logits.
+
+    temperature: 0 takes the most likely token; above 0 a token is drawn from
+        softmax(logits / temperature), with `generator` if there is one.
+    top_k, top_p: draw only from the `top_k` most likely tokens, and from the fewest tokens that
+        hold `top_p` of the probability. None: no such limit.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    generator: torch.Generator | None = None
+
+    def __post_init__(self):
+        t, k, p = self.temperature, self.top_k, self.top_p
+        require(0 <= t < math.inf, f"temperature={t} must be a number of at least 0")
+        require(k is None or k >= 1, f"top_k={k} must be at least 1")
+        require(p is None or 0 < p <= 1, f"top_p={p} must be above 0 and at most 1")
+
+    @property
+    def greedy(self):
+        return self.temperature == 0
+
+    def probabilities(self, logits):
+        """(..., W) → (..., W), in FP32: the distribution that a token is drawn from."""
+        logits = logits.float()
+        logits = logits - logits.amax(dim=-1, keepdim=True)  # a tiny temperature cannot overflow
+        probabilities = (logits / self.temperature).softmax(dim=-1)
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            kept, places = probabilities.topk(self.top_k, dim=-1)
+            probabilities = torch.zeros_like(probabilities).scatter(-1, places, kept)
+        if self.top_p is not None and self.top_p < 1:
+            ranked, order = probabilities.sort(dim=-1, descending=True)
+            before = ranked.cumsum(dim=-1) - ranked  # the share of the more likely tokens
+            cut = before >= self.top_p * ranked.sum(dim=-1, keepdim=True)
+            probabilities = probabilities.scatter(-1, order, ranked.masked_fill(cut, 0.0))
+        return probabilities / probabilities.sum(dim=-1, keepdim=True)
+
+    def draw(self, probabilities):
+        """(B, W), which need not sum to 1 → (B,).
+
+        A uniform number, one a row, falls between two running sums and so chooses a token.
+        """
+        sums = probabilities.cumsum(dim=-1)
+        total = sums[:, -1:]
+        drawable = (total.isfinite() & (total > 0)).all()
+        require(drawable, "no token can be drawn: the model's probabilities are not finite")
+        place = torch.rand(total.shape, device=sums.device, generator=self.generator) * total
+        # Rounding may reach the total, behind which there is no token.
+        place = torch.minimum(place, torch.nextafter(total, torch.zeros_like(total)))
+        return torch.searchsorted(sums, place, right=True).squeeze(1)
+
+    def choose(self, logits):
+        """(B, W) → tokens (B,), log-probabilities (B,) of drawing them: 0 if there is no choice."""
+        if self.greedy:
+            return logits.argmax(dim=-1), torch.zeros_like(logits[:, 0], dtype=torch.float32)
+        probabilities = self.probabilities(logits)
+        tokens = self.draw(probabilities)
+        return tokens, probabilities.gather(1, tokens[:, None]).squeeze(1).log()
+
+
 # %% The smallest complete language model: phases 8 to 10 build on it
-@dataclass
-class Generation:
-    """What `CausalLM.complete` wrote, and what it took."""
-
-    ids: torch.Tensor  # (B, T + new): prompts and texts
-    logprobs: torch.Tensor | None = None  # (B, new): of drawing each token; None with drafts
-    forwards: int = 0  # passes of the main model; reading the prompts is one
-    drafted: int = 0  # tokens that the MTP modules drafted
-    accepted: int = 0  # drafts that the main model accepted
-    tokens: int = 0  # new tokens of the longest text
-    cache_bytes: int = 0  # of all latent caches at the end
-
-
 class CausalLM(nn.Module):
     """Embedding, blocks with latent attention, final norm, untied head, and MTP modules.
 
-    blocks: `TransformerBlock`s. mtp_blocks: one for each MTP depth. max_positions: longest
+    blocks: `TransformerBlock`s. mtp_blocks: one for each MTP module. max_positions: longest
     context, None = no limit. mtp_class: `MultiTokenPredictor` or `IndependentHead`.
     """
 
@@ -179,6 +356,7 @@ class CausalLM(nn.Module):
                  max_positions=None, mtp_class=MultiTokenPredictor):
         super().__init__()
         self.max_positions = max_positions
+        self.limits = dict(vocabulary=vocab_size, longest=max_positions)
         self.embed_tokens = nn.Embedding(vocab_size, hidden_size)
         self.layers = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(hidden_size, eps=norm_eps)
@@ -207,7 +385,7 @@ class CausalLM(nn.Module):
             appended to. path: see `MultiHeadLatentAttention`. routed: see `MixtureOfExperts`.
         """
         past = caches[0].length if caches else 0
-        self.check_tokens(input_ids, past)
+        check_token_ids(input_ids, past=past, **self.limits)
         options = dict(path=path, routed=routed, **self.padding(input_ids, attention_mask, past))
         hidden = self.embed_tokens(input_ids)
         for i, layer in enumerate(self.layers):
@@ -218,73 +396,63 @@ class CausalLM(nn.Module):
         """Token ids (B, T) → logits of the next token (B, T, W). Options: `hidden_states`."""
         return self.lm_head(self.hidden_states(input_ids, attention_mask, caches, path, routed))
 
-    def mtp_hidden_states(
-        self, hidden, input_ids, attention_mask=None, path="expanded", routed=None
-    ):
-        """Hidden states of every MTP depth while the future is known, as in training.
+    def mtp_hidden_states(self, hidden, input_ids, attention_mask=None, **options):
+        """`mtp_states` of the model's modules. hidden, options (path, routed): `hidden_states`."""
+        padding = self.padding(input_ids, attention_mask, past=0)
+        return mtp_states(self.mtp, hidden, input_ids, padding, **options)
 
-        hidden: from `hidden_states` (B, T, D) of the same input_ids (B, T). Returns: a list; entry
-        k − 1 is (B, T − k, D): the last k rows have no token k ahead to join.
-        """
-        padding, states = self.padding(input_ids, attention_mask, past=0), []
-        for k, predictor in enumerate(self.mtp, start=1):
-            hidden, future_ids = hidden[:, :-1], input_ids[:, k:]
-            options = {name: value[..., : hidden.shape[1]] for name, value in padding.items()}
-            states.append(predictor(hidden, future_ids, path=path, routed=routed, **options))
-            if predictor.chained:
-                hidden = states[-1]
-        return states
-
-    def mtp_logits(self, hidden, input_ids, attention_mask=None, path="expanded", routed=None):
+    def mtp_logits(self, hidden, input_ids, attention_mask=None, **options):
         """`mtp_hidden_states` through the head: row i of entry k − 1 predicts token i + k + 1."""
-        states = self.mtp_hidden_states(hidden, input_ids, attention_mask, path, routed)
+        states = self.mtp_hidden_states(hidden, input_ids, attention_mask, **options)
         return [self.lm_head(state) for state in states]
+
+    def padding(self, input_ids, attention_mask, past):
+        """The options of the blocks that keep padding out; none without an attention_mask."""
+        if attention_mask is None:
+            return {}
+        check_attention_mask(attention_mask, (len(input_ids), past + input_ids.shape[1]))
+        real_BS = attention_mask.bool()
+        positions_BS = (real_BS.long().cumsum(dim=1) - 1).clamp(min=0)
+        mask, real_BT = real_BS[:, None, None, :], real_BS[:, past:]
+        return dict(mask=mask, positions=positions_BS[:, past:], token_mask=real_BT)
 
     # From a prompt to a text
     @torch.no_grad()
     def complete(self, input_ids, max_new_tokens, sampling, attention_mask=None,
                  eos_token_id=None, pad_token_id=0):
-        """`generate` with all that it knows: a `Generation`. `sampling`: a `Sampling`.
+        """Continues each prompt (B, T): a `Generation`, whose ids are (B, T + new).
 
-        The prompts are read in one pass, then each new token, and the caches keep the past.
+        The prompts are read in one pass, then each new token alone: the caches keep the past.
+
+        sampling: a `Sampling`. attention_mask: (B, T), 0 = padding, for prompts of unequal length:
+            pad on the left. Greedily and in FP32, each gives what it gives alone. eos_token_id: a
+            sequence stops after it and is filled with `pad_token_id`; None: never.
+
+        Raises: ValueError if prompt and new tokens exceed the context, before any work is done.
         """
-        self.check_prompts(input_ids, max_new_tokens, attention_mask, pad_token_id)
-        ids, (B, T), caches = input_ids.long(), input_ids.shape, self.new_caches()
-        written, finished = T, torch.zeros_like(ids[:, 0], dtype=torch.bool)
-        logprobs = torch.zeros(B, max_new_tokens, device=ids.device)
-        while written < T + max_new_tokens and not finished.all():
-            unread_ids, path = (ids, "expanded") if written == T else (ids[:, -1:], "absorbed")
+        check_prompts(input_ids, max_new_tokens, attention_mask, pad_token_id, **self.limits)
+        ids, caches, n = input_ids.long(), self.new_caches(), 0
+        logprobs = torch.zeros(len(ids), max_new_tokens, device=ids.device)
+        finished = torch.zeros_like(ids[:, 0], dtype=torch.bool)
+        while n < max_new_tokens and not finished.all():
+            unread_ids, path = (ids[:, -1:], "absorbed") if n else (ids, "expanded")
             hidden = self.hidden_states(unread_ids, attention_mask, caches, path)
-            chosen, logprobs[:, written - T] = sampling.choose(self.lm_head(hidden[:, -1]))
+            chosen, logprobs[:, n] = sampling.choose(self.lm_head(hidden[:, -1]))
             ids = torch.cat([ids, chosen.masked_fill(finished, pad_token_id)[:, None]], dim=1)
-            written += 1
+            n += 1
             if eos_token_id is not None:
                 finished = finished | (chosen == eos_token_id)
             if attention_mask is not None:  # the new tokens are no padding
                 attention_mask = F.pad(attention_mask, (0, 1), value=1)
-        return Generation(
-            ids=F.pad(ids, (0, T + max_new_tokens - written), value=pad_token_id),
-            logprobs=logprobs, forwards=written - T, tokens=written - T,
-            cache_bytes=sum(cache.used_bytes() for cache in caches),
-        )
+        ids = F.pad(ids, (0, max_new_tokens - n), value=pad_token_id)
+        used = sum(cache.used_bytes() for cache in caches)
+        return Generation(ids, logprobs, forwards=n, tokens=n, cache_bytes=used)
 
-    def generate(self, input_ids, max_new_tokens, temperature=0.0, *, attention_mask=None,
-                 eos_token_id=None, pad_token_id=0, generator=None, top_k=None, top_p=None,
-                 **options):
-        """Continues each prompt with the latent cache: (B, T) → (B, T + new).
-
-        temperature, top_k, top_p, generator: see `Sampling`. attention_mask: (B, T), 0 = padding,
-            for prompts of unequal length: pad on the left. Greedily and in FP32, each gives what it
-            gives alone. eos_token_id: a sequence stops after it and is filled with `pad_token_id`;
-            None: never. options: go to `complete`.
-
-        Raises: ValueError if prompt and new tokens exceed the context, before any work is done.
-        """
-        return self.complete(
-            input_ids, max_new_tokens, Sampling(temperature, top_k, top_p, generator),
-            attention_mask=attention_mask, eos_token_id=eos_token_id, pad_token_id=pad_token_id,
-            **options,
-        ).ids
+    def generate(self, input_ids, max_new_tokens, temperature=0.0, *, generator=None, top_k=None,
+                 top_p=None, **options):
+        """The ids that `complete` gives with this `Sampling`. options: its other arguments."""
+        sampling = Sampling(temperature, top_k, top_p, generator)
+        return self.complete(input_ids, max_new_tokens, sampling, **options).ids
 
     # The parts, for the phases that change them
     def new_caches(self, blocks=None, store=RowStore):
@@ -294,211 +462,41 @@ class CausalLM(nn.Module):
 
     def blocks(self):
         """All `TransformerBlock`s, those of the MTP modules last."""
-        return [*self.layers, *(predictor.block for predictor in self.mtp)]
+        return [*self.layers, *(module.block for module in self.mtp)]
 
     def moe_layers(self):
         """{"layer i" or "MTP k": `MixtureOfExperts`} of all blocks that have experts."""
-        names = [f"layer {i}" for i in range(len(self.layers))]
-        names += [f"MTP {k}" for k in range(1, len(self.mtp) + 1)]
-        named = zip(names, (block.mlp for block in self.blocks()), strict=True)
-        return {name: mlp for name, mlp in named if isinstance(mlp, MixtureOfExperts)}
+        named = {f"layer {i}": block for i, block in enumerate(self.layers)}
+        named |= {f"MTP {k}": module.block for k, module in enumerate(self.mtp, start=1)}
+        return {n: b.mlp for n, b in named.items() if isinstance(b.mlp, MixtureOfExperts)}
 
     def copy(self):
         return copy.deepcopy(self)
 
-    def prepared(self):
-        """The model, ready for use. Phase 10 makes it quicker here."""
+    def prepared(self):  # phase 10 makes the model quicker here
         return self
 
-    # Padding and checks
-    def padding(self, input_ids, attention_mask, past):
-        """The options of the blocks that keep padding out; none without an attention_mask."""
-        if attention_mask is None:
-            return {}
-        wanted, got = (len(input_ids), past + input_ids.shape[1]), tuple(attention_mask.shape)
-        require(got == wanted, f"attention_mask must be {wanted}, got {got}")
-        real_BS = attention_mask.bool()
-        positions_BS = (real_BS.long().cumsum(dim=1) - 1).clamp(min=0)
-        mask, real_BT = real_BS[:, None, None, :], real_BS[:, past:]
-        return dict(mask=mask, positions=positions_BS[:, past:], token_mask=real_BT)
 
-    def check_tokens(self, ids, past=0, new=0):
-        T = ids.shape[1] if ids.dim() == 2 else 0
-        longest, W = self.max_positions, self.embed_tokens.num_embeddings
-        require(T > 0, f"input_ids must be (B, T) with T ≥ 1, got {tuple(ids.shape)}")
-        require(not ids.is_floating_point(), f"input_ids must be integers, got {ids.dtype}")
-        what = f"prompt of {T} and {new} new" if new else f"{past + T}"
-        fits = longest is None or past + T + new <= longest
-        require(fits, f"{what} tokens exceed the context of {longest}")
-        if ids.numel() and not ids.is_meta:
-            low, high = (bound.item() for bound in ids.aminmax())
-            wrong = low if low < 0 else high
-            require(0 <= wrong < W, f"token id {wrong} is not within the vocabulary of {W}")
+@dataclass
+class Generation:
+    """A text, and what it took."""
 
-    def check_prompts(self, ids, new, attention_mask, pad_token_id):
-        require(new >= 0, f"max_new_tokens={new} must be at least 0")
-        self.check_tokens(ids, new=new)
-        known = 0 <= pad_token_id < self.embed_tokens.num_embeddings
-        require(known, f"pad_token_id={pad_token_id} is not within the vocabulary")
-        if self.padding(ids, attention_mask, past=0):  # checks the shape
-            left = bool(attention_mask[:, -1].all())
-            require(left, "prompts must be padded on the left: the last token is padding")
-
-
-# %% Choosing a token
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen from logits.
-
-    temperature: 0 takes the most likely token; above 0 a token is drawn from
-        softmax(logits / temperature), with `generator` if there is one.
-    top_k, top_p: draw only from the `top_k` most likely tokens, and from the fewest tokens that
-        hold `top_p` of the probability. None: no such limit.
-    """
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    generator: torch.Generator | None = None
-
-    def __post_init__(self):
-        temperature, top_k, top_p = self.temperature, self.top_k, self.top_p
-        finite = 0 <= temperature < math.inf
-        require(finite, f"temperature={temperature} must be a number of at least 0")
-        require(top_k is None or top_k >= 1, f"top_k={top_k} must be at least 1")
-        require(top_p is None or 0 < top_p <= 1, f"top_p={top_p} must be above 0 and at most 1")
-
-    @property
-    def greedy(self):
-        return self.temperature == 0
-
-    def probabilities(self, logits):
-        """(..., W) → (..., W), in FP32: the distribution that a token is drawn from."""
-        logits = logits.float()
-        logits = logits - logits.amax(dim=-1, keepdim=True)  # a tiny temperature cannot overflow
-        probabilities = (logits / self.temperature).softmax(dim=-1)
-        if self.top_k is not None and self.top_k < logits.shape[-1]:
-            kept, places = probabilities.topk(self.top_k, dim=-1)
-            probabilities = torch.zeros_like(probabilities).scatter(-1, places, kept)
-        if self.top_p is not None and self.top_p < 1:
-            ranked, order = probabilities.sort(dim=-1, descending=True)
-            before = ranked.cumsum(dim=-1) - ranked  # the share of the more likely tokens
-            cut = before >= self.top_p * ranked.sum(dim=-1, keepdim=True)
-            probabilities = probabilities.scatter(-1, order, ranked.masked_fill(cut, 0.0))
-        return probabilities / probabilities.sum(dim=-1, keepdim=True)
-
-    def draw(self, probabilities):
-        """(B, W), which need not sum to 1 → (B,).
-
-        A uniform number, one a row, falls between two running sums and so chooses a token.
-        (`torch.multinomial` draws W numbers a row: 29 of 70 ms for 256 rows of 8,192.)
-        """
-        sums = probabilities.cumsum(dim=-1)
-        total = sums[:, -1:]
-        drawable = (total.isfinite() & (total > 0)).all()
-        require(drawable, "no token can be drawn: the model's probabilities are not finite")
-        place = torch.rand(total.shape, device=sums.device, generator=self.generator) * total
-        place = torch.minimum(place, torch.nextafter(total, torch.zeros_like(total)))
-        return torch.searchsorted(sums, place, right=True).squeeze(1)
-
-    def choose(self, logits):
-        """(B, W) → tokens (B,), log-probabilities (B,) of drawing them: 0 if there is no choice."""
-        if self.greedy:
-            return logits.argmax(dim=-1), torch.zeros_like(logits[:, 0], dtype=torch.float32)
-        probabilities = self.probabilities(logits)
-        tokens = self.draw(probabilities)
-        return tokens, probabilities.gather(1, tokens[:, None]).squeeze(1).log()
-
-
-# %% Speculative decoding: the modules draft, the main model checks all drafts in one pass
-@torch.no_grad()
-def speculative_generate(model, input_ids, max_new_tokens, temperature=0.0, generator=None):
-    """The text of `CausalLM.generate` in fewer passes: (1, T) → ids (1, T + new) and figures.
-
-    A round: module k drafts the k-th token, the main model reads the text and all drafts in one
-    pass, and `verify` keeps the drafts up to the first wrong one and adds a token of the model's
-    own. So a pass gives from one token to one more than there are modules. An example, greedy:
-
-        text and drafts           The cat sat | on  the  rug
-        the model's choices                     on  the  mat  .
-        kept                      The cat sat   on  the  mat
-
-    The first pass has no drafts: it reads the prompt. Nothing is cached here, so that the idea
-    stands alone: each round reads the whole text anew. `pipeline/decoding.py` has the form that
-    saves time, with caches and for batches.
-
-    In FP32 the greedy text is the same, token for token, up to ties in the last bit. Sampled text
-    has the same distribution. Figures: `forwards` (passes), `drafted` and `accepted` tokens.
-    """
-    require(len(model.mtp) > 0, "speculative decoding needs MTP modules, and this model has none")
-    require(len(input_ids) == 1, f"one sequence at a time, got {len(input_ids)}")
-    sampling, ids = Sampling(temperature, generator=generator), input_ids
-    figures = dict(forwards=0, drafted=0, accepted=0)
-    start, end = ids.shape[1], ids.shape[1] + max_new_tokens
-    while ids.shape[1] < end:
-        depth = 0 if ids.shape[1] == start else min(len(model.mtp), end - ids.shape[1] - 1)
-        drafts, draft_chances = draft(model, ids, depth, sampling)
-        logits = model(torch.cat([ids, drafts], dim=1))[:, ids.shape[1] - 1 :]
-        accepted, own = verify(logits, drafts, draft_chances, sampling)
-        ids = torch.cat([ids, drafts[:, : int(accepted)], own[:, None]], dim=1)
-        figures["forwards"] += 1
-        figures["drafted"] += depth
-        figures["accepted"] += int(accepted)
-    return ids, figures
-
-
-def draft(model, ids, depth, sampling):
-    """ids (1, T) → drafts (1, depth), and the distributions they were drawn from.
-
-    Module k needs the token k ahead of each state. For tokens 0–6, the states are those of tokens
-    0–5: module 1 joins them with tokens 1–6 and drafts token 7 behind its last state; module 2
-    joins module 1's states with tokens 2–7, the draft among them, and drafts token 8.
-    The distributions are (1, depth, W), or None if greedy or if depth is 0.
-    """
-    tokens, chances = ids, []
-    hidden = model.hidden_states(ids[:, :-1]) if depth else None
-    for k, predictor in enumerate(model.mtp[:depth], start=1):
-        states = predictor(hidden, tokens[:, k:])
-        logits = model.lm_head(states[:, -1])
-        if not sampling.greedy:
-            chances.append(sampling.probabilities(logits))
-        token = logits.argmax(dim=-1) if sampling.greedy else sampling.draw(chances[-1])
-        tokens = torch.cat([tokens, token[:, None]], dim=1)
-        hidden = states if predictor.chained else hidden
-    return tokens[:, ids.shape[1] :], torch.stack(chances, dim=1) if chances else None
-
-
-def verify(logits, drafts, draft_chances, sampling):
-    """How many drafts to accept, from the left, and the model's own token after them: (B,), (B,).
-
-    logits (B, d + 1, W): the model's, at the token before the drafts and at each draft. drafts
-    (B, d), drawn from draft_chances (B, d, W); None if greedy or if nothing was drafted.
-
-    Greedy: accept a draft if it is the model's choice. Sampling (Leviathan et al., 2023, section
-    2.3): accept a draft x drawn from q with probability min(1, p(x)/q(x)); after a rejection, draw
-    the token from max(0, p − q), normalised. Together that is a token drawn from p, whatever q is.
-    To accept by confidence, when q(x) or p(x) is above some bound, gives another distribution.
-    """
-    if sampling.greedy:
-        choices = logits.argmax(dim=-1)
-        accepted = (choices[:, :-1] == drafts).long().cumprod(dim=1).sum(dim=1)
-        return accepted, choices.gather(1, accepted[:, None]).squeeze(1)
-    chances = sampling.probabilities(logits)
-    if draft_chances is None:  # nothing drafted
-        return torch.zeros_like(logits[:, 0, 0], dtype=torch.long), sampling.draw(chances[:, 0])
-    p, q = (c.gather(2, drafts[..., None]).squeeze(2) for c in (chances[:, :-1], draft_chances))
-    uniform = torch.rand(p.shape, device=p.device, generator=sampling.generator)
-    accepted = (uniform * q < p).long().cumprod(dim=1).sum(dim=1)
-    # After the last draft nothing was drafted: there q = 0, and the rest is p itself.
-    at = accepted[:, None, None].expand(-1, 1, chances.shape[2])
-    rest = (chances - F.pad(draft_chances, (0, 0, 0, 1))).gather(1, at).squeeze(1).clamp(min=0)
-    equal = rest.sum(dim=-1, keepdim=True) <= 0  # p = q up to rounding
-    return accepted, sampling.draw(torch.where(equal, chances.gather(1, at).squeeze(1), rest))
+    ids: torch.Tensor  # (B, T + new): prompts and texts
+    logprobs: torch.Tensor | None = None  # (B, new): of drawing each token; None with drafts
+    forwards: int = 0  # passes of the main model; reading the prompts is one
+    drafted: int = 0  # tokens that the MTP modules drafted
+    accepted: int = 0  # drafts that the main model accepted
+    tokens: int = 0  # new tokens of the longest text
+    cache_bytes: int = 0  # of all latent caches at the end
 
 
 # %% A tiny language to learn, and the cost of learning it
 def small_language(tokens, seed):
-    """(tokens,) ids 0–31: a token is followed by one of three of its own, at 80, 15 and 5 %."""
+    """(tokens,) ids 0–31. The next token is one of three followers, at 80, 15 and 5 %.
+
+    The followers of each token are drawn once, at random: two of the three may be the same token,
+    and a token may follow several others.
+    """
     followers = torch.randint(32, (32, 3), generator=torch.Generator().manual_seed(1234)).tolist()
     odds, generator = torch.tensor([0.8, 0.15, 0.05]), torch.Generator().manual_seed(seed)
     choices = torch.multinomial(odds, tokens, replacement=True, generator=generator).tolist()
@@ -509,7 +507,7 @@ def small_language(tokens, seed):
 
 
 def small_model(mtp_class=MultiTokenPredictor, depth=0, width=48):
-    """Two layers and `depth` MTP depths, for `small_language`."""
+    """Two layers and `depth` MTP modules, for `small_language`."""
 
     def block():
         attention = MultiHeadLatentAttention(
@@ -525,7 +523,7 @@ def small_model(mtp_class=MultiTokenPredictor, depth=0, width=48):
 
 
 def train_small(model, steps, weight, device, seed=0, rate=4e-3, precision=torch.float32):
-    """Trains on the small language; returns the held-out (main loss, loss of depth 1 or None)."""
+    """Trains on the small language; returns the held-out (main loss, loss of module 1 or None)."""
     training_text = small_language(40_000, seed=1)
     held_out = small_language(8_192, seed=2).view(-1, 64).to(device)
     generator = torch.Generator().manual_seed(seed)
@@ -545,8 +543,8 @@ def train_small(model, steps, weight, device, seed=0, rate=4e-3, precision=torch
     with torch.no_grad():
         hidden = model.hidden_states(held_out)
         main = next_token_loss(model.lm_head(hidden), held_out).item()
-        depth_1 = model.mtp_logits(hidden, held_out)[:1]
-        return main, mtp_loss(depth_1, held_out, 1.0).item() if depth_1 else None
+        first = model.mtp_logits(hidden, held_out)[:1]
+        return main, mtp_loss(first, held_out, 1.0).item() if first else None
 
 
 def cost_of(model, ids):
@@ -560,19 +558,30 @@ def cost_of(model, ids):
 
 # %% The demonstration
 def check_untrained(demo, ids_BT):
-    """Which row of which depth predicts which token, and how well by chance."""
+    """Which row of which module predicts which token, from which tokens, and how well by chance."""
     model = small_model(depth=2).to(demo.device)
     logits = model.mtp_logits(model.hidden_states(ids_BT), ids_BT)
-    shapes = [tuple(depth.shape) for depth in logits]
+    shapes = [tuple(each.shape) for each in logits]
     fits = shapes == [(2, 31, 32), (2, 30, 32)]
-    demo.check("row i of depth k predicts token i + k + 1", "(B, T − k, W)", f"{shapes}", fits)
+    demo.check("row i of module k predicts token i + k + 1", "(B, T − k, W)", f"{shapes}", fits)
+    edited_BT, moved = ids_BT.clone(), []
+    edited_BT[:, 9] = (ids_BT[:, 9] + 1) % 32
+    edited_logits = model.mtp_logits(model.hidden_states(edited_BT), edited_BT)
+    for before, after in zip(logits, edited_logits, strict=True):
+        moved.append((before - after).abs().amax(dim=(0, 2)).gt(1e-6).nonzero().min().item())
+    figure, right = f"token 9 enters from rows {moved} on", moved == [8, 7]
+    demo.check("row i has read tokens up to i + k, no target", "k = 1, 2", figure, right)
     loss = mtp_loss(logits, ids_BT, weight=1.0).item()
     figure, near = f"{loss:.3f}, ln 32 = 3.466", abs(loss - 3.466) < 0.3
     demo.check("untrained loss is about ln(W)", "nats", figure, near)
 
 
 def compare_heads(demo, ids_BT, steps):
-    """Trains without MTP, with an independent head and with a module; prints costs and losses."""
+    """Trains without MTP, with an independent head and with a module; prints costs and losses.
+
+    The module gets the true token in between, and the independent head does not. So the module's
+    lower loss partly measures that information, and not only how well it learns.
+    """
     demo.note("held-out loss in nats after equal tokens; FLOPs and parameters beside no MTP:")
     kinds = {
         "no MTP": dict(depth=0),
@@ -592,15 +601,15 @@ def compare_heads(demo, ids_BT, steps):
         demo.note(f"    {name:<17} {losses}, FLOPs × {flops:.2f}, parameters × {parameters:.2f}")
     guess, chained = second_losses["independent head"], second_losses["MTP module"]
     figure, better = f"{guess:.3f} → {chained:.3f} nats", chained < guess or steps < 60
-    demo.check("seeing the token in between helps", "token after next", figure, better)
+    demo.check("being given the token in between helps", "token after next", figure, better)
 
 
 def check_drawn_drafts(demo, draws=100_000):
     """Drafts from q, put through `verify`, come out as tokens from p, however p and q differ."""
     p_logits, q_logits = torch.randn(2, 8, device=demo.device) * 1.5
     p, q = p_logits.softmax(dim=-1), q_logits.softmax(dim=-1)
-    drafts = torch.multinomial(q, draws, replacement=True)[:, None]
-    logits, draft_chances = p_logits.expand(draws, 2, 8), q.expand(draws, 1, 8)
+    drafts = torch.multinomial(q, 3 * draws, replacement=True).view(draws, 3)
+    logits, draft_chances = p_logits.expand(draws, 4, 8), q.expand(draws, 3, 8)
     accepted, own = verify(logits, drafts, draft_chances, Sampling(1.0))
     first = torch.where(accepted > 0, drafts[:, 0], own)
     off, unchecked = (
@@ -609,23 +618,29 @@ def check_drawn_drafts(demo, draws=100_000):
     )
     figure, right = f"off by {off:.4f}, unverified {unchecked:.4f}", off < 0.007 < unchecked
     demo.check("drafts from q, verified, are tokens from p", f"{draws:,} draws", figure, right)
+    counted = accepted.double().mean().item() + 1
+    expected = tokens_a_pass(torch.minimum(p, q).sum().item(), modules=3)
+    figure, right = f"{counted:.3f}, by the formula {expected:.3f}", abs(counted - expected) < 0.03
+    demo.check("tokens a pass with 3 drafts = Σ aᵏ", f"{draws:,} draws", figure, right)
 
 
 def check_speculation(demo, steps, depth):
-    """Good drafts save passes; spoilt ones change the speed and not the text."""
+    """Caches save work, good drafts save passes; spoilt drafts change the speed, not the text."""
     torch.manual_seed(demo.seed)
     model = small_model(depth=depth).to(demo.device)
     train_small(model, steps, 0.3, demo.device, demo.seed)
     prompt = small_language(8, seed=4)[None].to(demo.device)
-    plain = model.generate(prompt, 64)
+    plain = greedy_generate(model, prompt, 64)
+    same = torch.equal(plain, model.generate(prompt, 64))
+    demo.check("latent caches = reading the text anew", "(1, T + new)", "64 tokens", same)
     for name in ("trained", "spoilt"):
         text, figures = speculative_generate(model, prompt, 64)
         figure = f"{figures['accepted']} of {figures['drafted']} accepted, "
         figure += f"{64 / figures['forwards']:.2f} tokens a pass"
         what = f"speculation with {name} modules = plain greedy"
         demo.check(what, "(1, T + new)", figure, torch.equal(plain, text))
-        for predictor in model.mtp:
-            nn.init.normal_(predictor.eh_proj.weight, std=0.3)
+        for module in model.mtp:
+            nn.init.normal_(module.eh_proj.weight, std=0.3)
 
 
 @demonstration(

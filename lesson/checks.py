@@ -73,6 +73,46 @@ def int_mm_is_exact():
     return bool((torch._int_mm(largest, largest.T) == 64 * 127**2).all())
 
 
+def check_token_ids(ids, vocabulary, past=0, new=0, longest=None):
+    """ids must be (B, T ≥ 1) integers from 0 up to `vocabulary`, without it.
+
+    past: tokens before them; new: tokens to be written after them; longest: how many tokens may
+    stand in a row, all together, None = no limit.
+    """
+    T = ids.shape[1] if ids.dim() == 2 else 0
+    require(T > 0, f"input_ids must be (B, T) with T ≥ 1, got {tuple(ids.shape)}")
+    require(not ids.is_floating_point(), f"input_ids must be integers, got {ids.dtype}")
+    what = f"prompt of {T} and {new} new" if new else f"{past + T}"
+    fits = longest is None or past + T + new <= longest
+    require(fits, f"{what} tokens exceed the context of {longest}")
+    if ids.numel() and not ids.is_meta:
+        low, high = (bound.item() for bound in ids.aminmax())
+        wrong = low if low < 0 else high
+        within = 0 <= wrong < vocabulary
+        require(within, f"token id {wrong} is not within the vocabulary of {vocabulary}")
+
+
+def check_attention_mask(attention_mask, shape):
+    """The mask must have this shape."""
+    got = tuple(attention_mask.shape)
+    require(got == shape, f"attention_mask must be {shape}, got {got}")
+
+
+def check_prompts(ids, new, attention_mask, pad_token_id, vocabulary, longest=None):
+    """ids (B, T) must be prompts that `new` tokens can be written after: see `check_token_ids`.
+
+    attention_mask: (B, T), 0 = padding, which must be on the left, or None.
+    """
+    require(new >= 0, f"max_new_tokens={new} must be at least 0")
+    check_token_ids(ids, vocabulary, new=new, longest=longest)
+    known = 0 <= pad_token_id < vocabulary
+    require(known, f"pad_token_id={pad_token_id} is not within the vocabulary")
+    if attention_mask is not None:
+        check_attention_mask(attention_mask, tuple(ids.shape))
+        left = bool(attention_mask[:, -1].all())
+        require(left, "prompts must be padded on the left: the last token is padding")
+
+
 class Demonstration:
     """Prints a header, then one line a check; `finish` exits with status 1 if a check failed."""
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from lesson import require
+from lesson.checks import check_prompts
 from mtp_coded import Generation, Sampling, verify
 from pipeline.fast import EXPAND_FROM, decoding_head
 
@@ -43,7 +44,7 @@ def complete(
     """Continues each prompt (B, T): a `Generation`, whose ids are (B, T + new).
 
     Args:
-        sampling, attention_mask, eos_token_id, pad_token_id: see `CausalLM.generate`.
+        sampling, attention_mask, eos_token_id, pad_token_id: see `CausalLM.complete`.
         speculative: draft with the MTP modules. Greedy text stays the same (in FP32, up to ties in
             the last bit, where a pass over several tokens may round differently than one over one;
             in BF16 such ties are common). Sampled text keeps its distribution.
@@ -57,7 +58,7 @@ def complete(
 
     Raises: ValueError if prompt and new tokens exceed the context, before any work is done.
     """
-    model.check_prompts(input_ids, max_new_tokens, attention_mask, pad_token_id)
+    check_prompts(input_ids, max_new_tokens, attention_mask, pad_token_id, **model.limits)
     chunk = prefill_chunk
     require(chunk is None or chunk >= 1, f"prefill_chunk={chunk} must be at least 1")
     require(depth is None or speculative, f"depth={depth} is for speculative=True")

@@ -16,12 +16,14 @@ from mtp_coded import (
     Sampling,
     cost_of,
     draft,
+    greedy_generate,
     mtp_loss,
     next_token_loss,
     shifted_targets,
     small_language,
     small_model,
     speculative_generate,
+    tokens_a_pass,
     train_small,
     verify,
 )
@@ -281,6 +283,7 @@ def test_generation_matches_recomputing_everything():
     for _ in range(12):
         expected = torch.cat([expected, model(expected)[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(model.generate(ids, 12), expected)
+    assert torch.equal(greedy_generate(model, ids, 12), expected)
 
 
 def test_prompts_of_unequal_length_give_what_they_give_alone():
@@ -546,6 +549,11 @@ def test_verified_drafts_are_tokens_from_the_model_and_confident_ones_are_not():
         second = torch.where(accepted > 1, drafts[:, 1], own)[accepted > 0]
         for tokens, wanted in ((first, p[0]), (second, p[1])):
             assert (abs(surprise(torch.bincount(tokens, minlength=6), wanted)) > 5) == far
+
+
+def test_tokens_a_pass_by_hand():
+    assert tokens_a_pass(0.5, modules=2) == 1.75
+    assert [tokens_a_pass(a, modules=3) for a in (0.0, 1.0)] == [1, 4]
 
 
 def accept_by_confidence(logits, drafts, draft_chances, sampling):
