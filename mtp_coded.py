@@ -558,22 +558,43 @@ def cost_of(model, ids):
 
 # %% The demonstration
 def check_untrained(demo, ids_BT):
-    """Which row of which module predicts which token, from which tokens, and how well by chance."""
+    """Which row of which module predicts which token, and how well by chance."""
     model = small_model(depth=2).to(demo.device)
     logits = model.mtp_logits(model.hidden_states(ids_BT), ids_BT)
     shapes = [tuple(each.shape) for each in logits]
     fits = shapes == [(2, 31, 32), (2, 30, 32)]
     demo.check("row i of module k predicts token i + k + 1", "(B, T − k, W)", f"{shapes}", fits)
-    edited_BT, moved = ids_BT.clone(), []
-    edited_BT[:, 9] = (ids_BT[:, 9] + 1) % 32
-    edited_logits = model.mtp_logits(model.hidden_states(edited_BT), edited_BT)
-    for before, after in zip(logits, edited_logits, strict=True):
-        moved.append((before - after).abs().amax(dim=(0, 2)).gt(1e-6).nonzero().min().item())
-    figure, right = f"token 9 enters from rows {moved} on", moved == [8, 7]
-    demo.check("row i has read tokens up to i + k, no target", "k = 1, 2", figure, right)
     loss = mtp_loss(logits, ids_BT, weight=1.0).item()
     figure, near = f"{loss:.3f}, ln 32 = 3.466", abs(loss - 3.466) < 0.3
     demo.check("untrained loss is about ln(W)", "nats", figure, near)
+
+
+def check_sight(demo, ids_BT):
+    """After an edit of token 9, the first row that differs shows how far a row has read."""
+    edited_BT = ids_BT.clone()
+    edited_BT[:, 9] = (ids_BT[:, 9] + 1) % 32
+    for mtp_class, what, wanted in (
+        (IndependentHead, "row i of every independent head reads tokens 0 … i", [9, 9]),
+        (MultiTokenPredictor, "row i of module k reads tokens 0 … i + k", [8, 7]),
+    ):
+        model, first_rows = small_model(mtp_class, depth=2).to(demo.device), []
+        before, after = (model.mtp_logits(model.hidden_states(t), t) for t in (ids_BT, edited_BT))
+        for old, new in zip(before, after, strict=True):
+            differs_T = (new - old).abs().amax(dim=(0, 2)) > 1e-6
+            first_rows.append(differs_T.nonzero().min().item())
+        figure = f"token 9 changes rows from {first_rows} on"
+        demo.check(what, "k = 1, 2", figure, first_rows == wanted)
+
+
+def check_targets(demo):
+    """No module learns to predict across the end of a document: here token 8 begins a new one."""
+    ids_BT, documents_BT = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[0, 0, 0, 1]])
+    next_T, second_T = (
+        shifted_targets(ids_BT, rows=4, shift=shift, document_ids=documents_BT)[0].tolist()
+        for shift in (1, 2)
+    )
+    right = next_T == [6, 7, -100, -100] and second_T == [7, -100, -100, -100]
+    demo.check("targets of 5 6 7 | 8: next, second", "(T,)", f"{next_T}, {second_T}", right)
 
 
 def compare_heads(demo, ids_BT, steps):
@@ -651,6 +672,8 @@ def check_speculation(demo, steps, depth):
 def main(demo, arguments):
     ids_BT = small_language(64, seed=3).view(2, 32).to(demo.device)
     check_untrained(demo, ids_BT)
+    check_sight(demo, ids_BT)
+    check_targets(demo)
     compare_heads(demo, ids_BT, arguments.steps)
     check_drawn_drafts(demo)
     check_speculation(demo, arguments.steps, arguments.depth)
