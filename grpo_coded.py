@@ -8,12 +8,13 @@ that has moved far enough is clipped. A penalty can hold the policy near a froze
 
 The script climbs to this loss in rungs, one change at a time:
 
-    1  REINFORCE        J = 1/G Σ_i 1/|o_i| Σ_t r_i log π(o_i,t)
+    1  REINFORCE        J = 1/G Σ_i r_i Σ_t log π(o_i,t)
     2  group baseline   Â_i = (r_i − mean(r)) / std(r) in place of r_i   over the G answers
     3  ratio and clip   ρ_i,t = π(o_i,t) / π_old(o_i,t)
                         min{ρ Â, clip(ρ, 1 − ε, 1 + ε) Â} in place of Â log π
-    4  KL penalty       − β k3,  k3_i,t = π_ref/π − log(π_ref/π) − 1   ≥ 0, estimates KL(π ‖ π_ref)
-    5  variants         dr_grpo  Â without std, sums divided by a constant length instead of |o_i|
+    4  mean over tokens 1/|o_i| Σ_t in place of Σ_t: GRPO's choice, no longer an estimate of ∇ E[r]
+    5  KL penalty       − β k3,  k3_i,t = π_ref/π − log(π_ref/π) − 1   ≥ 0, estimates KL(π ‖ π_ref)
+    6  variants         dr_grpo  Â without std; a constant length instead of |o_i|, as in rung 3
                         dapo     ε 0.2 below, 0.28 above; mean over all tokens; groups without
                                  signal drawn again; answers that run out of room are punished
                         gspo     ρ of the whole answer, (π(o)/π_old(o))^(1/|o|); ε 0.0003 below,
@@ -24,7 +25,7 @@ arXiv:1707.06347, equation 7; GRPO: DeepSeekMath (2024), arXiv:2402.03300, secti
 3–4; k3: Schulman (2020), "Approximating KL divergence"; Dr. GRPO: Liu et al. (2025),
 arXiv:2503.20783; DAPO: Yu et al. (2025), arXiv:2503.14476; GSPO: Zheng et al. (2025),
 arXiv:2507.18071.
-Simplified: the task is small enough to learn in two minutes, sums of two numbers from 0 to 99,
+Simplified: the task is small enough to learn in minutes, sums of two numbers from 0 to 99,
 written last digit first (12+34=64).
 
 Dimensions: B batch (all completions) · G completions of a prompt · L completion length · T query
@@ -38,40 +39,28 @@ Run:  python grpo_coded.py [--seed 1] [--variant dapo] [--steps 200]     under t
 import functools
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 import lesson
-from lesson import check_settings, require, setting
+from lesson import check_settings, demonstration, flag, require, require_shapes, setting
 from moe_coded import MixtureOfExperts, TopKRouter, TransformerBlock, balance_within_sequences
 from mtp_coded import CausalLM, Sampling
 from rope_coded import RotaryEmbedding, RotaryLatentAttention
 
 
 # %% Rung 1: REINFORCE. What was rewarded becomes likelier
-def average(values, mask, how="completion", max_length=None):
-    """One number from values (B, L) of the tokens that count, where mask (B, L) is True.
-
-    "completion": the mean of each completion's tokens, then of the completions; "token": the mean
-    of all tokens; "constant": each completion's sum over `max_length`, then the mean.
-    """
-    values_BL = values.masked_fill(~mask, 0.0)
-    if how == "completion":
-        return (values_BL.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean()
-    if how == "constant":
-        return values_BL.sum() / (len(mask) * max_length)
-    return values_BL.sum() / mask.sum().clamp(min=1)
-
-
 def reinforce_loss(logp, rewards, mask):
     """−J of rung 1: logp (B, L) of the tokens drawn, rewards (B,), mask (B, L) → scalar.
 
-    Nothing is differentiated through the reward: ∇ E[r] = E[r ∇ log π(o)], and answers drawn from
-    π estimate this mean.
+    Nothing is differentiated through the reward: ∇ E[r] = E[r ∇ log π(o)], where log π(o) is the
+    sum over the answer's tokens, and answers drawn from π estimate this mean.
     """
-    return -average(rewards.unsqueeze(1) * logp, mask)
+    return -(rewards * logp.masked_fill(~mask, 0.0).sum(dim=1)).mean()
 
 
 # %% Rung 2: the group is the baseline. Better or worse than the other answers?
@@ -98,7 +87,7 @@ def group_advantages(rewards, group_size, normalize_std=True):
 
 
 def has_signal(rewards, group_size):
-    """(B,) bool: whether the row's group has rewards that differ (DAPO, equation 12)."""
+    """(B,) bool: whether the row's group has rewards that differ (DAPO, section 3.2)."""
     groups = rewards.view(-1, group_size)
     return (groups.amin(dim=1) != groups.amax(dim=1)).repeat_interleave(group_size)
 
@@ -116,24 +105,44 @@ def clipped_loss(logp, old_logp, advantages, mask, clip=0.2):
     At ρ = 1 its gradient is that of rung 2, since ∇ρ = ρ ∇ log π.
     """
     ratio_BL = (logp - old_logp.detach()).masked_fill(~mask, 0.0).exp()
-    return -average(clipped_gain(ratio_BL, advantages.unsqueeze(1), clip, clip), mask)
+    gain_BL = clipped_gain(ratio_BL, advantages.unsqueeze(1), clip, clip)
+    return -gain_BL.masked_fill(~mask, 0.0).sum(dim=1).mean()
 
 
-# %% Rung 4: a leash to a frozen reference
+# %% Rung 4: the mean over tokens. How much does an answer's length count?
+def averaged(values, mask, how="completion", max_length=None):
+    """One number from values (B, L) of the tokens that count, where mask (B, L) is True.
+
+    "completion": the mean of each completion's tokens, then of the completions. This is GRPO's
+    choice: a token of a long answer counts less, so the gradient is not that of E[r] any more.
+    Dr. GRPO removes it, "constant": each completion's sum over `max_length`, then the mean.
+    DAPO's choice is "token": the mean of all tokens.
+    """
+    values_BL = values.masked_fill(~mask, 0.0)
+    if how == "completion":
+        return (values_BL.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean()
+    if how == "constant":
+        return values_BL.sum() / (len(mask) * max_length)
+    return values_BL.sum() / mask.sum().clamp(min=1)
+
+
+# %% Rung 5: a leash to a frozen reference
 def k3(logp, ref_logp):
-    """π_ref/π − log(π_ref/π) − 1 of tokens drawn from π: never negative, its mean is the KL."""
+    """π_ref/π − log(π_ref/π) − 1: never negative, its mean over tokens drawn from π is the KL.
+
+    From the second update on, the tokens are those of π_old, and the mean is the KL only nearly.
+    """
     log_odds = ref_logp.detach() - logp
     return log_odds.exp() - log_odds - 1
 
 
-# %% Rung 5: the variants, and where each differs
+# %% Rung 6: the variants, and where each differs
 @dataclass(frozen=True)
 class Variant:
     """ε below and above 1, and what a variant does in its own way.
 
-    `average`: as `average` calls it. `sequence_ratio`: one ρ a completion. For the trainer:
-    `resample`, groups without signal are drawn again; `overlong`, completions that run out of room
-    are punished.
+    `average`: as `averaged` calls it. `sequence_ratio`: one ρ a completion. `resample`: groups
+    without signal are drawn again. `overlong`: completions that run out of room are punished.
     """
 
     clip_low: float = 0.2
@@ -206,7 +215,12 @@ def grpo_loss(
         None without ref_logp; `entropy`: mean −log π of the tokens drawn, in nats.
     Raises: ValueError for wrong shapes, an unknown variant, or settings out of range.
     """
-    check_loss_arguments(logp, old_logp, ref_logp, advantages, mask, kl_coef, variant)
+    require(variant in VARIANTS, f"variant={variant!r} must be one of {', '.join(VARIANTS)}")
+    require(0 <= kl_coef < math.inf, f"kl_coef={kl_coef} must be a number of at least 0")
+    require(ref_logp is not None or not kl_coef, f"kl_coef={kl_coef} needs ref_logp")
+    require(logp.dim() == 2 and logp.numel(), f"logp must be (B, L), got {tuple(logp.shape)}")
+    require_shapes(logp.shape, old_logp=old_logp, ref_logp=ref_logp, mask=mask)
+    require_shapes(logp.shape[:1], advantages=advantages)
     chosen = VARIANTS[variant]
     clip_low = chosen.clip_low if clip_low is None else clip_low
     clip_high = chosen.clip_high if clip_high is None else clip_high
@@ -237,12 +251,12 @@ def grpo_loss(
             "kl": None if k3_BL is None else mean_of(k3_BL, mask),
             "entropy": mean_of(-logp, mask),
         }
-    return -average(gain_BL, mask, chosen.average, max_length), figures
+    return -averaged(gain_BL, mask, chosen.average, max_length), figures
 
 
 def mean_of(values, mask):
     """The mean over all tokens that count, a float; 0 if none does."""
-    return average(values, mask, "token").item()
+    return averaged(values, mask, "token").item()
 
 
 # %% Which tokens count, and how likely a policy finds them
@@ -300,33 +314,31 @@ class Rollout:
 
     def texts(self, decode):
         """Completions as `decode` writes them, an end-of-sequence token that was drawn included."""
-        rows = zip(self.completions.tolist(), self.mask.sum(dim=1).tolist(), strict=True)
-        return [decode(row[:length]) for row, length in rows]
+        rows = zip(self.completions.cpu(), self.mask.cpu(), strict=True)
+        return [decode(row[counted].tolist()) for row, counted in rows]
 
     def rows(self, chosen):
         """The rollout of some rows; `chosen` indexes (B,)."""
-        tensors = {name: x[chosen] for name, x in vars(self).items() if torch.is_tensor(x)}
-        return replace(self, **tensors)
+        return replace(self, **{n: x[chosen] for n, x in vars(self).items() if torch.is_tensor(x)})
 
     @staticmethod
     def joined(rollouts):
         """One rollout of several; prompts are padded to the longest."""
-        longest = max(rollout.prompt_length for rollout in rollouts)
-        tensors = [
-            [F.pad(r.ids, (longest - r.prompt_length, 0)),
-             F.pad(r.attention_mask, (longest - r.prompt_length, 0)), r.logp, r.rewards,
-             r.advantages] for r in rollouts
-        ]
-        ids, mask, logp, rewards, advantages = map(torch.cat, zip(*tensors, strict=True))
-        return Rollout(ids, mask, longest, logp, rewards, advantages)
+        longest, parts = max(r.prompt_length for r in rollouts), []
+        for r in rollouts:
+            wider = (F.pad(x, (longest - r.prompt_length, 0)) for x in (r.ids, r.attention_mask))
+            parts.append((*wider, r.logp, r.rewards, r.advantages))
+        ids, attention_mask, *rest = map(torch.cat, zip(*parts, strict=True))
+        return Rollout(ids, attention_mask, longest, *rest)
 
 
 def left_padded(prompts, fill, device=None):
     """Lists of ids → ids (B, P) with `fill` before the shorter ones, and (B, P) bool: not fill."""
     longest = max(map(len, prompts))
     ids = [[fill] * (longest - len(prompt)) + prompt for prompt in prompts]
-    real = [[False] * (longest - len(prompt)) + [True] * len(prompt) for prompt in prompts]
-    return torch.tensor(ids, device=device), torch.tensor(real, device=device)
+    starts = [[longest - len(prompt)] for prompt in prompts]
+    real = torch.arange(longest, device=device) >= torch.tensor(starts, device=device)
+    return torch.tensor(ids, device=device), real
 
 
 def roll_out(
@@ -348,18 +360,183 @@ def roll_out(
     return Rollout(drawn.ids, attention_mask, prompt_ids_BP.shape[1], drawn.logprobs)
 
 
-# %% The judgement: a reward for each completion
-def judge(rollout, prompts, reward, decode):
-    """(B,) rewards of a rollout of `prompts`; `reward(prompt, completions)` sees texts."""
-    texts, group_size = rollout.texts(decode), len(rollout.ids) // len(prompts)
-    rewards = []
+# %% The judgement: a reward for each completion, an advantage for each reward
+class Task(NamedTuple):
+    """What a policy learns, and how its token ids are read."""
+
+    reward: Callable  # (prompt, completions of one group), all texts → a number for each
+    draw_prompts: Callable  # (count, generator) → lists of ids
+    decode: Callable  # ids → text
+    eos_token_id: int
+
+
+def judged(policy, prompts, task, settings, generator):
+    """The rollout of `prompts`, lists of ids, with its rewards and advantages."""
+    s, variant = settings, VARIANTS[settings.variant]
+    rollout = roll_out(policy.eval(), prompts, s.group_size, s.max_new_tokens, task.eos_token_id,
+                       s.temperature, generator)
+    texts, rewards = rollout.texts(task.decode), []
     for i, prompt in enumerate(prompts):
-        group = texts[i * group_size : (i + 1) * group_size]
-        rewards += checked_rewards(reward, decode(prompt), group)
-    return torch.tensor(rewards, device=rollout.ids.device)
+        group = texts[i * s.group_size : (i + 1) * s.group_size]
+        rewards += task.reward(task.decode(prompt), group)
+    rollout.rewards = shaped = torch.tensor(rewards, device=rollout.ids.device)
+    if variant.overlong:
+        lengths = rollout.mask.sum(dim=1)
+        shaped = shaped + overlong_penalty(lengths, s.max_new_tokens, s.overlong_buffer)
+    rollout.advantages = group_advantages(shaped, s.group_size, variant.normalize_std)
+    return rollout
 
 
-# %% One step, whole
+def collect(policy, task, settings, step):
+    """(the rollout to learn from, all that was drawn): they differ where dapo draws again."""
+    s, resample = settings, VARIANTS[settings.variant].resample
+    drawn, kept, wanted = [], [], s.prompts
+    for attempt in range(1 + s.resamplings if resample else 1):
+        generator = generator_of(s, step, attempt, policy.lm_head.weight.device)
+        rollout = judged(policy, task.draw_prompts(wanted, generator), task, s, generator)
+        drawn.append(rollout)
+        signal = has_signal(rollout.rewards, s.group_size)
+        kept.append(rollout.rows(signal) if resample else rollout)
+        wanted -= len(kept[-1].ids) // s.group_size
+        if wanted == 0:
+            break
+    return Rollout.joined(kept), Rollout.joined(drawn)
+
+
+def generator_of(settings, step, purpose, device):
+    """A step's randomness depends on seed and step number alone: so a run can be taken up again."""
+    number = (settings.seed * 1_000_003 + step) * 16 + purpose
+    return torch.Generator(device).manual_seed(number % 2**63)
+
+
+# %% One step, whole: draw, judge, update
+def grpo_step(policy, reference, optimizer, task, settings, step):
+    """Step number `step`, from 0 on: changes the policy, returns the step's figures.
+
+    Of the policy that drew, `reward`, `entropy`, `length` and `signal` (the share of completions in
+    groups whose rewards differ) over all that was drawn; `kl` over what is learnt from.
+    """
+    rollout, drawn = collect(policy, task, settings, step)
+    ref_logp = fixed_logprobs(reference, rollout, settings)
+    figures = {
+        "step": step + 1,
+        "reward": drawn.rewards.mean().item(),
+        "kl": mean_of(k3(rollout.logp, ref_logp), rollout.mask),
+        "entropy": mean_of(-drawn.logp, drawn.mask),
+        "length": drawn.mask.sum(dim=1).float().mean().item(),
+        "signal": has_signal(drawn.rewards, settings.group_size).float().mean().item(),
+        "completions": len(drawn.ids),
+    }
+    figures |= update(policy, optimizer, rollout, ref_logp, settings, step)
+    refresh = settings.refresh_reference
+    if refresh and (step + 1) % refresh == 0:
+        reference.load_state_dict(policy.state_dict())
+    return {**figures, "learning_rate": optimizer.param_groups[0]["lr"]}
+
+
+def update(policy, optimizer, rollout, ref_logp, settings, step):
+    """An update for each minibatch, then the routing bias; returns the mean figures."""
+    s, loads, history = settings, {}, []
+    policy.train()
+    parts, weight = minibatches(rollout, s, step)
+    old_logp = old_logprobs(policy, rollout, s, parts)
+    for rows in parts:
+        minibatch, routed = rollout.rows(rows), []
+        logp = logprobs_of(policy, minibatch, s, routed)
+        loss, figures = grpo_loss(
+            logp, logp.detach() if old_logp is None else old_logp[rows], ref_logp[rows],
+            minibatch.advantages, minibatch.mask, kl_coef=s.kl_coef, max_length=s.max_new_tokens,
+            variant=s.variant,
+        )
+        balance_loss = sum(layer.balance_loss() for layer in routed)
+        norm = descend(optimizer, weight * loss + balance_loss)
+        add_loads(loads, routed)
+        history.append({**figures, "loss": weight * loss.item(), "gradient_norm": norm})
+    move_routing_bias(loads, s.gamma)
+    names = ("loss", "gradient_norm", "ratio", "clip_low", "clip_high")
+    return {n: sum(h[n] for h in history) / max(1, len(history)) for n in names}
+
+
+def minibatches(rollout, settings, step):
+    """(the row numbers of each update, the weight of their losses).
+
+    Without a KL term, a completion with zero advantage has zero gradient: it is skipped, and
+    `weight`, the share of the completions (or tokens) that are left, counts it in the average.
+    """
+    s, counts = settings, torch.ones_like(rollout.mask[:, 0], dtype=torch.long)
+    if VARIANTS[s.variant].average == "token":
+        counts = rollout.mask.sum(dim=1)
+    learns = rollout.advantages != 0 if not s.kl_coef else counts > 0
+    rows = learns.nonzero().flatten()
+    weight = (counts[rows].sum() / counts.sum().clamp(min=1)).item()
+    parts = []
+    for number in range(s.passes):
+        order = torch.arange(len(rows))
+        if s.minibatches > 1:
+            seed = s.seed * 1_000_003 + step * 64 + number
+            generator = torch.Generator().manual_seed(seed % 2**63)
+            order = torch.randperm(len(rows), generator=generator)
+        parts += rows[order.to(rows.device)].tensor_split(s.minibatches)
+    return [part for part in parts if len(part)], weight
+
+
+def old_logprobs(policy, rollout, settings, parts):
+    """log π_old (B, L), all of it before the first update; None where π itself is π_old.
+
+    In the same minibatches as the updates, so that the first ratio is exactly 1.
+    """
+    if settings.rollout_logprobs:
+        return rollout.logp
+    if len(parts) < 2:  # the only update starts from the policy that drew
+        return None
+    return fixed_logprobs(policy, rollout, settings, parts[: settings.minibatches])
+
+
+@torch.no_grad()
+def fixed_logprobs(policy, rollout, settings, parts=None):
+    """log π (B, L) without gradient, one part of the rows after the other."""
+    logp, s = torch.zeros_like(rollout.logp), settings
+    if parts is None:
+        size = math.ceil(s.prompts * s.group_size / s.minibatches)
+        parts = torch.arange(len(logp), device=logp.device).split(size)
+    for rows in parts:
+        if len(rows):  # dapo may keep none
+            logp[rows] = logprobs_of(policy, rollout.rows(rows), s)
+    return logp
+
+
+def logprobs_of(policy, rollout, settings, routed=None):
+    """log π (B, L) of a rollout's completions by the training forward."""
+    return token_logprobs(
+        policy, rollout.ids, rollout.attention_mask, rollout.prompt_length, settings.temperature,
+        getattr(torch, settings.precision), routed,
+    )
+
+
+def descend(optimizer, loss):
+    """One update, the gradient's norm cut to 1; returns the norm before."""
+    optimizer.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0).item()
+    require(math.isfinite(norm), f"the gradient is {norm}")
+    optimizer.step()
+    return norm
+
+
+def add_loads(loads, routed):
+    """Adds to {layer: (E,) how often each expert was chosen} what one pass has routed."""
+    for each in routed:
+        loads[each.layer] = loads.get(each.layer, 0) + each.load()
+
+
+def move_routing_bias(loads, gamma):
+    """After a step's last update: a bias that moves earlier sends tokens to other experts."""
+    for layer, load in loads.items():
+        if isinstance(layer.gate, TopKRouter):
+            layer.gate.update_bias(load, gamma)
+
+
+# %% A step's settings
 @dataclass
 class Settings:
     """One step: `prompts` × `group_size` completions, then `passes` × `minibatches` updates."""
@@ -389,238 +566,12 @@ class Settings:
                 f"minibatches={self.minibatches} exceed the {completions} completions of a step")
 
 
-def grpo_step(
-    policy, reference, optimizer, prompts, *, reward, decode, eos_token_id, generator, settings
-):
-    """One step of GRPO from lists of ids, `prompts`; returns the mean reward.
-
-    `GRPOTrainer` does the same, and more: minibatches, completions without advantage left out,
-    dapo's second draw, a reference that is refreshed, figures.
-    """
-    s = settings
-    rollout = roll_out(policy.eval(), prompts, s.group_size, s.max_new_tokens, eos_token_id,
-                       s.temperature, generator)
-    rewards = judge(rollout, prompts, reward, decode)
-    advantages = advantages_of(rollout, rewards, s)
-    with torch.no_grad():  # before the first update, the policy is still the one that drew
-        old_logp = logprobs_of(policy, rollout, s)
-        ref_logp = logprobs_of(reference, rollout, s)
-    policy.train()
-    loads = {}
-    for _ in range(s.passes):
-        routed = []
-        logp = logprobs_of(policy, rollout, s, routed)
-        loss, _ = grpo_loss(
-            logp, old_logp, ref_logp, advantages, rollout.mask, kl_coef=s.kl_coef,
-            max_length=s.max_new_tokens, variant=s.variant,
-        )
-        descend(optimizer, loss + sum(layer.balance_loss() for layer in routed))
-        add_loads(loads, routed)
-    move_routing_bias(loads, s.gamma)
-    return rewards.mean().item()
-
-
-def advantages_of(rollout, rewards, settings):
-    """(B,) advantages as the variant has them."""
-    s, variant = settings, VARIANTS[settings.variant]
-    if variant.overlong:
-        lengths = rollout.mask.sum(dim=1)
-        rewards = rewards + overlong_penalty(lengths, s.max_new_tokens, s.overlong_buffer)
-    return group_advantages(rewards, s.group_size, variant.normalize_std)
-
-
-def logprobs_of(policy, rollout, settings, routed=None):
-    """log π (B, L) of a rollout's completions by the training forward."""
-    return token_logprobs(
-        policy, rollout.ids, rollout.attention_mask, rollout.prompt_length, settings.temperature,
-        getattr(torch, settings.precision), routed,
-    )
-
-
 def policy_optimizer(policy, settings):
     """AdamW on all but the MTP modules, which no completion comes from."""
     trained = [p for name, p in policy.named_parameters() if not name.startswith("mtp.")]
     # No momentum by default: it would keep applying gradients computed for older policies.
     return torch.optim.AdamW(trained, lr=settings.learning_rate, betas=(settings.momentum, 0.99),
                              weight_decay=0.0, fused=True)
-
-
-def descend(optimizer, loss):
-    """One update, the gradient's norm cut to 1; returns the norm before."""
-    optimizer.zero_grad()
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0).item()
-    require(math.isfinite(norm), f"the gradient is {norm}")
-    optimizer.step()
-    return norm
-
-
-def add_loads(loads, routed):
-    """Adds to {layer: (E,) how often each expert was chosen} what one pass has routed."""
-    for each in routed:
-        loads[each.layer] = loads.get(each.layer, 0) + each.load()
-
-
-def move_routing_bias(loads, gamma):
-    """After a step's last update: a bias that moves earlier sends tokens to other experts."""
-    for layer, load in loads.items():
-        if isinstance(layer.gate, TopKRouter):
-            layer.gate.update_bias(load, gamma)
-
-
-# %% The trainer: the same step with all its settings
-class GRPOTrainer:
-    """GRPO on a `CausalLM`.
-
-    `reward(prompt, completions)`: texts of one group → a number each. `draw_prompts(count,
-    generator)` → lists of token ids. `decode(ids)` → text. A step's randomness depends on seed and
-    step number alone, so that a run whose weights, optimizer and `steps_done` are put back goes on
-    as if it had never stopped.
-    """
-
-    def __init__(self, policy, reward, draw_prompts, decode, eos_token_id, settings):
-        self.policy, self.reward, self.settings = policy, reward, settings
-        self.draw_prompts, self.decode, self.eos_token_id = draw_prompts, decode, eos_token_id
-        self.device = policy.lm_head.weight.device
-        self.reference = policy.copy().eval().requires_grad_(False)
-        self.optimizer = policy_optimizer(policy, settings)
-        self.steps_done = 0
-
-    def generator(self, purpose=0):
-        """A generator of this step's own; on the policy's device."""
-        number = (self.settings.seed * 1_000_003 + self.steps_done) * 16 + purpose
-        return torch.Generator(device=self.device).manual_seed(number % 2**63)
-
-    def step(self, rate=None):
-        """Rollout, judgement, updates; `rate`: learning rate. Returns the step's figures."""
-        rate = self.settings.learning_rate if rate is None else rate
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        rollout, drawn = self.collect()
-        reference_logp = self.logprobs(self.reference, rollout)
-        figures = self.describe(drawn, rollout, reference_logp)
-        figures |= self.update(rollout, reference_logp)
-        self.steps_done += 1
-        refresh = self.settings.refresh_reference
-        if refresh and self.steps_done % refresh == 0:
-            self.reference = self.policy.copy().eval().requires_grad_(False)
-        return {"step": self.steps_done, **figures, "learning_rate": rate}
-
-    # What is learnt from
-    def collect(self):
-        """(the rollout to learn from, all that was drawn): they differ where dapo draws again."""
-        s, resample = self.settings, VARIANTS[self.settings.variant].resample
-        drawn, kept, wanted = [], [], s.prompts
-        for attempt in range(1 + s.resamplings if resample else 1):
-            generator = self.generator(attempt)
-            rollout = self.judged(self.draw_prompts(wanted, generator), generator)
-            drawn.append(rollout)
-            signal = has_signal(rollout.rewards, s.group_size)
-            kept.append(rollout.rows(signal) if resample else rollout)
-            wanted -= len(kept[-1].ids) // s.group_size
-            if wanted == 0:
-                break
-        return Rollout.joined(kept), Rollout.joined(drawn)
-
-    def judged(self, prompts, generator):
-        s = self.settings
-        check_prompts(prompts, self.decode, s.max_new_tokens, self.policy.max_positions)
-        rollout = roll_out(self.policy.eval(), prompts, s.group_size, s.max_new_tokens,
-                           self.eos_token_id, s.temperature, generator)
-        rollout.rewards = judge(rollout, prompts, self.reward, self.decode)
-        rollout.advantages = advantages_of(rollout, rollout.rewards, s)
-        return rollout
-
-    def texts(self, rollout):
-        return rollout.texts(self.decode)
-
-    @torch.no_grad()
-    def logprobs(self, model, rollout, parts=None):
-        """log π (B, L) by the training forward, one part of the rows after the other (or all)."""
-        logp, s = torch.zeros_like(rollout.logp), self.settings
-        if parts is None:
-            size = math.ceil(s.prompts * s.group_size / s.minibatches)
-            parts = torch.arange(len(logp), device=self.device).split(size)
-        for rows in parts:
-            if len(rows):  # dapo may keep none
-                logp[rows] = logprobs_of(model, rollout.rows(rows), s)
-        return logp
-
-    # The updates
-    def update(self, rollout, reference_logp):
-        """An update for each minibatch, then the routing bias; returns the mean figures."""
-        s, loads, history = self.settings, {}, []
-        self.policy.train()
-        minibatches, weight = self.minibatches(rollout)
-        old_logp = self.old_logprobs(rollout, minibatches)
-        for rows in minibatches:
-            minibatch, routed = rollout.rows(rows), []
-            logp = logprobs_of(self.policy, minibatch, s, routed)
-            loss, figures = grpo_loss(
-                logp, logp.detach() if old_logp is None else old_logp[rows], reference_logp[rows],
-                minibatch.advantages, minibatch.mask, kl_coef=s.kl_coef,
-                max_length=s.max_new_tokens, variant=s.variant,
-            )
-            balance_loss = sum(layer.balance_loss() for layer in routed)
-            norm = descend(self.optimizer, weight * loss + balance_loss)
-            add_loads(loads, routed)
-            history.append({**figures, "loss": weight * loss.item(), "gradient_norm": norm})
-        move_routing_bias(loads, s.gamma)
-        names = ("loss", "gradient_norm", "ratio", "clip_low", "clip_high")
-        return {n: sum(h[n] for h in history) / max(1, len(history)) for n in names}
-
-    def old_logprobs(self, rollout, minibatches):
-        """log π_old (B, L), all of it before the first update; None where π itself is π_old.
-
-        In the same minibatches as the updates, so that the first ratio is exactly 1.
-        """
-        if self.settings.rollout_logprobs:
-            return rollout.logp
-        if len(minibatches) < 2:  # the only update starts from the policy that drew
-            return None
-        first_pass = minibatches[: self.settings.minibatches]
-        return self.logprobs(self.policy, rollout, first_pass)
-
-    def minibatches(self, rollout):
-        """(the row numbers of each update, the weight of their losses).
-
-        Without a KL term, a completion with zero advantage has zero gradient: it is skipped, and
-        `weight`, the share of the completions (or tokens) that are left, counts it in the average.
-        """
-        s = self.settings
-        rows = torch.arange(len(rollout.ids), device=self.device)
-        counts = torch.ones_like(rows)
-        if VARIANTS[s.variant].average == "token":
-            counts = rollout.mask.sum(dim=1)
-        if not s.kl_coef:
-            rows = rows[rollout.advantages != 0]
-        weight = (counts[rows].sum() / counts.sum().clamp(min=1)).item()
-        parts = [
-            part for number in range(s.passes)
-            for part in self.shuffled(rows, number).tensor_split(s.minibatches)
-        ]
-        return [part for part in parts if len(part)], weight
-
-    def shuffled(self, rows, number):
-        """The rows in the order of pass `number`: as they are, if one minibatch holds them all."""
-        if self.settings.minibatches == 1:
-            return rows
-        seed = self.settings.seed * 1_000_003 + self.steps_done * 64 + number
-        generator = torch.Generator().manual_seed(seed % 2**63)
-        return rows[torch.randperm(len(rows), generator=generator).to(self.device)]
-
-    def describe(self, drawn, rollout, reference_logp):
-        """Figures of the policy that drew, over all it drew (KL: over what it learns from)."""
-        kl = k3(rollout.logp, reference_logp)
-        signal = has_signal(drawn.rewards, self.settings.group_size).float().mean().item()
-        return {
-            "reward": drawn.rewards.mean().item(),
-            "kl": mean_of(kl, rollout.mask),
-            "entropy": mean_of(-drawn.logp, drawn.mask),
-            "length": drawn.mask.sum(dim=1).float().mean().item(),
-            "signal": signal,
-            "completions": len(drawn.ids),
-        }
 
 
 # %% The task: sums of two numbers from 0 to 99, written down as on paper, last digit first
@@ -658,7 +609,7 @@ def addition_prompts():
 
 
 def prompt_source(prompts):
-    """draw(count, generator) → ids of so many prompts, for `GRPOTrainer`."""
+    """draw(count, generator) → ids of so many prompts, for a `Task`."""
 
     def draw(count, generator):
         numbers = torch.randint(len(prompts), (count,), generator=generator,
@@ -714,11 +665,12 @@ def warm_up(policy, prompts, watched, seed, most_steps=400, target=0.25, batch=1
 def with_answers(prompts, device):
     """Prompts and their sums, as a rollout has them: ids (B, T), real (B, T), prompt length."""
     ids, real = left_padded([encode(prompt) for prompt in prompts], END, device)
-    ended = [[*encode(sum_of(prompt)), END] for prompt in prompts]
-    answer_ids, answer_real = (  # padded on the right
-        part.flip(1) for part in left_padded([ids[::-1] for ids in ended], END, device)
-    )
-    return torch.cat([ids, answer_ids], 1), torch.cat([real, answer_real], 1), ids.shape[1]
+    sums = [sum_of(prompt) for prompt in prompts]
+    longest = max(map(len, sums)) + 1  # with its end
+    padded = [encode(text) + [END] * (longest - len(text)) for text in sums]
+    answer_ids = torch.tensor(padded, device=device)
+    real = torch.cat([real, completion_mask(answer_ids, END)], dim=1)
+    return torch.cat([ids, answer_ids], dim=1), real, ids.shape[1]
 
 
 def answers(policy, prompts, temperature=1.0, seed=0):
@@ -742,12 +694,14 @@ def rate_of(settings, step, used):
     return settings.learning_rate * min(1.0, (step + 1) / 10) * (1 - 0.9 * used)
 
 
-def train(trainer, steps):
-    """Returns the figures of every step."""
-    history = []
-    with lesson.progress_bar(steps, trainer.settings.variant) as bar:
+def train(policy, task, settings, steps):
+    """Returns the figures of every step. The policy as it is now becomes the reference."""
+    reference = policy.copy().eval().requires_grad_(False)
+    optimizer, history = policy_optimizer(policy, settings), []
+    with lesson.progress_bar(steps, settings.variant) as bar:
         for step in range(steps):
-            history.append(trainer.step(rate_of(trainer.settings, step, step / steps)))
+            optimizer.param_groups[0]["lr"] = rate_of(settings, step, step / steps)
+            history.append(grpo_step(policy, reference, optimizer, task, settings, step))
             bar.set_postfix_str(f"reward {history[-1]['reward']:.2f}", refresh=False)
             bar.update()
     return history
@@ -755,7 +709,7 @@ def train(trainer, steps):
 
 # %% The proofs
 def check_baseline(demo, groups=20_000, G=4):
-    """Rung 2 has the gradient of rung 1, with less noise: answers are one of 8 tokens here."""
+    """Rung 2 has the direction of rung 1, with less noise: answers are one of 8 tokens here."""
     log_p = torch.randn(8, device=demo.device).log_softmax(dim=0)
     p, prizes = log_p.exp(), 10 + torch.rand(8, device=demo.device)
     drawn_B = torch.multinomial(p, groups * G, replacement=True)
@@ -779,16 +733,18 @@ def check_baseline(demo, groups=20_000, G=4):
 def check_rungs(demo):
     """A rung equals the one below it where its change does nothing."""
     logp = torch.randn(6, 5, device=demo.device, requires_grad=True)
-    mask = torch.ones(6, 5, device=demo.device, dtype=torch.bool)
+    lengths_B1 = torch.tensor([[5], [3], [1], [2], [4], [5]], device=demo.device)
+    mask = torch.arange(5, device=demo.device) < lengths_B1
     advantages = group_advantages(torch.rand(6, device=demo.device), 3)
     losses = [
         reinforce_loss(logp, advantages, mask),
         clipped_loss(logp, logp.detach(), advantages, mask),
         grpo_loss(logp, logp.detach(), None, advantages, mask)[0],
     ]
-    rung_2, rung_3, whole = (torch.autograd.grad(loss, logp)[0] for loss in losses)
+    rung_2, rung_3, rung_4 = (torch.autograd.grad(loss, logp)[0] for loss in losses)
     demo.same("at ρ = 1 the ratio changes nothing", "∇ (B, L)", rung_3, rung_2)
-    demo.same("without a penalty, grpo_loss is rung 3", "∇ (B, L)", whole, rung_3)
+    demo.same("without a penalty, grpo_loss is rung 3 over |o|", "∇ (B, L)",
+              rung_4, rung_3 / lengths_B1)
     log_p, log_ref = torch.randn(2, 8, device=demo.device).log_softmax(dim=1)
     kl, mean_k3 = ((log_p.exp() * each).sum() for each in (log_p - log_ref, k3(log_p, log_ref)))
     demo.same("the mean of k3 is KL(π ‖ π_ref)", "Σ over W", mean_k3, kl)
@@ -825,115 +781,57 @@ def check_loss(demo):
     demo.check("equal rewards teach nothing", "|∇|", f"{gradient.norm():.0e}", gradient.norm() == 0)
 
 
-def check_cached_logprobs(demo, trainer):
+def check_cached_logprobs(demo, policy, task, settings):
     """Decoding one token after another gives the log-probabilities of the training forward."""
-    prompts = trainer.draw_prompts(trainer.settings.prompts, trainer.generator(15))
-    rollout = trainer.judged(prompts, trainer.generator(15))
-    off = (trainer.logprobs(trainer.policy, rollout) - rollout.logp)[rollout.mask].abs().max()
+    generator = generator_of(settings, 0, 15, demo.device)
+    prompts = task.draw_prompts(settings.prompts, generator)
+    rollout = judged(policy, prompts, task, settings, generator)
+    logp = fixed_logprobs(policy, rollout, settings)
+    off = (logp - rollout.logp)[rollout.mask].abs().max()
     demo.check("π_old from the cache: nearly the training one", "(B, L)",
                f"log π off by {off:.0e} at most", off < 1e-3)
 
 
-# %% Around it: arguments checked, the picture, the command line
-def check_loss_arguments(logp, old_logp, ref_logp, advantages, mask, kl_coef, variant):
-    require(variant in VARIANTS, f"variant={variant!r} must be one of {', '.join(VARIANTS)}")
-    require(0 <= kl_coef < math.inf, f"kl_coef={kl_coef} must be a number of at least 0")
-    require(ref_logp is not None or not kl_coef, f"kl_coef={kl_coef} needs ref_logp")
-    B_L = tuple(logp.shape)
-    require(len(B_L) == 2 and logp.numel(), f"logp must be (B, L), got {B_L}")
-    wanted = dict(old_logp=B_L, ref_logp=B_L, mask=B_L, advantages=B_L[:1])
-    for (name, want), x in zip(wanted.items(), (old_logp, ref_logp, mask, advantages), strict=True):
-        got = want if x is None else tuple(x.shape)
-        require(got == want, f"{name} must be {want}, got {got}")
-
-
-def checked_rewards(reward, prompt, completions):
-    """reward(prompt, completions), all texts → a finite number for each, else ValueError."""
-    try:
-        values = [float(value) for value in reward(prompt, completions)]
-    except Exception as error:
-        failure = f"raised {type(error).__name__} ({' '.join(str(error).split())})"
-        raise ValueError(f"the reward function {failure} for prompt {prompt!r}") from error
-    gave, got, want = "the reward function gave", len(values), len(completions)
-    require(got == want, f"{gave} {got} rewards for the {want} completions of prompt {prompt!r}")
-    for value, text in zip(values, completions, strict=True):
-        fits = abs(value) < 1e30  # FP32 must hold the mean of their squares
-        require(fits, f"{gave} {value} for prompt {prompt!r}, completion {text!r}")
-    return values
-
-
-def check_prompts(prompts, decode, new_tokens, context):
-    require(prompts, "there are no prompts")
-    for i, prompt in enumerate(prompts):
-        T = len(prompt)
-        require(T, f"prompt {i} is empty: a completion needs a token to follow")
-        require(context is None or T + new_tokens <= context,
-                f"prompt {i}, {decode(prompt)!r}, has {T} tokens: with {new_tokens} new ones it "
-                f"exceeds the context of {context}")
-
-
-def draw_run(history, path):
-    """Reward, KL to the reference, entropy and length over the steps, as a picture."""
-    titles = dict(reward="mean reward", kl="KL to the reference (nats per token)",
-                  entropy="entropy (nats per token)", length="completion length (tokens)")
-    steps = [line["step"] for line in history]
-    with lesson.picture(path, rows=2, columns=2, size=(9, 6), sharex=True) as axes:
-        for axis, (name, title) in zip(axes.flat, titles.items(), strict=True):
-            values = {title: [line[name] for line in history]}
-            lesson.curves(axis, steps, values, window=5, title=title, xlabel="GRPO step")
-            if name != "length":
-                axis.set_ylim(bottom=0)
-
-
-FLAGS = (lesson.flag("steps", 300, "GRPO steps"),
-         lesson.flag("picture", "pictures/grpo.png", "where to draw the run"))
-SETTINGS = ("variant", "prompts", "group_size", "minibatches", "passes", "learning_rate",
-            "momentum", "kl_coef", "refresh_reference", "rollout_logprobs", "gamma")
-
-
-def read_flags(argv):
-    """The command line, checked → (arguments, `Settings`)."""
-    parser = lesson.demonstration_parser(__doc__, FLAGS)
-    lesson.add_flags(parser, Settings, SETTINGS)
-    parser.add_argument("--quick", action="store_true", help="a smoke test of a few seconds")
-    arguments = lesson.parse_arguments(parser, argv)
-    require(arguments.steps >= 1, f"--steps={arguments.steps} must be at least 1")
-    drawable = arguments.picture.endswith((".png", ".pdf", ".svg"))
-    require(drawable, f"--picture={arguments.picture} must end in .png, .pdf or .svg")
-    settings = Settings(**lesson.chosen_settings(arguments, Settings))
-    if arguments.quick:
-        arguments.steps = min(arguments.steps, 8)
-        settings = replace(settings, prompts=min(settings.prompts, 16))
-    return arguments, settings
-
-
 # %% The demonstration
-@lesson.one_line_errors
-def main(argv=None):
-    arguments, settings = read_flags(argv)
-    demo = lesson.Demonstration("grpo_coded.py", arguments.device, arguments.seed)
+CURVES = dict(reward="mean reward", kl="KL to the reference (nats per token)",
+              entropy="entropy (nats per token)", length="completion length (tokens)")
+
+
+@demonstration(
+    __doc__, flag("steps", 300, "GRPO steps", at_least=1),
+    flag("picture", "pictures/grpo.png", "where to draw the run", endings=(".png", ".pdf", ".svg")),
+    settings=Settings,
+    names=("variant", "prompts", "group_size", "minibatches", "passes", "learning_rate", "momentum",
+           "kl_coef", "refresh_reference", "rollout_logprobs", "gamma"),
+    quick="a smoke test of a few seconds",
+)
+def main(demo, arguments):
+    settings, steps, (prompts, watched, held_out) = (
+        arguments.settings, arguments.steps, addition_prompts()
+    )
+    if arguments.quick:
+        steps, held_out = min(steps, 8), held_out[:200]
+        settings = replace(settings, prompts=min(settings.prompts, 16))
     check_baseline(demo)
     check_rungs(demo)
-    torch.manual_seed(arguments.seed)  # what was drawn so far changes nothing below
+    torch.manual_seed(demo.seed)  # what was drawn so far changes nothing below
     check_loss(demo)
-    steps, (prompts, watched, held_out) = arguments.steps, addition_prompts()
-    held_out = held_out[:200] if arguments.quick else held_out
-    policy = small_policy().to(arguments.device)
-    supervised = warm_up(policy, prompts, watched, arguments.seed, 40 if arguments.quick else 400)
+    policy = small_policy().to(demo.device)
+    supervised = warm_up(policy, prompts, watched, demo.seed, 40 if arguments.quick else 400)
     demo.note(f"warmed up by {supervised} supervised steps of 128 sums")
-    trainer = GRPOTrainer(policy, exact_match, prompt_source(prompts), decode, END, settings)
-    check_cached_logprobs(demo, trainer)
+    task = Task(exact_match, prompt_source(prompts), decode, END)
+    check_cached_logprobs(demo, policy, task, settings)
     start, before = sampled_accuracy(policy, held_out), answers(policy, held_out[:6])
-    history = train(trainer, steps)
+    history = train(policy, task, settings, steps)
     end, greedy = (sampled_accuracy(policy, held_out, temperature) for temperature in (1.0, 0.0))
     demo.note(f"held-out sums, answer sampled before → after {steps} steps:")
     for prompt, one, other in zip(held_out, before, answers(policy, held_out[:6]), strict=False):
         demo.note(f"    {prompt}{one} → {prompt}{other} (right: {sum_of(prompt)})")
-    as_documented = settings == Settings(seed=arguments.seed) and steps == 300
+    as_documented = settings == Settings(seed=demo.seed) and steps == 300
     learnt = start <= 0.35 and end >= 0.85 or not as_documented
     demo.check(f"held-out sums right, sampled ({len(held_out):,})", "T = 1",
                f"{start:.1%} → {end:.1%} (greedy {greedy:.1%})", learnt)
-    draw_run(history, arguments.picture)
+    lesson.panels(arguments.picture, history, CURVES, xlabel="GRPO step", free=("length",))
     demo.note(f"reward, KL, entropy and length: {arguments.picture}")
     demo.finish(
         "--variant dr_grpo, --variant dapo: which learns faster?",

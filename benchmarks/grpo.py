@@ -20,20 +20,24 @@ import torch
 
 from grpo_coded import (
     END,
-    GRPOTrainer,
     Settings,
+    Task,
     addition_prompts,
     decode,
     exact_match,
+    fixed_logprobs,
+    judged,
     prompt_source,
     rate_of,
     roll_out,
     sampled_accuracy,
     small_policy,
     token_logprobs,
+    update,
     warm_up,
 )
 from lesson import one_line_errors, progress_bar, require
+from pipeline.trainer import GRPOTrainer
 
 # %% The variants, with as many completions each
 CHANGES = {
@@ -81,8 +85,7 @@ def compare_variants(trainer, held_out, budget):
 
 def another(trainer, settings):
     """A trainer with other settings on a copy of the policy."""
-    return GRPOTrainer(trainer.policy.copy(), trainer.reward, trainer.draw_prompts, trainer.decode,
-                       trainer.eos_token_id, settings)
+    return GRPOTrainer(trainer.policy.copy(), trainer.given, settings)
 
 
 def run(trainer, held_out, budget, label):
@@ -153,7 +156,7 @@ def routing_report(trainer, gamma=0.01):
     s, generator = trainer.settings, trainer.generator(15)
     policy = trainer.policy.copy().eval()
     prompts = trainer.draw_prompts(s.prompts, generator)
-    rollout = roll_out(policy, prompts, s.group_size, s.max_new_tokens, trainer.eos_token_id,
+    rollout = roll_out(policy, prompts, s.group_size, s.max_new_tokens, trainer.task.eos_token_id,
                        s.temperature, generator)
     mask, drawn, figures = rollout.mask, decoding_routing(policy, rollout), {}
 
@@ -172,8 +175,9 @@ def routing_report(trainer, gamma=0.01):
         bias += gamma * torch.randn(bias.shape, generator=generator, device=bias.device).sign()
     compare(f"routing bias moved by ±{gamma}", policy, *before)
     learner = another(trainer, dataclasses.replace(s, gamma=0.0))
-    judged = learner.judged(prompts, trainer.generator(15))
-    learner.update(judged, learner.logprobs(learner.reference, judged))
+    again = judged(learner.policy, prompts, learner.task, learner.settings, trainer.generator(15))
+    ref_logp = fixed_logprobs(learner.reference, again, learner.settings)
+    update(learner.policy, learner.optimizer, again, ref_logp, learner.settings, learner.steps_done)
     compare("after the updates of one rollout", learner.policy, *before)
     return figures
 
@@ -208,7 +212,8 @@ def main(argv=None):
     supervised = warm_up(policy, prompts, watched, arguments.seed, 40 if quick else 400)
     print(f"warmed up by {supervised} supervised steps of 128 sums: "
           f"{sampled_accuracy(policy, held_out):.1%} of the held-out sums right")
-    trainer = GRPOTrainer(policy, exact_match, prompt_source(prompts), decode, END, settings)
+    task = Task(exact_match, prompt_source(prompts), decode, END)
+    trainer = GRPOTrainer(policy, task, settings)
     results = {}
     if both or arguments.routing:
         results["routing"] = routing_report(trainer)

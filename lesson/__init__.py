@@ -2,18 +2,23 @@
 
 `demonstration` turns a function into a lesson's `main`: flags, device, header, check lines, errors
 in one line. `require` checks an argument. `setting` declares a dataclass field with its bounds and
-its flag. `curves` and `bands` draw. This package knows no lesson.
+its flag. `curves`, `panels` and `bands` draw. This package knows no lesson.
 """
 
 from lesson.checks import (
     Demonstration,
     check_attention,
+    check_attention_mask,
     check_divides,
     check_input,
+    check_prompts,
     check_sizes,
+    check_token_ids,
     expanded_mask,
+    int_mm_is_exact,
     require,
     require_shape,
+    require_shapes,
 )
 from lesson.command_line import (
     OneLineParser,
@@ -26,33 +31,56 @@ from lesson.command_line import (
     pick_device,
     progress_bar,
 )
-from lesson.pictures import bands, curves, draw_bands, picture
-from lesson.settings import add_flags, check_settings, chosen_settings, setting
+from lesson.pictures import (
+    bands,
+    curves,
+    draw_bands,
+    panels,
+    picture,
+)
+from lesson.settings import (
+    add_flags,
+    broken_type,
+    check_settings,
+    chosen_settings,
+    flag_name,
+    plain_type,
+    setting,
+)
 
 __all__ = [
     "Demonstration",
     "OneLineParser",
     "add_flags",
     "bands",
+    "broken_type",
     "check_attention",
+    "check_attention_mask",
     "check_divides",
     "check_input",
+    "check_prompts",
     "check_settings",
     "check_sizes",
+    "check_token_ids",
     "chosen_settings",
     "curves",
     "demonstration",
-    "draw_bands",
     "demonstration_parser",
+    "draw_bands",
     "expanded_mask",
     "flag",
+    "flag_name",
     "inside_ipython",
+    "int_mm_is_exact",
     "one_line_errors",
+    "panels",
     "parse_arguments",
     "pick_device",
     "picture",
+    "plain_type",
     "progress_bar",
     "require",
     "require_shape",
+    "require_shapes",
     "setting",
 ]

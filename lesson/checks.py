@@ -113,6 +113,14 @@ def check_prompts(ids, new, attention_mask, pad_token_id, vocabulary, longest=No
         require(left, "prompts must be padded on the left: the last token is padding")
 
 
+def require_shapes(shape, **tensors):
+    """ValueError for the first tensor that does not have this shape; None is not checked."""
+    wanted = tuple(shape)
+    for name, tensor in tensors.items():
+        got = wanted if tensor is None else tuple(tensor.shape)
+        require(got == wanted, f"{name} must be {wanted}, got {got}")
+
+
 class Demonstration:
     """Prints a header, then one line a check; `finish` exits with status 1 if a check failed."""
 

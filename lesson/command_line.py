@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from lesson.checks import Demonstration, require
+from lesson.settings import add_flags, chosen_settings
 
 
 class Flag(NamedTuple):
@@ -19,18 +20,29 @@ class Flag(NamedTuple):
     default: int | float | str
     help: str
     at_least: float = -math.inf
+    endings: tuple = ()
+
+    def check(self, value):
+        low, endings = self.at_least, self.endings
+        if low > -math.inf:
+            require(low <= value, f"--{self.name}={value} must be at least {low}")
+        if endings:
+            allowed = f"{', '.join(endings[:-1])} or {endings[-1]}"
+            require(value.endswith(endings), f"--{self.name}={value} must end in {allowed}")
 
 
-def flag(name, default, help, at_least=-math.inf):
-    """`--name` with a default of its type; a value below `at_least` is refused."""
-    return Flag(name, default, help, at_least)
+def flag(name, default, help, at_least=-math.inf, endings=()):
+    """`--name` with a default of its type; refused: below `at_least`, or without such an ending."""
+    return Flag(name, default, help, at_least, endings)
 
 
-def demonstration(docstring, *flags):
+def demonstration(docstring, *flags, settings=None, names=(), quick=None):
     """Turns `main(demo, arguments)` into a lesson's `main(argv=None)`.
 
     docstring: the module's own, shown by --help. Every lesson has --seed and --device; `flags` come
-    on top.
+    on top, then a flag for each of the fields `names` of the dataclass `settings`, of which
+    `arguments.settings` is then one, made from all flags that were given; then --quick, whose help
+    is `quick`.
     """
 
     def decorate(function):
@@ -38,14 +50,16 @@ def demonstration(docstring, *flags):
 
         @functools.wraps(function)
         def main(argv=None):
-            arguments = parse_arguments(demonstration_parser(docstring, flags), argv)
+            parser = demonstration_parser(docstring, flags)
+            if settings:
+                add_flags(parser, settings, names)
+            if quick:
+                parser.add_argument("--quick", action="store_true", help=quick)
+            arguments = parse_arguments(parser, argv)
             for each in flags:
-                value = getattr(arguments, each.name.replace("-", "_"))
-                if each.at_least > -math.inf:
-                    require(
-                        each.at_least <= value,
-                        f"--{each.name}={value} must be at least {each.at_least}",
-                    )
+                each.check(getattr(arguments, each.name.replace("-", "_")))
+            if settings:
+                arguments.settings = settings(**chosen_settings(arguments, settings))
             return function(Demonstration(script, arguments.device, arguments.seed), arguments)
 
         return one_line_errors(main)

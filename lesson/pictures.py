@@ -1,4 +1,4 @@
-"""Two drawings that lessons and reports need: curves, and bands that add up."""
+"""Drawings that lessons and reports need: curves, panels of them, and bands that add up."""
 
 import contextlib
 import pathlib
@@ -43,6 +43,20 @@ def draw_bands(path, shares_by_title, ylabel, **labels):
         for axis, (title, shares) in zip(axes, shares_by_title.items(), strict=True):
             bands(axis, shares, title=title, **labels)
         axes[0].set_ylabel(ylabel)
+def panels(path, history, titles, x="step", xlabel=None, window=5, free=()):
+    """Draws {name: title} from a list of {name: value}: a picture for each, in two columns.
+
+    Each is a curve against the values of `x`, its mean over `window` values in front. The y axis
+    starts at 0, but for the names in `free`.
+    """
+    size = dict(rows=(len(titles) + 1) // 2, columns=2, size=(9, 3 * ((len(titles) + 1) // 2)))
+    with picture(path, **size, sharex=True) as axes:
+        for axis, (name, title) in zip(axes.flat, titles.items(), strict=False):
+            values = {title: [line[name] for line in history]}
+            steps = [line[x] for line in history]
+            curves(axis, steps, values, window=window, title=title, xlabel=xlabel or x)
+            if name not in free:
+                axis.set_ylim(bottom=0)
 
 
 def bands(axis, shares, **labels):

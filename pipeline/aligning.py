@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from grpo_coded import VARIANTS, GRPOTrainer, Settings, draw_run, roll_out
-from lesson import require, setting
+from grpo_coded import CURVES, VARIANTS, Settings, Task, roll_out
+from lesson import panels, require, setting
 from pipeline import checkpoint, compiler, corpus, training
 from pipeline.generating import print_marked
 from pipeline.released import load_with_tokenizer
@@ -24,6 +24,7 @@ from pipeline.run import (
     training_record,
 )
 from pipeline.scoring import score
+from pipeline.trainer import GRPOTrainer
 
 DEFAULT_MINUTES = 3.4
 HELD_OUT_PROMPTS = 256
@@ -34,7 +35,7 @@ class AlignOptions:
     """What an alignment was asked for; stored with its checkpoint, so that it can resume.
 
     `source`: directory of the checkpoint it started from, which stays its reference. `once`: a
-    text earns its reward once. `GRPOTrainer` checks the numbers.
+    text earns its reward once. `Settings` checks the numbers.
     """
 
     source: str | None = setting(None, "the trained model", flag="--checkpoint", metavar="DIR")
@@ -105,9 +106,8 @@ class AlignmentRun(Run):
         self.separator = self.tokenizer.token_to_id(corpus.SEPARATOR)
         self.prompts, self.held_out = self.find_prompts(model.max_positions)
         self.reward = compiler.CompilerReward(memory=options.once)
-        self.trainer = GRPOTrainer(
-            model, self.reward, self.draw, self.decode, self.separator, options.settings()
-        )
+        task = Task(self.reward, self.draw, self.decode, self.separator)
+        self.trainer = GRPOTrainer(model, task, options.settings())
         if resume:
             self.restore()
 
@@ -170,7 +170,7 @@ class AlignmentRun(Run):
             policy.eval(), self.held_out, 1, self.options.max_new_tokens, self.separator,
             generator=generator,
         )
-        return list(map(self.decode, self.held_out)), self.trainer.texts(rollout)
+        return list(map(self.decode, self.held_out)), rollout.texts(self.decode)
 
     def records(self):
         """The reference is the source: not stored again, and recognised by its hash."""
@@ -232,7 +232,8 @@ def align(run, before=None):
         drafts = [figures["mtp_acceptance"] for figures in (before, after)]
         print(f"MTP acceptance, its module left as it was: {drafts[0]:.1%} → {drafts[1]:.1%}")
     show_completions(*sampled)
-    draw_run(read_metrics(run.metrics), run.directory / "alignment.png")
+    panels(run.directory / "alignment.png", read_metrics(run.metrics), CURVES,
+           xlabel="GRPO step", free=("length",))
     checkpoint.write_json(
         run.directory / "results.json",
         {"before": {**shares[0], "test": before}, "after": {**shares[1], "test": after},

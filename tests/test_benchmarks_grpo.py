@@ -9,8 +9,8 @@ import torch
 
 from grpo_coded import (
     END,
-    GRPOTrainer,
     Settings,
+    Task,
     decode,
     encode,
     prompt_source,
@@ -19,6 +19,7 @@ from grpo_coded import (
 )
 from moe_coded import SwiGLU, TransformerBlock
 from mtp_coded import CausalLM
+from pipeline.trainer import GRPOTrainer
 from rope_coded import RotaryEmbedding, RotaryLatentAttention
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "benchmarks"))  # as its scripts find it
@@ -43,8 +44,8 @@ def likes_ones(prompt, completions):
 
 def trainer_for(policy, **settings):
     settings = Settings(**{**dict(prompts=4, group_size=4, minibatches=1), **settings})
-    draw = prompt_source(["1+2=", "12+34="])
-    return GRPOTrainer(policy, likes_ones, draw, decode, END, settings)
+    task = Task(likes_ones, prompt_source(["1+2=", "12+34="]), decode, END)
+    return GRPOTrainer(policy, task, settings)
 
 
 def test_routing_flips_by_hand():

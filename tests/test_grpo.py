@@ -10,23 +10,26 @@ import grpo_coded
 from grpo_coded import (
     END,
     VARIANTS,
-    GRPOTrainer,
     Rollout,
     Settings,
+    Task,
     add_loads,
     addition_prompts,
-    average,
-    checked_rewards,
+    averaged,
     clipped_loss,
+    collect,
     completion_mask,
     decode,
     descend,
     encode,
     exact_match,
+    fixed_logprobs,
     group_advantages,
     grpo_loss,
     grpo_step,
+    judged,
     k3,
+    logprobs_of,
     move_routing_bias,
     naive_grpo_loss,
     overlong_penalty,
@@ -40,10 +43,12 @@ from grpo_coded import (
     sum_of,
     token_logprobs,
     train,
+    update,
     warm_up,
 )
 from moe_coded import MixtureOfExperts, Routed, Routing, SwitchRouter
 from mtp_coded import Sampling
+from pipeline.trainer import GRPOTrainer, checked_rewards
 
 EVERY_VARIANT = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -206,23 +211,23 @@ def test_mean_k3_is_pytorchs_kl_divergence():
 
 
 # The rungs
-def test_average_by_hand():
+def test_averages_by_hand():
     values = torch.tensor([[1.0, 2.0, 3.0], [5.0, math.nan, math.inf]])
     mask = torch.tensor([[True, True, True], [True, False, False]])
-    assert average(values, mask).item() == (2 + 5) / 2
-    assert average(values, mask, "token").item() == 11 / 4
-    assert average(values, mask, "constant", max_length=4).item() == (6 + 5) / (2 * 4)
+    assert averaged(values, mask).item() == (2 + 5) / 2
+    assert averaged(values, mask, "token").item() == 11 / 4
+    assert averaged(values, mask, "constant", max_length=4).item() == (6 + 5) / (2 * 4)
     for how in ("completion", "token"):
-        assert average(values, mask & False, how).item() == 0
+        assert averaged(values, mask & False, how).item() == 0
 
 
 def test_reinforce_by_hand():
     logp = torch.tensor([[-1.0, -2.0], [-3.0, 0.0]], requires_grad=True)
     mask = torch.tensor([[True, True], [True, False]])
     loss = reinforce_loss(logp, torch.tensor([2.0, 1.0]), mask)
-    assert loss.item() == pytest.approx((2 * 1.5 + 3) / 2)
+    assert loss.item() == pytest.approx((2 * 3 + 3) / 2)
     (gradient,) = torch.autograd.grad(loss, logp)
-    assert gradient.tolist() == [[-0.5, -0.5], [-0.5, 0]]  # −r/(B |o|)
+    assert gradient.tolist() == [[-1, -1], [-0.5, 0]]  # −r/B
 
 
 def test_reinforce_estimates_the_gradient_of_the_expected_reward():
@@ -244,10 +249,17 @@ def test_each_rung_is_the_one_below_where_its_change_does_nothing():
                      clipped_loss(logp, logp.detach(), advantages, mask))
     ]
     torch.testing.assert_close(*at_one)
+    rung_3 = clipped_loss(logp, old_logp, advantages, mask)
+    over_one, _ = grpo_loss(
+        logp, old_logp, None, advantages, mask, variant="dr_grpo", max_length=1
+    )
+    torch.testing.assert_close(rung_3, over_one)
     plain, _ = grpo_loss(logp, old_logp, None, advantages, mask)
-    torch.testing.assert_close(clipped_loss(logp, old_logp, advantages, mask), plain)
+    by_length = [torch.autograd.grad(loss, logp, retain_graph=True)[0] for loss in (rung_3, plain)]
+    lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)
+    torch.testing.assert_close(by_length[0] / lengths, by_length[1])
     with_kl, _ = grpo_loss(logp, old_logp, ref_logp, advantages, mask, kl_coef=0.1)
-    torch.testing.assert_close(plain + 0.1 * average(k3(logp, ref_logp), mask), with_kl)
+    torch.testing.assert_close(plain + 0.1 * averaged(k3(logp, ref_logp), mask), with_kl)
 
 
 def test_clip_takes_the_gradient_away_on_one_side_only():
@@ -511,7 +523,19 @@ def test_the_three_parts_of_the_sums_do_not_meet():
 def trainer_for(policy, reward=exact_match, prompts=("1+2=", "12+34=", "7+10="), **settings):
     settings = Settings(**{**dict(prompts=4, group_size=4, minibatches=1), **settings})
     torch.manual_seed(0)
-    return GRPOTrainer(policy, reward, prompt_source(list(prompts)), decode, END, settings)
+    task = Task(reward, prompt_source(list(prompts)), decode, END)
+    return GRPOTrainer(policy, task, settings)
+
+
+def collected(trainer):
+    """What the trainer's next step learns from, and all that it draws."""
+    return collect(trainer.policy, trainer.task, trainer.settings, trainer.steps_done)
+
+
+def updated(trainer, rollout):
+    ref_logp = fixed_logprobs(trainer.reference, rollout, trainer.settings)
+    update(trainer.policy, trainer.optimizer, rollout, ref_logp, trainer.settings,
+           trainer.steps_done)
 
 
 def likes_ones(prompt, completions):
@@ -529,6 +553,18 @@ def recorded_losses(monkeypatch):
 
     monkeypatch.setattr(grpo_coded, "grpo_loss", record)
     return calls
+
+
+def recorded_rollouts(monkeypatch):
+    """Collects the rollout that each step learns from."""
+    kept = []
+
+    def record(*arguments):
+        kept.append(collect(*arguments)[0])
+        return kept[-1], kept[-1]
+
+    monkeypatch.setattr(grpo_coded, "collect", record)
+    return kept
 
 
 @pytest.mark.parametrize("minibatches", [1, 3])
@@ -551,31 +587,77 @@ def test_first_ratio_is_exactly_one_and_learns(monkeypatch, minibatches, kl_coef
     assert all(moved)
 
 
+def plain_step(policy, reference, optimizer, prompts, *, reward, generator, settings):
+    """`grpo_step` with one minibatch, every completion in it; returns the mean reward."""
+    s, variant = settings, VARIANTS[settings.variant]
+    rollout = roll_out(policy.eval(), prompts, s.group_size, s.max_new_tokens, END, s.temperature,
+                       generator)
+    texts, rewards = rollout.texts(decode), []
+    for i, prompt in enumerate(prompts):
+        rewards += reward(decode(prompt), texts[i * s.group_size : (i + 1) * s.group_size])
+    rewards = torch.tensor(rewards)
+    penalty = overlong_penalty(rollout.mask.sum(dim=1), s.max_new_tokens, s.overlong_buffer)
+    shaped = rewards + penalty if variant.overlong else rewards
+    advantages = group_advantages(shaped, s.group_size, variant.normalize_std)
+    with torch.no_grad():  # before the first update, the policy is still the one that drew
+        old_logp, ref_logp = (logprobs_of(model, rollout, s) for model in (policy, reference))
+    policy.train()
+    loads = {}
+    for _ in range(s.passes):
+        routed = []
+        logp = logprobs_of(policy, rollout, s, routed)
+        loss, _ = grpo_loss(
+            logp, old_logp, ref_logp, advantages, rollout.mask, kl_coef=s.kl_coef,
+            max_length=s.max_new_tokens, variant=s.variant,
+        )
+        descend(optimizer, loss + sum(layer.balance_loss() for layer in routed))
+        add_loads(loads, routed)
+    move_routing_bias(loads, s.gamma)
+    return rewards.mean().item()
+
+
 @EVERY_VARIANT
 @pytest.mark.parametrize("passes", [1, 3])
-def test_trainer_equals_the_step_that_is_written_out(variant, passes):
+def test_step_and_trainer_equal_the_step_that_is_written_out(variant, passes):
     """Bit for bit, three steps long: figures, weights, routing bias. Prompts of unequal length."""
 
     def reward(prompt, texts):  # every group has signal: dapo need not draw again
         return [text.count("1") + 0.1 * i for i, text in enumerate(texts)]
 
-    policy = small_policy(32, 2)
-    trainer = trainer_for(policy.copy(), reward, variant=variant, passes=passes, kl_coef=0.05,
+    plain = small_policy(32, 2)
+    trainer = trainer_for(plain.copy(), reward, variant=variant, passes=passes, kl_coef=0.05,
                           gamma=0.01, learning_rate=3e-3)
-    settings, reference = trainer.settings, policy.copy().eval()
-    optimizer = policy_optimizer(policy, settings)
-    start = policy.lm_head.weight.clone()
-    for _ in range(3):
+    settings, task, stepped = trainer.settings, trainer.task, plain.copy()
+    reference = plain.copy().eval()
+    optimizers = [policy_optimizer(policy, settings) for policy in (plain, stepped)]
+    start = plain.lm_head.weight.clone()
+    for step in range(3):
         generator = trainer.generator()
-        mean_reward = grpo_step(
-            policy, reference, optimizer, trainer.draw_prompts(settings.prompts, generator),
-            reward=reward, decode=decode, eos_token_id=END, generator=generator, settings=settings,
+        mean_reward = plain_step(
+            plain, reference, optimizers[0], task.draw_prompts(settings.prompts, generator),
+            reward=reward, generator=generator, settings=settings,
         )
-        assert trainer.step()["reward"] == mean_reward
-    assert not torch.equal(policy.lm_head.weight, start)
-    assert policy.moe_layers()["layer 0"].gate.e_score_correction_bias.any()
-    for one, other in zip(policy.state_dict().values(), trainer.policy.state_dict().values(),
-                          strict=True):
+        figures = grpo_step(stepped, reference, optimizers[1], task, settings, step)
+        assert trainer.step() == figures and figures["reward"] == mean_reward
+    assert not torch.equal(plain.lm_head.weight, start)
+    assert plain.moe_layers()["layer 0"].gate.e_score_correction_bias.any()
+    for policy in (stepped, trainer.policy):
+        for one, other in zip(plain.state_dict().values(), policy.state_dict().values(),
+                              strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(minibatches=2, kl_coef=0.05), dict(variant="dapo", minibatches=3, passes=2),
+    dict(minibatches=2, refresh_reference=2, rollout_logprobs=True),
+])
+def test_training_is_the_trainers_steps(changes):
+    """The lesson's loop, with minibatches, a second draw and a reference that is refreshed."""
+    trainer = trainer_for(small_policy(32, 2), likes_ones, learning_rate=3e-3, **changes)
+    policy, settings = trainer.policy.copy(), trainer.settings
+    history = train(policy, trainer.task, settings, 4)
+    assert history == [trainer.step(rate_of(settings, step, step / 4)) for step in range(4)]
+    for one, other in zip(policy.parameters(), trainer.policy.parameters(), strict=True):
         assert torch.equal(one, other)
 
 
@@ -584,11 +666,9 @@ def test_old_logprobs_of_two_minibatches_come_from_before_the_first_update(monke
     trainer = trainer_for(small_policy(32, 2), likes_ones, minibatches=2, kl_coef=0.1,
                           learning_rate=1e-2)
     before = trainer.policy.copy()
-    kept = []
-    monkeypatch.setattr(trainer, "collect", lambda: kept.append(GRPOTrainer.collect(trainer)) or
-                        kept[-1])
+    kept = recorded_rollouts(monkeypatch)
     trainer.step()
-    wanted = trainer.logprobs(before, kept[0][0])
+    wanted = fixed_logprobs(before, kept[0], trainer.settings)
     used = torch.cat([old_logp for _, old_logp in calls])
     torch.testing.assert_close(used.sort(dim=0).values, wanted.sort(dim=0).values)
     assert len(calls) == 2 and not torch.equal(*calls[1])
@@ -609,12 +689,10 @@ def test_rollout_logprobs_can_be_kept(monkeypatch, minibatches):
     calls = recorded_losses(monkeypatch)
     trainer = trainer_for(small_policy(32, 2), likes_ones, rollout_logprobs=True, kl_coef=0.1,
                           minibatches=minibatches)
-    kept = []
-    monkeypatch.setattr(trainer, "collect", lambda: kept.append(GRPOTrainer.collect(trainer)) or
-                        kept[-1])
+    kept = recorded_rollouts(monkeypatch)
     trainer.step()
     used = sorted(tuple(row) for _, old_logp in calls for row in old_logp.tolist())
-    assert used == sorted(map(tuple, kept[0][0].logp.tolist()))
+    assert used == sorted(map(tuple, kept[0].logp.tolist()))
     logp, old_logp = calls[0]
     assert not torch.equal(logp, old_logp)  # in the last bits
 
@@ -632,10 +710,9 @@ def test_rows_without_advantage_are_left_out_but_counted(variant):
         )
         for moe in trainer.policy.moe_layers().values():  # its loss is over all rows
             moe.balance_loss = None
-        rollout, _ = trainer.collect()
+        rollout, _ = collected(trainer)
         assert 0 < (rollout.advantages != 0).sum() < len(rollout.ids)
-        trainer.policy.train()
-        trainer.update(rollout, trainer.logprobs(trainer.reference, rollout))
+        updated(trainer, rollout)
         return [p.grad for p in trainer.policy.parameters()]
 
     for one, other in zip(gradients(True), gradients(False), strict=True):
@@ -649,13 +726,12 @@ def test_rows_without_signal_cost_no_training_pass():
             small_policy(32, 2), lambda p, texts: [float(p == "1+2=" and "1" in t) for t in texts],
             prompts=("1+2=", "12+34="), kl_coef=kl_coef, group_size=16,
         )
-        rollout, _ = trainer.collect()
+        rollout, _ = collected(trainer)
         rows = []
         trainer.policy.layers[0].register_forward_hook(
             lambda m, i, output: rows.append(len(output))
         )
-        trainer.policy.train()
-        trainer.update(rollout, trainer.logprobs(trainer.reference, rollout))
+        updated(trainer, rollout)
         return sum(rows), int((rollout.advantages != 0).sum()), len(rollout.ids)
 
     trained, with_signal, _ = rows_trained(kl_coef=0.0)
@@ -672,12 +748,12 @@ def test_dapo_draws_groups_without_signal_again():
 
     settings = Settings(variant="dapo", prompts=4, group_size=4, minibatches=1, resamplings=8,
                         max_new_tokens=6)
-    trainer = GRPOTrainer(small_policy(32, 2), reward, prompt_source(["1+2=", "12+34="]), decode,
-                          END, settings)
-    rollout, drawn = trainer.collect()
+    task = Task(reward, prompt_source(["1+2=", "12+34="]), decode, END)
+    trainer = GRPOTrainer(small_policy(32, 2), task, settings)
+    rollout, drawn = collected(trainer)
     assert len(rollout.ids) == 16 and len(drawn.ids) > 16
     grpo = trainer_for(small_policy(32, 2), reward, prompts=("1+2=", "12+34="))
-    rollout, drawn = grpo.collect()
+    rollout, drawn = collected(grpo)
     assert len(rollout.ids) == len(drawn.ids) == 16
 
 
@@ -687,7 +763,8 @@ def test_dapo_punishes_completions_that_run_out_of_room():
         policy.lm_head.weight.zero_()
     trainer = trainer_for(policy, lambda p, texts: [1.0] * len(texts), variant="dapo",
                           group_size=16, resamplings=0)
-    rollout = trainer.judged([encode("1+2=")], torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    rollout = judged(policy, [encode("1+2=")], trainer.task, trainer.settings, generator)
     full = rollout.mask.all(dim=1)
     assert 0 < full.sum() < 16
     assert (rollout.advantages[full] < 0).all() and (rollout.advantages[~full] > 0).all()
@@ -697,7 +774,7 @@ def test_dapo_punishes_completions_that_run_out_of_room():
 def test_dapo_does_not_learn_from_length_alone():
     trainer = trainer_for(small_policy(32, 2), lambda p, texts: [0.0] * len(texts), variant="dapo",
                           resamplings=1)
-    rollout, drawn = trainer.collect()
+    rollout, drawn = collected(trainer)
     assert (drawn.advantages != 0).any()  # lengths differ
     assert len(rollout.ids) == 0 and len(drawn.ids) == 32
     assert trainer.step()["signal"] == 0
@@ -707,7 +784,7 @@ def test_variants_normalise_in_their_own_way():
     rewards = {}
     for variant in ("grpo", "dr_grpo"):
         trainer = trainer_for(small_policy(32, 2), likes_ones, variant=variant)
-        rollout, _ = trainer.collect()
+        rollout, _ = collected(trainer)
         rewards[variant] = rollout.advantages
         wanted = group_advantages(rollout.rewards, 4, normalize_std=variant == "grpo")
         assert torch.equal(rollout.advantages, wanted)
@@ -851,7 +928,8 @@ def test_training_goes_up_over_ten_steps_and_down_to_a_tenth():
     rates = [rate_of(settings, step, step / 100) for step in range(100)]
     assert rates[0] == 0.1 and rates[9] == pytest.approx(1 - 0.9 * 0.09)
     assert rates.index(max(rates)) == 9 and rates[-1] == pytest.approx(0.109)
-    history = train(trainer_for(small_policy(32, 2), likes_ones, learning_rate=1.0), 2)
+    trainer = trainer_for(small_policy(32, 2), likes_ones, learning_rate=1.0)
+    history = train(trainer.policy, trainer.task, trainer.settings, 2)
     assert [line["learning_rate"] for line in history] == [0.1, pytest.approx(0.2 * 0.55)]
     assert [line["step"] for line in history] == [1, 2]
 

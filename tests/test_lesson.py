@@ -19,11 +19,13 @@ from lesson import (
     demonstration,
     flag,
     one_line_errors,
+    panels,
     parse_arguments,
     pick_device,
     picture,
     progress_bar,
     require,
+    require_shapes,
     setting,
 )
 
@@ -33,6 +35,12 @@ def test_require_names_a_mistake_and_lets_the_rest_pass():
     require(2 > 1, "not raised")
     with pytest.raises(ValueError, match="^width=3 must be even$"):
         require(3 % 2 == 0, "width=3 must be even")
+
+
+def test_a_tensor_of_another_shape_is_named_and_none_is_not_checked():
+    require_shapes((2, 3), one=torch.zeros(2, 3), absent=None)
+    with pytest.raises(ValueError, match=r"^mask must be \(2, 3\), got \(3,\)$"):
+        require_shapes(torch.Size([2, 3]), one=torch.zeros(2, 3), mask=torch.zeros(3))
 
 
 def test_a_failed_check_exits_with_status_1(capsys):
@@ -110,6 +118,36 @@ def test_a_mistake_on_the_command_line_is_one_line_and_status_2(capsys, argument
         sample(arguments)
     error = capsys.readouterr().err
     assert exit_info.value.code == 2 and error.startswith(message) and error.count("\n") == 1
+
+
+def test_a_demonstration_makes_its_settings_from_the_flags_given(capsys):
+    @dataclasses.dataclass
+    class Options:
+        width: int = setting(8, "how wide", at_least=1)
+        depth: int = setting(2)
+        seed: int = 0
+
+        def __post_init__(self):
+            check_settings(self)
+
+    drawn = flag("picture", "a.png", "where", endings=(".png", ".pdf"))
+
+    @demonstration("Docs.", drawn, settings=Options, names=["width"], quick="a few seconds")
+    def main(demo, arguments):
+        return arguments
+
+    given = main(["--width", "3", "--seed", "7", "--quick", "--picture", "b.pdf"])
+    assert given.settings == Options(width=3, seed=7) and given.quick
+    assert main([]).settings == Options() and not main([]).quick
+    for wrong, line in ((["--width", "0"], "width=0 must be at least 1"),
+                        (["--picture", "b.txt"], "--picture=b.txt must end in .png or .pdf")):
+        with pytest.raises(SystemExit) as exit_info:
+            main(wrong)
+        assert exit_info.value.code == 2 and capsys.readouterr().err == f"error: {line}\n"
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert "how wide (default: 8)" in text and "a few seconds" in text and "--depth" not in text
 
 
 @pytest.mark.parametrize(
@@ -277,6 +315,19 @@ def test_curves_without_a_window_are_the_values_in_the_colours_given(tmp_path):
         curves(axes[0], [1, 2], {"a": [5.0, 7.0], "b": [1.0, 1.0]}, colors=["red", "blue"])
         assert [line.get_color() for line in axes[0].lines] == ["red", "blue"]
         assert list(axes[0].lines[0].get_ydata()) == [5, 7]
+
+
+def test_panels_show_each_figure_of_a_history_against_its_step(tmp_path, monkeypatch):
+    from matplotlib import figure
+
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *a, **k: drawn.extend(self.axes))
+    history = [{"step": 3, "a": 4.0, "b": 5.0, "c": 0}, {"step": 5, "a": 2.0, "b": 6.0, "c": 0}]
+    panels(tmp_path / "picture.png", history, {"a": "the first", "b": "the second"}, free=("b",))
+    assert [axis.get_title() for axis in drawn] == ["the first", "the second"]
+    assert [list(axis.lines[0].get_xdata()) for axis in drawn] == [[3, 5]] * 2
+    assert [list(axis.lines[1].get_ydata()) for axis in drawn] == [[4, 3], [5, 5.5]]
+    assert drawn[0].get_ylim()[0] == 0 < drawn[1].get_ylim()[0]
 
 
 def test_bands_stand_on_top_of_each_other(tmp_path):

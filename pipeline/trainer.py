@@ -1,0 +1,66 @@
+"""A trainer around phase 9's step: what a run holds between steps, and the checks at its door."""
+
+from grpo_coded import generator_of, grpo_step, policy_optimizer
+from lesson import require
+
+
+class GRPOTrainer:
+    """GRPO on a `CausalLM`, towards a `Task`.
+
+    A step's randomness depends on seed and step number alone, so that a run whose weights,
+    optimizer and `steps_done` are put back goes on as if it had never stopped. Prompts that cannot
+    be, and rewards that are no finite numbers, are named by a ValueError.
+    """
+
+    def __init__(self, policy, task, settings):
+        self.policy, self.settings, self.given = policy, settings, task
+        self.task = task._replace(draw_prompts=self.draw_prompts, reward=self.reward)
+        self.device = policy.lm_head.weight.device
+        self.reference = policy.copy().eval().requires_grad_(False)
+        self.optimizer = policy_optimizer(policy, settings)
+        self.steps_done = 0
+
+    def step(self, rate=None):
+        """Rollout, judgement, updates; `rate`: learning rate. Returns the step's figures."""
+        rate = self.settings.learning_rate if rate is None else rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        figures = grpo_step(self.policy, self.reference, self.optimizer, self.task, self.settings,
+                            self.steps_done)
+        self.steps_done += 1
+        return figures
+
+    def generator(self, purpose=0):
+        """A generator of this step's own; on the policy's device."""
+        return generator_of(self.settings, self.steps_done, purpose, self.device)
+
+    def draw_prompts(self, count, generator):
+        """Lists of ids, each with room for a completion."""
+        prompts, decode = self.given.draw_prompts(count, generator), self.given.decode
+        new_tokens, context = self.settings.max_new_tokens, self.policy.max_positions
+        require(prompts, "there are no prompts")
+        for i, prompt in enumerate(prompts):
+            T = len(prompt)
+            require(T, f"prompt {i} is empty: a completion needs a token to follow")
+            require(context is None or T + new_tokens <= context,
+                    f"prompt {i}, {decode(prompt)!r}, has {T} tokens: with {new_tokens} new ones "
+                    f"it exceeds the context of {context}")
+        return prompts
+
+    def reward(self, prompt, completions):
+        return checked_rewards(self.given.reward, prompt, completions)
+
+
+def checked_rewards(reward, prompt, completions):
+    """reward(prompt, completions), all texts → a finite number for each, else ValueError."""
+    try:
+        values = [float(value) for value in reward(prompt, completions)]
+    except Exception as error:
+        failure = f"raised {type(error).__name__} ({' '.join(str(error).split())})"
+        raise ValueError(f"the reward function {failure} for prompt {prompt!r}") from error
+    gave, got, want = "the reward function gave", len(values), len(completions)
+    require(got == want, f"{gave} {got} rewards for the {want} completions of prompt {prompt!r}")
+    for value, text in zip(values, completions, strict=True):
+        fits = abs(value) < 1e30  # FP32 must hold the mean of their squares
+        require(fits, f"{gave} {value} for prompt {prompt!r}, completion {text!r}")
+    return values
