@@ -25,7 +25,7 @@ arXiv:1707.06347, equation 7; GRPO: DeepSeekMath (2024), arXiv:2402.03300, secti
 3–4; k3: Schulman (2020), "Approximating KL divergence"; Dr. GRPO: Liu et al. (2025),
 arXiv:2503.20783; DAPO: Yu et al. (2025), arXiv:2503.14476; GSPO: Zheng et al. (2025),
 arXiv:2507.18071.
-Simplified: the task is small enough to learn in minutes, sums of two numbers from 0 to 99,
+Simplified: the task is small enough for a processor, sums of two numbers from 0 to 99,
 written last digit first (12+34=64).
 
 Dimensions: B batch (all completions) · G completions of a prompt · L completion length · T query
@@ -463,11 +463,11 @@ def minibatches(rollout, settings, step):
     Without a KL term, a completion with zero advantage has zero gradient: it is skipped, and
     `weight`, the share of the completions (or tokens) that are left, counts it in the average.
     """
-    s, counts = settings, torch.ones_like(rollout.mask[:, 0], dtype=torch.long)
-    if VARIANTS[s.variant].average == "token":
-        counts = rollout.mask.sum(dim=1)
-    learns = rollout.advantages != 0 if not s.kl_coef else counts > 0
-    rows = learns.nonzero().flatten()
+    s, rows = settings, torch.arange(len(rollout.ids), device=rollout.ids.device)
+    per_token = VARIANTS[s.variant].average == "token"
+    counts = rollout.mask.sum(dim=1) if per_token else torch.ones_like(rows)
+    if not s.kl_coef:
+        rows = rows[rollout.advantages != 0]
     weight = (counts[rows].sum() / counts.sum().clamp(min=1)).item()
     parts = []
     for number in range(s.passes):
@@ -536,7 +536,7 @@ def move_routing_bias(loads, gamma):
             layer.gate.update_bias(load, gamma)
 
 
-# %% A step's settings
+# %% A step's settings, and its optimizer
 @dataclass
 class Settings:
     """One step: `prompts` × `group_size` completions, then `passes` × `minibatches` updates."""
@@ -806,9 +806,8 @@ CURVES = dict(reward="mean reward", kl="KL to the reference (nats per token)",
     quick="a smoke test of a few seconds",
 )
 def main(demo, arguments):
-    settings, steps, (prompts, watched, held_out) = (
-        arguments.settings, arguments.steps, addition_prompts()
-    )
+    settings, steps = arguments.settings, arguments.steps
+    prompts, watched, held_out = addition_prompts()
     if arguments.quick:
         steps, held_out = min(steps, 8), held_out[:200]
         settings = replace(settings, prompts=min(settings.prompts, 16))

@@ -241,6 +241,26 @@ def test_reinforce_estimates_the_gradient_of_the_expected_reward():
     torch.testing.assert_close(-torch.autograd.grad(weighed, logits)[0], wanted)
 
 
+def test_the_sum_over_tokens_estimates_it_and_their_mean_does_not():
+    """An answer is the first token alone, or the second and one more; each weighed as above."""
+    logits = torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
+    (end, on), then = logits.log_softmax(dim=1)
+    answers = [end, end * 0, on, then[0], on, then[1]]
+    logp = torch.stack(answers).view(3, 2)
+    mask = torch.tensor([[True, False], [True, True], [True, True]])
+    rewards, p = torch.rand(3, dtype=torch.float64), logp.sum(dim=1).exp()
+    (wanted,) = torch.autograd.grad((p * rewards).sum(), logits, retain_graph=True)
+
+    def estimate(loss_of_row):
+        weighed = sum(p[i].detach() * loss_of_row(slice(i, i + 1)) for i in range(3))
+        return -torch.autograd.grad(weighed, logits, retain_graph=True)[0]
+
+    of_sum = estimate(lambda row: reinforce_loss(logp[row], rewards[row], mask[row]))
+    torch.testing.assert_close(of_sum, wanted)
+    of_mean = estimate(lambda row: -averaged(rewards[row, None] * logp[row], mask[row]))
+    assert not torch.allclose(of_mean, wanted, rtol=0.01)
+
+
 def test_each_rung_is_the_one_below_where_its_change_does_nothing():
     logp, old_logp, ref_logp, advantages, mask = random_case()
     at_one = [
