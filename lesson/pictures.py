@@ -49,8 +49,8 @@ def panels(path, history, titles, x="step", xlabel=None, window=5, free=()):
     Each is a curve against the values of `x`, its mean over `window` values in front. The y axis
     starts at 0, but for the names in `free`.
     """
-    size = dict(rows=(len(titles) + 1) // 2, columns=2, size=(9, 3 * ((len(titles) + 1) // 2)))
-    with picture(path, **size, sharex=True) as axes:
+    rows = (len(titles) + 1) // 2
+    with picture(path, rows=rows, columns=2, size=(9, 3 * rows), sharex=True) as axes:
         for axis, (name, title) in zip(axes.flat, titles.items(), strict=False):
             values = {title: [line[name] for line in history]}
             steps = [line[x] for line in history]
