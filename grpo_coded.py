@@ -783,9 +783,8 @@ def check_loss(demo):
 
 def check_cached_logprobs(demo, policy, task, settings):
     """Decoding one token after another gives the log-probabilities of the training forward."""
-    generator = generator_of(settings, 0, 15, demo.device)
-    prompts = task.draw_prompts(settings.prompts, generator)
-    rollout = judged(policy, prompts, task, settings, generator)
+    prompts = task.draw_prompts(settings.prompts, generator_of(settings, 0, 15, demo.device))
+    rollout = judged(policy, prompts, task, settings, generator_of(settings, 0, 15, demo.device))
     logp = fixed_logprobs(policy, rollout, settings)
     off = (logp - rollout.logp)[rollout.mask].abs().max()
     demo.check("π_old from the cache: nearly the training one", "(B, L)",
