@@ -43,6 +43,8 @@ def draw_bands(path, shares_by_title, ylabel, **labels):
         for axis, (title, shares) in zip(axes, shares_by_title.items(), strict=True):
             bands(axis, shares, title=title, **labels)
         axes[0].set_ylabel(ylabel)
+
+
 def panels(path, history, titles, x="step", xlabel=None, window=5, free=()):
     """Draws {name: title} from a list of {name: value}: a picture for each, in two columns.
 
