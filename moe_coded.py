@@ -284,7 +284,6 @@ class Experts(nn.Module):
         return torch.zeros_like(x_MD).index_add(0, tokens, outputs * weights.unsqueeze(1))
 
 
-
 def grouped_linear(rows, weights, ends):
     """`F.linear` of each expert on its own rows: (rows, in), (E, out, in), (E,) → (rows, out).
 

@@ -31,29 +31,14 @@ from lesson.command_line import (
     pick_device,
     progress_bar,
 )
-from lesson.pictures import (
-    bands,
-    curves,
-    draw_bands,
-    panels,
-    picture,
-)
-from lesson.settings import (
-    add_flags,
-    broken_type,
-    check_settings,
-    chosen_settings,
-    flag_name,
-    plain_type,
-    setting,
-)
+from lesson.pictures import bands, curves, draw_bands, panels, picture
+from lesson.settings import add_flags, check_settings, chosen_settings, setting
 
 __all__ = [
     "Demonstration",
     "OneLineParser",
     "add_flags",
     "bands",
-    "broken_type",
     "check_attention",
     "check_attention_mask",
     "check_divides",
@@ -69,7 +54,6 @@ __all__ = [
     "draw_bands",
     "expanded_mask",
     "flag",
-    "flag_name",
     "inside_ipython",
     "int_mm_is_exact",
     "one_line_errors",
@@ -77,7 +61,6 @@ __all__ = [
     "parse_arguments",
     "pick_device",
     "picture",
-    "plain_type",
     "progress_bar",
     "require",
     "require_shape",

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lesson import require
-from lesson.checks import check_prompts
+from lesson import check_prompts, require
 from mtp_coded import Generation, Sampling, verify
 from pipeline.fast import EXPAND_FROM, decoding_head
 
