@@ -9,7 +9,7 @@ up with the *last* key, so the triangle of the mask is shifted to the right.
     CausalAttention(Q, K, V) = softmax(Q Kᵀ / √d_k  where M, −∞ elsewhere) V
 
 Paper: Vaswani et al., "Attention Is All You Need" (2017), section 3.2.3 (masking). Dropout
-on the weights is in the authors' code; section 5.4 names it for the outputs of a layer only.
+on the weights is in the authors' code; section 5.4 names it for sub-layer outputs and embeddings.
 Simplified: one head, no output projection.
 
 Dimensions: B batch · T query positions · S key positions · D model width · K query/key width ·

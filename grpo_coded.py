@@ -643,7 +643,7 @@ def small_policy(width=96, layers=3):
 def warm_up(policy, prompts, watched, seed, most_steps=400, target=0.25, batch=128):
     """Supervised steps on sums until `target` of the sampled answers are right; returns the steps.
 
-    Looked at every five steps, on the `watched` prompts; at most `most_steps`.
+    From step 100 on it looks every five steps, on the `watched` prompts; at most `most_steps`.
     """
     device, source = policy.lm_head.weight.device, random.Random(seed)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-3, betas=(0.0, 0.99), weight_decay=0.0)

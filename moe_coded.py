@@ -63,7 +63,7 @@ class Routing(NamedTuple):
     kept: torch.Tensor | None = None
 
     def dropped(self):
-        """How many choices found no room."""
+        """How many choices got no expert: there was no room, or the token is padding."""
         return 0 if self.kept is None else int((~self.kept).sum())
 
 
