@@ -4,10 +4,10 @@ Attention alone cannot tell "dog bites man" from "man bites dog". RoPE rotates e
 in a query or key by an angle that grows with the token's position; each pair has its own speed. The
 dot product of two rotated vectors depends on their positions only through the difference: of where
 two tokens stand, a score knows just how far apart they are. MLA has a problem with this: absorption
-moves W_UK to the queries, and a rotation of the keys would stand in between. DeepSeek therefore *decouples*
-position from content: a small extra part, q_R and k_R, is rotated, and the content is not. In
-training the slow pairs never complete a full circle, so positions beyond the training length look
-new to them: YaRN slows just those pairs down.
+moves W_UK to the queries, and a rotation of the keys would stand in between. DeepSeek therefore
+*decouples* position from content: a small extra part, q_R and k_R, is rotated, and the content is
+not. In training the slow pairs never complete a full circle, so positions beyond the training
+length look new to them: YaRN slows just those pairs down.
 
     θ_i = base^(−2i/R),   (x_2i, x_2i+1) at position m  →  rotated by m·θ_i
     as complex numbers:   (x_2i + j x_2i+1) · e^(j m θ_i)
