@@ -576,8 +576,8 @@ class Fp8Linear(QuantizedLinear):
     """E4M3 weights in blocks of 128×128, inputs rounded to E4M3 in tiles of 1×128 (V3, 3.3).
 
     V3 multiplies FP8 by FP8 and adds up 128 products at a time in FP32, since its GPUs keep fewer
-    bits of a longer sum; here both are dequantised first and all sums are FP32. `rounds_input=False`
-    leaves the inputs alone.
+    bits of a longer sum; here both are dequantised first and all sums are FP32.
+    `rounds_input=False` leaves the inputs alone.
     """
 
     def __init__(self, in_features, out_features, bias=False, rounds_input=True):
