@@ -81,7 +81,7 @@ class CausalSelfAttention(SelfAttention):
         return output
 
 
-# %% Two proofs that the future is not seen
+# %% Two tests that the future is not seen
 def largest_leak_by_perturbation(attention, x):
     """Changes each token in turn; the largest change of any output before it. x: (T, D)."""
     before = attention(x)

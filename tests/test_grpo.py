@@ -865,7 +865,9 @@ def test_loads_of_several_passes_are_summed_before_the_bias_moves():
 
 def test_a_router_without_bias_is_left_alone():
     layer = MixtureOfExperts(8, 8, SwitchRouter(8, 4))
+    before = {name: t.clone() for name, t in layer.state_dict().items()}
     move_routing_bias({layer: torch.tensor([3, 0, 0, 0])}, 0.5)
+    assert all(torch.equal(t, before[name]) for name, t in layer.state_dict().items())
 
 
 def test_an_update_cuts_its_gradient_to_norm_one():
