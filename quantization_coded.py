@@ -828,9 +828,9 @@ def convert_qat(model):
 
 
 def prepare_fp8_training(model):
-    """A copy that trains in simulated FP8; embedding, head, router, norms and attention do not.
+    """A copy that trains in simulated FP8; embedding, head, router and norms do not.
 
-    The projections around attention do: V3 keeps only the attention operator itself.
+    Neither does the attention operator, as in V3; the projections around it do.
     """
     check_model(model)
     model = listed_experts(model.copy())

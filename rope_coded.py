@@ -84,7 +84,7 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, dim, base=10000.0, scaling=None):
         super().__init__()
         self.dim, self.base, self.scaling = dim, base, scaling
-        # No buffer: a cast of the model to BF16 would make positions 256 and 257 the same.
+        # No buffer: a cast of the model to BF16 would round the angles, far positions most.
         source = inverse_frequencies if scaling is None else scaling.inverse_frequencies
         self.inv_freq = source(dim, base)
         self.magnitude = 1.0 if scaling is None else scaling.cos_sin_factor
