@@ -42,7 +42,7 @@ PROMPT = "def f(x):\n    y = x\n"
         ("    y = '\0'\n", "invalid"),
         ("    y = " + 300 * "(" + 300 * ")" + "\n", "invalid"),
         ("    y = '\ud800'\n", "invalid"),
-        ("    y = " + 5000 * "-" + "1\n", "invalid"),
+        ("    y = " + 100_000 * "-" + "1\n", "invalid"),
     ],
 )
 def test_verdicts(completion, wanted):
