@@ -135,6 +135,12 @@ def check_heads(d_model, num_heads, num_kv_heads, dropout):
     check_dropout(dropout)
 
 
+def check_positions(positions, B, T):
+    """positions of B texts of T tokens: (T,), the same for all, or (B, T)."""
+    fits = positions.shape in ((T,), (B, T))
+    require(fits, f"positions must be ({T},) or ({B}, {T}), got {tuple(positions.shape)}")
+
+
 def check_rollback(length, stored):
     """A cache that has `stored` rows can go back to none, to all, or to a number between."""
     fits = 0 <= length <= stored
