@@ -250,7 +250,8 @@ def main(demo, arguments):
     read = [heads_read(attend, heads, groups) for attend in PATHS.values()]
     demo.check("GQA: the key/value head that each query head reads", "(H,)",
                " ".join(map(str, read[0])), read == [neighbours_share] * len(PATHS))
-    demo.finish("--heads 16 --kv-heads 4", "--heads 4 --kv-heads 3: what does the error say?")
+    demo.finish("--heads 16 --kv-heads 4: narrower heads; GQA's cache stays, MQA's is halved",
+                "--heads 4 --kv-heads 3: what does the error say?")
 
 
 if __name__ == "__main__":
