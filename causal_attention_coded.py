@@ -20,7 +20,7 @@ Run:  python causal_attention_coded.py [--length 6] [--dropout 0.5]
 
 import torch
 
-from lesson import demonstration, flag, require
+from lesson import check_dropout, demonstration, flag, require
 from self_attention_coded import SelfAttention, scaled_dot_product_attention
 
 
@@ -57,25 +57,28 @@ def causal_mask(query_length, key_length=None, device=None):
     return ones.tril(diagonal=key_length - query_length)
 
 
+def causal_and(mask, query_length, key_length, device=None):
+    """The causal mask and on top of it `mask`, where there is one: it can only take keys away."""
+    triangle_TS = causal_mask(query_length, key_length, device)
+    return triangle_TS if mask is None else triangle_TS & mask
+
+
 # %% The module
 class CausalSelfAttention(SelfAttention):
     """One causal head; phase 1's projections, a mask, and dropout on the weights in training."""
 
     def __init__(self, d_in, d_out, dropout=0.0, bias=False):
         super().__init__(d_in, d_out, bias)
-        require(0.0 <= dropout < 1.0, f"dropout={dropout} must be at least 0 and below 1")
+        check_dropout(dropout)
         self.dropout = dropout
 
     def forward(self, x, mask=None):
         """(B, T, d_in) or (T, d_in) → (..., T, d_out).
 
-        `mask`: boolean, broadcastable to (..., T, T), for padding; it is combined with the causal
-        mask, so it can only take keys away.
+        `mask`: boolean, broadcastable to (..., T, T), for padding: on top of the causal one.
         """
         query, key, value = self.project(x)
-        allowed = causal_mask(query.shape[-2], key.shape[-2], device=x.device)
-        if mask is not None:
-            allowed = allowed & mask
+        allowed = causal_and(mask, query.shape[-2], key.shape[-2], x.device)
         dropout = self.dropout if self.training else 0.0
         output, _ = scaled_dot_product_attention(query, key, value, allowed, dropout_p=dropout)
         return output

@@ -27,9 +27,8 @@ Run:  python mla_coded.py [--context 4096] [--kv-lora-rank 32]
 import torch
 from torch import nn
 
-from causal_attention_coded import causal_mask
-from lesson import check_input, check_sizes, demonstration, expanded_mask, flag, require
-from multihead_attention_coded import RowStore, fused_attention
+from lesson import check_forward, check_sizes, demonstration, flag, require
+from multihead_attention_coded import RowStore, allowed_keys, fused_attention
 from self_attention_coded import masked_softmax
 
 
@@ -60,13 +59,6 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x):
         return super().forward(x.to(self.weight.dtype))
-
-
-def causal_and(mask, query, memory):
-    """The causal mask, and on top of it `mask` where given: (B, H, T, S)."""
-    (B, H, T), S = query.shape[:3], memory.shape[1]
-    triangle_TS = causal_mask(T, S, device=memory.device)
-    return (triangle_TS if mask is None else mask & triangle_TS).expand(B, H, T, S)
 
 
 PATHS = ("naive", "expanded", "einsum", "absorbed")
@@ -164,14 +156,10 @@ class MultiHeadLatentAttention(nn.Module):
                 values (best for many queries: training, prompts), "absorbed" attends to the latents
                 themselves (best for few: decoding), "einsum" is the equation of that.
         """
-        check_input(hidden, self.hidden_size, batch="B")
-        require(path in PATHS, f"path={path!r} must be one of {', '.join(PATHS)}")
-        B, T, _ = hidden.shape
-        past = 0 if cache is None else cache.length
+        check_forward(hidden, self.hidden_size, self.num_heads, mask, cache, path, PATHS)
         if positions is None:
-            positions = torch.arange(past, past + T, device=hidden.device)
-        if mask is not None:  # before the cache changes
-            mask = expanded_mask(mask, (B, self.num_heads, T, past + T))
+            past = 0 if cache is None else cache.length
+            positions = torch.arange(past, past + hidden.shape[1], device=hidden.device)
         q_nope_BHTN, q_rope_BHTR = self.queries(hidden)
         q_rope_BHTR = self.rotate(q_rope_BHTR, positions)
         memory = self.remember(hidden, positions, cache)
@@ -188,7 +176,7 @@ class MultiHeadLatentAttention(nn.Module):
         """Equations 9–19, one head after another; both scores are added, then scaled."""
         latent_BSC, k_rope_BSR = self.split_memory(memory)
         w_uk_HNC, w_uv_HVC = self.up_projections(memory.dtype)
-        allowed_BHTS = causal_and(mask, q_nope_BHTN, memory)
+        allowed_BHTS = allowed_keys(q_nope_BHTN, memory, mask)
         heads = []
         for h in range(self.num_heads):
             k_nope_BSN, v_BSV = latent_BSC @ w_uk_HNC[h].T, latent_BSC @ w_uv_HVC[h].T
@@ -214,7 +202,7 @@ class MultiHeadLatentAttention(nn.Module):
         """The last equation of the docstring, a line each: every head attends to the latents."""
         latent_BSC, k_rope_BSR = self.split_memory(memory)
         w_uk_HNC, w_uv_HVC = self.up_projections(memory.dtype)
-        allowed_BHTS = causal_and(mask, q_nope_BHTN, memory)
+        allowed_BHTS = allowed_keys(q_nope_BHTN, memory, mask)
 
         q_latent_BHTC = torch.einsum("bhtn,hnc->bhtc", q_nope_BHTN, w_uk_HNC)
         content_BHTS = torch.einsum("bhtc,bsc->bhts", q_latent_BHTC, latent_BSC)
@@ -225,17 +213,18 @@ class MultiHeadLatentAttention(nn.Module):
         return torch.einsum("bhtc,hvc->bhtv", mixed_BHTC, w_uv_HVC)
 
     def absorbed(self, q_nope_BHTN, q_rope_BHTR, memory, mask):
-        """The same in one call of the fused kernel, which reads the cache once.
+        """The same in one call of the fused kernel.
 
         [q_latent | q_R] against [c_KV | k_R] gives both scores in one product. All heads share
-        these keys, so the heads' queries become rows of a single head: (B, 1, H·T, C + R). The
+        these keys, so the heads' queries become rows of a single head: (B, 1, H·T, C + R). One
+        pass over the memory serves many rows, where heads of their own would need a pass each. The
         memory serves as values as well; its last R columns are mixed along, then cut off.
         """
         H, T = q_nope_BHTN.shape[1:3]
         w_uk_HNC, w_uv_HVC = self.up_projections(memory.dtype)
         query = torch.cat([q_nope_BHTN @ w_uk_HNC, q_rope_BHTR], dim=-1)
         if T > 1 or mask is not None:
-            mask = causal_and(mask, q_nope_BHTN, memory).flatten(1, 2).unsqueeze(1)
+            mask = allowed_keys(query, memory, mask).flatten(1, 2).unsqueeze(1)
         rows, memory = query.flatten(1, 2).unsqueeze(1), memory.unsqueeze(1)
         mixed = fused_attention(rows, memory, memory, mask, self.softmax_scale).squeeze(1)
         mixed_BHTC = mixed[..., : self.kv_lora_rank].unflatten(1, (H, T))

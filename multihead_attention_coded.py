@@ -21,44 +21,58 @@ Run:  python multihead_attention_coded.py [--heads 8] [--kv-heads 2]
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from causal_attention_coded import causal_mask
-from lesson import check_divides, check_input, demonstration, expanded_mask, flag, require
+from causal_attention_coded import causal_and
+from lesson import check_forward, check_heads, check_rollback, demonstration, expanded_mask, flag
 from self_attention_coded import scaled_dot_product_attention
 
 
 # %% The naive reference: one head after another
-def attention_by_heads(query, key, value, mask=None, dropout_p=0.0):
+def attention_by_heads(query, key, value, mask=None, dropout_p=0.0, causal=False):
     """Each query head attends by itself, to the key/value head of its group.
 
+    Neighbours share. Of 8 query heads over 2 key/value heads, g = ⌊h · 2 / 8⌋:
+
+        h    0 1 2 3 4 5 6 7
+        g    0 0 0 0 1 1 1 1
+
     query (B, H, T, K), key and value (B, groups, S, K); H is a multiple of groups. mask: boolean,
-    broadcastable to (B, H, T, S). Returns: (B, H, T, K).
+    broadcastable to (B, H, T, S), True = may attend; `causal` adds the causal one. Returns:
+    (B, H, T, K).
     """
     H, groups = query.shape[1], key.shape[1]
-    if mask is not None:
-        mask = mask.expand(*query.shape[:-1], key.shape[-2])
+    mask = allowed_keys(query, key, mask, causal)
     heads = []
     for h in range(H):
         g = h * groups // H
-        allowed = None if mask is None else mask[:, h]
+        allowed_BTS = None if mask is None else mask[:, h]
         head_BTK, _ = scaled_dot_product_attention(
-            query[:, h], key[:, g], value[:, g], mask=allowed, dropout_p=dropout_p
+            query[:, h], key[:, g], value[:, g], allowed_BTS, dropout_p=dropout_p
         )
         heads.append(head_BTK)
     return torch.stack(heads, dim=1)
 
 
+def allowed_keys(query, key, mask=None, causal=True):
+    """(B, H, T, S): True where a query may attend to a key. None: all may attend to all."""
+    T, S = query.shape[-2], key.shape[-2]
+    mask = causal_and(mask, T, S, query.device) if causal else mask
+    return expanded_mask(mask, (*query.shape[:-1], S))
+
+
 # %% All heads at once: H is one more batch dimension
-def attention_at_once(query, key, value, mask=None, dropout_p=0.0):
-    """`attention_by_heads` as one batch of products; a shared key/value head is repeated."""
+def attention_at_once(query, key, value, mask=None, dropout_p=0.0, causal=False):
+    """`attention_by_heads` as one batch of products; a shared key/value head is repeated.
+
+    `repeat_interleave` puts the copies of a head side by side, 0 0 0 0 1 1 1 1 as above. `repeat`
+    would give 0 1 0 1 0 1 0 1: the wrong heads would share.
+    """
     shared_by = query.shape[1] // key.shape[1]
     k_BHSK = key.repeat_interleave(shared_by, dim=1)
     v_BHSK = value.repeat_interleave(shared_by, dim=1)
-    output_BHTK, _ = scaled_dot_product_attention(
-        query, k_BHSK, v_BHSK, mask=mask, dropout_p=dropout_p
-    )
+    mask = allowed_keys(query, key, mask, causal)
+    output_BHTK, _ = scaled_dot_product_attention(query, k_BHSK, v_BHSK, mask, dropout_p=dropout_p)
     return output_BHTK
 
 
@@ -80,9 +94,8 @@ class RowStore:
         return self.rows
 
     def truncate(self, length):
-        """Forgets all rows after the first `length`: rolls the cache back."""
-        message = f"cannot truncate a cache of length {self.length} to {length}"
-        require(0 <= length <= self.length, message)
+        """Forgets all rows after the first `length`: rolls back a guess that proved wrong."""
+        check_rollback(length, self.length)
         self.rows = self.rows[..., :length, :] if self.length else None
 
     def used_bytes(self):
@@ -91,6 +104,16 @@ class RowStore:
 
 class KVCache:
     """Keys and values of one layer, (B, groups, length, K) each: 2 · groups · K numbers a token.
+
+    Only new tokens ask, so the queries of the past are not kept. With the sizes of DeepSeek-V2 (60
+    layers, 128 heads of width 128, 2 bytes a number, texts of up to 131,072 tokens), all layers
+    together keep:
+
+                          numbers a layer   bytes a token   a whole text
+        MHA                 2 · 128 · 128       3,932,160       515.4 GB
+        GQA, 8 groups         2 · 8 · 128         245,760        32.2 GB
+        MQA                   2 · 1 · 128          30,720         4.0 GB
+        MLA (phase 4)            512 + 64          69,120         9.1 GB
 
     `store`: what keeps the rows; decoding at speed passes one with room set aside.
     """
@@ -114,35 +137,33 @@ class KVCache:
         return self.keys.used_bytes() + self.values.used_bytes()
 
 
-# %% The fused kernel: the same function without ever storing the weights
+# %% The fused kernel: the same function, without all the weights in memory at one time
 def fused_attention(query, key, value, mask=None, scale=None, dropout_p=0.0, causal=False):
     """`attention_at_once` by PyTorch's fused kernel.
+
+    The kernel goes through the keys block by block. For each query it keeps a running maximum, the
+    sum of the exponentials and the output so far, and corrects all three with each block: it never
+    has all T × S weights. Where no kernel fits, PyTorch composes the products with all weights
+    stored: on a CPU with dropout, for example.
 
     query (B, H, T, K), key (B, groups, S, K), value (B, groups, S, V) → (B, H, T, V). `causal` adds
     the causal mask; the last query sees the last key. `scale`: default 1/√K.
     """
-    T, S, value_width = query.shape[-2], key.shape[-2], value.shape[-1]
-    if mask is not None:
-        mask = expanded_mask(mask, (*query.shape[:-1], S))
-    # The kernel's own is_causal flag aligns the *first* query with the first key.
+    T, K = query.shape[-2:]
+    S, V = value.shape[-2:]
+    mask = expanded_mask(mask, (*query.shape[:-1], S))
+    # The kernel's own causal flag lines up the *first* query with the first key: 2 queries over 4
+    # keys would see 1 and 2 of them, where 3 and 4 are right. It fits a whole text only.
     use_flag = causal and mask is None and T == S
     if causal and not use_flag and T > 1:
-        triangle_TS = causal_mask(T, S, device=query.device)
-        mask = triangle_TS if mask is None else mask & triangle_TS
-    if value_width < query.shape[-1]:
-        # The CPU kernel needs equal widths; otherwise PyTorch falls back to a slower composition.
-        value = F.pad(value, (0, query.shape[-1] - value_width))
-    output = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        dropout_p=dropout_p,
-        is_causal=use_flag,
-        scale=scale,
+        mask = causal_and(mask, T, S, query.device)
+    if V < K:  # the CPU kernel wants equal widths: zeros go behind the values
+        value = nn.functional.pad(value, (0, K - V))
+    output = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout_p, is_causal=use_flag, scale=scale,
         enable_gqa=key.shape[-3] != query.shape[-3],
     )
-    return output[..., :value_width]
+    return output[..., :V]
 
 
 # %% The module: projections, heads, and the matrix that mixes them
@@ -158,9 +179,7 @@ class MultiHeadAttention(nn.Module):
     def __init__(self, d_model, num_heads, num_kv_heads=None, dropout=0.0, bias=False):
         super().__init__()
         groups = num_heads if num_kv_heads is None else num_kv_heads
-        check_divides(d_model=d_model, num_heads=num_heads)
-        check_divides(num_heads=num_heads, num_kv_heads=groups)
-        require(0.0 <= dropout < 1.0, f"dropout={dropout} must be at least 0 and below 1")
+        check_heads(d_model, num_heads, groups, dropout)
         self.num_heads, self.head_width, self.dropout = num_heads, d_model // num_heads, dropout
         self.q_proj = nn.Linear(d_model, d_model, bias=bias)
         self.k_proj = nn.Linear(d_model, groups * self.head_width, bias=bias)
@@ -168,7 +187,7 @@ class MultiHeadAttention(nn.Module):
         self.o_proj = nn.Linear(d_model, d_model, bias=bias)
 
     def split_heads(self, x_BTD):
-        """(B, T, heads · K) → (B, heads, T, K)."""
+        """(B, T, heads · K) → (B, heads, T, K): head h is the columns h·K … h·K + K − 1."""
         return x_BTD.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
 
     def forward(self, x, mask=None, cache=None, causal=True, path="fused"):
@@ -181,51 +200,58 @@ class MultiHeadAttention(nn.Module):
             causal: False lets every token see every other.
             path: "loop" (the naive reference), "explicit" (all heads at once) or "fused".
         """
-        check_input(x, self.q_proj.in_features, batch="B")
-        (B, T), H = x.shape[:2], self.num_heads
-        S = T if cache is None else cache.length + T
-        require(path in PATHS, f"path={path!r} must be one of {', '.join(PATHS)}")
-        if mask is not None:  # before the cache changes
-            mask = expanded_mask(mask, (B, H, T, S))
-        if causal and path != "fused":
-            triangle_TS = causal_mask(T, S, device=x.device)
-            mask = triangle_TS if mask is None else mask & triangle_TS
-        q_BHTK, keys, values = (
+        check_forward(x, self.q_proj.in_features, self.num_heads, mask, cache, path, PATHS)
+        query, key, value = (
             self.split_heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         if cache is not None:
-            keys, values = cache.append(keys, values)
-        options = dict(causal=causal) if path == "fused" else {}
+            key, value = cache.append(key, value)
         dropout = self.dropout if self.training else 0.0
-        heads_BHTK = PATHS[path](q_BHTK, keys, values, mask=mask, dropout_p=dropout, **options)
+        heads_BHTK = PATHS[path](query, key, value, mask, dropout_p=dropout, causal=causal)
         return self.o_proj(heads_BHTK.transpose(1, 2).flatten(2))
 
 
 # %% The demonstration
+def check_paths(demo, attention, x_BTD, kind):
+    """All paths are one function, also through the cache; returns the bytes cached per token."""
+    cache = KVCache()
+    with torch.no_grad():
+        loop = attention(x_BTD, path="loop")
+        at_once, fused = attention(x_BTD, path="explicit"), attention(x_BTD, path="fused")
+        chunks = x_BTD.split([1, 1, 4, 1, 3], dim=1)
+        pieces = torch.cat([attention(chunk, cache=cache) for chunk in chunks], dim=1)
+    demo.same(f"{kind}: a loop of heads = all heads at once", "(B, T, D)", at_once, loop)
+    demo.same(f"{kind}: fused kernel = loop", "(B, T, D)", fused, loop)
+    demo.same(f"{kind}: appends of 1, 1, 4, 1, 3 = one pass", "(B, T, D)", pieces, loop)
+    return cache.used_bytes() // x_BTD[..., 0].numel()
+
+
+def heads_read(attend, heads, groups):
+    """The number of the key/value head that each query head reads: all its values are that."""
+    number = torch.arange(float(groups)).reshape(1, groups, 1, 1)
+    read = attend(torch.ones(1, heads, 1, 1), torch.ones_like(number), number)
+    return read.flatten().int().tolist()
+
+
 @demonstration(__doc__, flag("heads", 8, "query heads; must divide 64", at_least=1),
                flag("kv-heads", 2, "key/value heads of the GQA example", at_least=1))
 def main(demo, arguments):
-    d_model, length = 64, 10
-    x_BTD = torch.randn(2, length, d_model, device=demo.device)
-    kinds = {"MHA": arguments.heads, "GQA": arguments.kv_heads, "MQA": 1}
-    cache_bytes = {}
-    for kind, kv_heads in kinds.items():
-        attention = MultiHeadAttention(d_model, arguments.heads, kv_heads).to(demo.device).eval()
-        cache = KVCache()
-        with torch.no_grad():
-            loop = attention(x_BTD, path="loop")
-            at_once, fused = attention(x_BTD, path="explicit"), attention(x_BTD, path="fused")
-            chunks = x_BTD.split([1, 1, 4, 1, 3], dim=1)
-            pieces = torch.cat([attention(chunk, cache=cache) for chunk in chunks], dim=1)
-        demo.same(f"{kind}: a loop of heads = all heads at once", "(B, T, D)", at_once, loop)
-        demo.same(f"{kind}: fused kernel = loop", "(B, T, D)", fused, loop)
-        demo.same(f"{kind}: appends of 1, 1, 4, 1, 3 = one pass", "(B, T, D)", pieces, loop)
-        cache_bytes[kind] = cache.used_bytes() // (2 * length)
-    figures = ", ".join(f"{kind} {size}" for kind, size in cache_bytes.items())
-    expected = {kind: 2 * heads * d_model // arguments.heads * 4 for kind, heads in kinds.items()}
-    same = cache_bytes == expected
-    demo.check("cache: 2 · groups · K numbers of 4 bytes", "bytes per token", figures, same)
-    demo.finish("--heads 16 --kv-heads 4", "--heads 4 --kv-heads 3: what does the error say?")
+    d_model, heads, groups = 64, arguments.heads, arguments.kv_heads
+    x_BTD = torch.randn(2, 10, d_model, device=demo.device)
+    sizes, wanted = {}, {}
+    for kind, kv_heads in (("MHA", heads), ("GQA", groups), ("MQA", 1)):
+        attention = MultiHeadAttention(d_model, heads, kv_heads).to(demo.device)
+        sizes[kind] = check_paths(demo, attention, x_BTD, kind)
+        wanted[kind] = 2 * kv_heads * (d_model // heads) * 4
+    figures = ", ".join(f"{kind} {size}" for kind, size in sizes.items())
+    demo.check("cache: 2 · groups · K numbers of 4 bytes", "bytes per token", figures,
+               sizes == wanted)
+    neighbours_share = [g for g in range(groups) for _ in range(heads // groups)]
+    read = [heads_read(attend, heads, groups) for attend in PATHS.values()]
+    demo.check("GQA: the key/value head that each query head reads", "(H,)",
+               " ".join(map(str, read[0])), read == [neighbours_share] * len(PATHS))
+    demo.finish("--heads 16 --kv-heads 4: narrower heads; GQA's cache stays, MQA's is halved",
+                "--heads 4 --kv-heads 3: what does the error say?")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lesson import demonstration, flag, require
+from lesson import check_positions, demonstration, flag, require
 from mla_coded import LatentCache, MultiHeadLatentAttention
 
 
@@ -157,9 +157,7 @@ class RotaryLatentAttention(MultiHeadLatentAttention):
 
     def rotate(self, x, positions):
         """Rotates queries (B, H, T, R) or keys (B, T, R) by their positions, (T,) or (B, T)."""
-        B, T = x.shape[0], x.shape[-2]
-        fits = positions.shape in ((T,), (B, T))
-        require(fits, f"positions must be ({T},) or ({B}, {T}), got {tuple(positions.shape)}")
+        check_positions(positions, x.shape[0], x.shape[-2])
         rotations = self.rotary.rotations(positions)
         return rotate_complex(x, rotations if x.dim() == 3 else rotations.unsqueeze(-3))
 
@@ -205,23 +203,30 @@ class YarnScaling:
         require(ordered, f"beta_fast={fast} must be above beta_slow={slow}, and that above 0")
 
     def ramp_ends(self, dim, base):
-        """(low, high): pairs up to `low` keep their speed, from `high` on they are slowed."""
+        """(low, high): pairs up to `low` keep their speed, from `high` on they are slowed.
+
+        They stay within 0 and dim − 1, as in the released code. ValueError if that leaves no ramp:
+        in 6 tokens or fewer (2π · beta_slow), not even the fastest pair turns beta_slow circles.
+        The released code then slows all pairs but the first, or, where the ends cross, none.
+        """
 
         def pair_with(circles):
             # θ_i · length = 2π · circles, solved for i
             ratio = self.original_max_position_embeddings / (circles * 2 * math.pi)
             return dim * math.log(ratio) / (2 * math.log(base))
 
-        low, high = math.floor(pair_with(self.beta_fast)), math.ceil(pair_with(self.beta_slow))
-        return max(low, 0), min(high, dim - 1)
+        low = max(math.floor(pair_with(self.beta_fast)), 0)
+        high = min(math.ceil(pair_with(self.beta_slow)), dim - 1)
+        length = f"original_max_position_embeddings={self.original_max_position_embeddings}"
+        require(low < high, f"{length} gives YaRN no ramp: from pair {low} to {high}")
+        return low, high
 
     def inverse_frequencies(self, dim, base):
         """(dim/2,) frequencies, in radians per position."""
         thetas = inverse_frequencies(dim, base)
         low, high = self.ramp_ends(dim, base)
-        width = high - low if high != low else 0.001
         pairs = torch.arange(dim // 2, dtype=torch.float32, device="cpu")
-        ramp = ((pairs - low) / width).clamp(0, 1)
+        ramp = ((pairs - low) / (high - low)).clamp(0, 1)
         return thetas / self.factor * ramp + thetas * (1 - ramp)
 
     def temperature(self, mscale):

@@ -44,7 +44,9 @@ def check_attention(query, key, value):
 
 
 def expanded_mask(mask, shape):
-    """A boolean mask as a view of shape (..., T, S); ValueError if it is no such mask."""
+    """A boolean mask as a view of shape (..., T, S), None as None; ValueError for any other."""
+    if mask is None:
+        return None
     boolean = mask.dtype == torch.bool
     require(boolean, f"mask must be boolean (True = may attend), got {mask.dtype}")
     ends = zip(reversed(mask.shape), reversed(shape), strict=False)
@@ -119,6 +121,42 @@ def require_shapes(shape, **tensors):
     for name, tensor in tensors.items():
         got = wanted if tensor is None else tuple(tensor.shape)
         require(got == wanted, f"{name} must be {wanted}, got {got}")
+
+
+def check_dropout(dropout):
+    """A share of weights to drop must be at least 0 and below 1."""
+    require(0.0 <= dropout < 1.0, f"dropout={dropout} must be at least 0 and below 1")
+
+
+def check_heads(d_model, num_heads, num_kv_heads, dropout):
+    """The model's width must split into heads, and these into groups; see `check_dropout`."""
+    check_divides(d_model=d_model, num_heads=num_heads)
+    check_divides(num_heads=num_heads, num_kv_heads=num_kv_heads)
+    check_dropout(dropout)
+
+
+def check_positions(positions, B, T):
+    """positions of B texts of T tokens: (T,), the same for all, or (B, T)."""
+    fits = positions.shape in ((T,), (B, T))
+    require(fits, f"positions must be ({T},) or ({B}, {T}), got {tuple(positions.shape)}")
+
+
+def check_rollback(length, stored):
+    """A cache that has `stored` rows can go back to none, to all, or to a number between."""
+    fits = 0 <= length <= stored
+    require(fits, f"cannot truncate a cache of length {stored} to {length}")
+
+
+def check_forward(x, width, heads, mask, cache, path, paths):
+    """What an attention's `forward` is called with, checked before its cache changes.
+
+    x must be (B, T, width), `mask` boolean and broadcastable to (B, heads, T, S), or None, `path`
+    one of `paths`. S counts the keys of the cache, if there is one, and the new ones.
+    """
+    check_input(x, width, batch="B")
+    require(path in paths, f"path={path!r} must be one of {', '.join(paths)}")
+    B, T, _ = x.shape
+    expanded_mask(mask, (B, heads, T, T if cache is None else cache.length + T))
 
 
 class Demonstration:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lesson import check_prompts, require
+from lesson import check_prompts, check_rollback, require
 from mtp_coded import Generation, Sampling, verify
 from pipeline.fast import EXPAND_FROM, decoding_head
 
@@ -125,8 +125,7 @@ class PreallocatedRows:
         """Forgets all rows after the first `length`, a number or (B,): rolls the cache back."""
         each = torch.is_tensor(length)
         longest = int(length.max()) if each else length
-        fits = 0 <= longest <= self.length
-        require(fits, f"cannot truncate a cache of length {self.length} to {longest}")
+        check_rollback(longest, self.length)
         self.length, self.lengths = longest, length if each else None
 
     def used_bytes(self):

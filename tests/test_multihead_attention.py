@@ -1,16 +1,22 @@
 """Phase 3: heads, fused path, caches, grouped queries."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
 
+from mla_coded import cache_elements_per_token
 from multihead_attention_coded import (
+    PATHS,
     KVCache,
     MultiHeadAttention,
     RowStore,
+    allowed_keys,
     attention_at_once,
     attention_by_heads,
     fused_attention,
+    heads_read,
 )
 from self_attention_coded import scaled_dot_product_attention
 
@@ -111,6 +117,63 @@ def test_heads_at_once_are_heads_one_by_one(groups):
     by_heads = attention_by_heads(q, k, v, mask)
     torch.testing.assert_close(attention_at_once(q, k, v, mask), by_heads)
     torch.testing.assert_close(fused_attention(q, k, v, mask), by_heads)
+
+
+def test_neighbours_share_a_head_as_the_docstring_shows():
+    rows = dict(re.findall(r"^ +([hg])    ([\d ]+)$", attention_by_heads.__doc__, re.MULTILINE))
+    shown = {letter: [int(number) for number in row.split()] for letter, row in rows.items()}
+    assert shown["h"] == list(range(8))
+    for attend in PATHS.values():
+        assert heads_read(attend, 8, 2) == shown["g"]
+    tiled = torch.arange(2.0).repeat(4).int().tolist()
+    assert " ".join(map(str, tiled)) in attention_at_once.__doc__ and tiled != shown["g"]
+
+
+@pytest.mark.performance
+def test_the_sizes_in_the_docstring_are_those_of_table_1():
+    table = re.findall(r"(M\w+|GQA).*?((?:\d+ [·+] )+\d+) +([\d,]+) +([\d.]+) GB", KVCache.__doc__)
+    assert [kind for kind, *_ in table] == ["MHA", "GQA", "MQA", "MLA"]
+    v2 = dict(layers=60, heads=128, head_width=128, groups=8, latent=512, rotary=64)
+    for kind, per_layer, per_token, whole_text in table:
+        numbers = cache_elements_per_token(kind, **v2)
+        assert 60 * eval(per_layer.replace("·", "*")) == numbers
+        assert per_token == f"{2 * numbers:,}"
+        assert whole_text == f"{2 * numbers * 131_072 / 1e9:.1f}"
+
+
+@pytest.mark.performance
+@pytest.mark.parametrize(("dropout", "stored"), [(0.0, False), (0.1, True)])
+def test_the_fused_kernel_keeps_no_weights_but_a_composition_does(dropout, stored):
+    T, sizes = 64, []
+
+    def note(tensor):
+        sizes.append(tensor.numel())
+        return tensor
+
+    q, k, v = (torch.randn(1, 2, T, 8, requires_grad=True) for _ in range(3))
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        fused_attention(q, k, v, dropout_p=dropout, causal=True)
+    assert (2 * T * T in sizes) == stored and max(sizes) <= 2 * T * T
+
+
+def test_the_kernels_own_flag_aligns_the_first_query_where_ours_aligns_the_last():
+    q, (k, v) = torch.randn(1, 1, 2, 4), torch.randn(2, 1, 1, 4, 4)
+    first, last = torch.ones(2, 4).tril(0) > 0, torch.ones(2, 4).tril(2) > 0
+    assert first.sum(-1).tolist() == [1, 2] and last.sum(-1).tolist() == [3, 4]
+    with_flag = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(with_flag, attention_by_heads(q, k, v, first))
+    ours = fused_attention(q, k, v, causal=True)
+    torch.testing.assert_close(ours, attention_by_heads(q, k, v, last))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_allowed_keys_joins_both_masks(causal):
+    query, key, real = torch.ones(1, 2, 3, 4), torch.ones(1, 1, 5, 4), torch.ones(5) > 0
+    real[1] = False
+    allowed = allowed_keys(query, key, real, causal)
+    rows = [[1, 0, 1, 0, 0], [1, 0, 1, 1, 0], [1, 0, 1, 1, 1]] if causal else [[1, 0, 1, 1, 1]] * 3
+    assert torch.equal(allowed, torch.tensor(rows).bool().expand(1, 2, 3, 5))
+    assert allowed_keys(query, key, causal=False) is None
 
 
 def test_cache_rolls_back():

@@ -110,6 +110,20 @@ def test_yarn_keeps_fast_pairs_and_slows_the_slow_ones():
     assert (ratio.diff() <= 1e-7).all() and 1 / 40 < ratio[16] < 1
 
 
+@pytest.mark.parametrize(("dim", "length", "ends"), [(64, 4, "0 to -1"), (8, 6, "0 to 0"),
+                                                     (64, 10**12, "77 to 63")])
+def test_yarn_refuses_an_original_length_that_leaves_no_ramp(dim, length, ends):
+    wanted = f"original_max_position_embeddings={length} gives YaRN no ramp: from pair {ends}"
+    with pytest.raises(ValueError, match=wanted):
+        RotaryEmbedding(dim, scaling=YarnScaling(40, length))
+
+
+@pytest.mark.parametrize("dim", [4, 8, 64, 128])
+def test_yarn_slows_the_slowest_pair_from_seven_tokens_on(dim):
+    ratio = YarnScaling(40, 7).inverse_frequencies(dim, 10000.0) / inverse_frequencies(dim)
+    assert ratio[0] == 1 and ratio[-1].item() == pytest.approx(1 / 40)
+
+
 @pytest.mark.comparison
 @pytest.mark.parametrize("mscales", [(1.0, 1.0), (0.707, 0.707), (1.0, 0.5), (None, None)])
 def test_yarn_matches_transformers(mscales):

@@ -2,7 +2,7 @@
 
 import torch
 
-from causal_attention_coded import causal_mask
+from causal_attention_coded import causal_and
 from lesson import expanded_mask
 from multihead_attention_coded import fused_attention
 
@@ -32,10 +32,8 @@ def product_attention(query, key, value, mask=None, scale=None, causal=False):
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     shape = (*query.shape[:-1], key.shape[-2])
-    allowed = causal_mask(*shape[-2:], device=query.device) if causal else None
-    if mask is not None:
-        mask = expanded_mask(mask, shape)
-        allowed = mask if allowed is None else mask & allowed
+    mask = expanded_mask(mask, shape)
+    allowed = causal_and(mask, *shape[-2:], query.device) if causal else mask
     bias = query.new_zeros(1)  # nothing hidden
     if allowed is not None:  # finite, so that a row without any key gives no NaN
         hidden = torch.finfo(query.dtype).min / 2
