@@ -254,17 +254,17 @@ def test_runs_of_the_docstring():
     layer = MixtureOfExperts(16, 8, TopKRouter(16, 3, 2))
     routing = Routing(torch.rand(3, 2), torch.tensor([[1, 0], [2, 1], [1, 2]]), torch.rand(3, 3))
     x, seen = torch.randn(3, 16), []
-    layer.experts.by_runs = lambda rows, ends_E: seen.append((rows, ends_E.tolist())) or rows
+    layer.experts.by_runs = lambda rows, lengths: seen.append((rows, lengths.tolist())) or rows
     layer.experts.grouped(x, routing)
-    (rows, ends), = seen
-    assert torch.equal(rows, x[[0, 0, 1, 2, 1, 2]]) and ends == [1, 4, 6]
+    (rows, lengths), = seen
+    assert torch.equal(rows, x[[0, 0, 1, 2, 1, 2]]) and lengths == [1, 3, 2]
 
 
 def test_experts_follow_autocast_and_their_sum_stays_float32():
     layer, x = MixtureOfExperts(16, 8, build_router("v3")), torch.randn(20, 16)
     expected = layer(x)
     with torch.autocast("cpu", torch.bfloat16):
-        output, product = layer(x), layer.experts.by_runs(x, torch.full((8,), 20))
+        output, product = layer(x), layer.experts.by_runs(x, torch.tensor([20] + 7 * [0]))
     assert (output.dtype, product.dtype) == (torch.float32, torch.bfloat16)
     torch.testing.assert_close(output, expected, rtol=0.02, atol=0.05)  # 8 bits
 

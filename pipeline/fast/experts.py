@@ -58,8 +58,8 @@ class QuickExperts(ByChoice, Experts):
         gate, up = shared_linear(x, self.gate_up_proj[e]).chunk(2, dim=-1)
         return shared_linear(F.silu(gate) * up, self.down_proj[e])
 
-    def by_runs(self, rows, ends_E):
-        ends_E = ends_E.to(torch.int32)
+    def by_runs(self, rows, lengths_E):
+        ends_E = lengths_E.cumsum(0).to(torch.int32)
         gate, up = grouped_linear(rows, self.gate_up_proj, ends_E).chunk(2, dim=-1)
         return grouped_linear(F.silu(gate) * up, self.down_proj, ends_E)
 
