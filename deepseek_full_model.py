@@ -83,13 +83,13 @@ def build_experts(config):
         norm_topk_prob=config.norm_topk_prob,
         routed_scaling_factor=config.routed_scaling_factor,
     )
-    balance = moe.balance_within_sequences if config.seq_aux else moe.balance_over_batch
+    balance = moe.sequence_balance_loss if config.seq_aux else moe.expert_balance_loss
     return moe.MixtureOfExperts(
         config.hidden_size,
         config.moe_intermediate_size,
         router,
         n_shared_experts=config.n_shared_experts,
-        balance_loss=functools.partial(balance, config.aux_loss_alpha),
+        balance_loss=functools.partial(balance, alpha=config.aux_loss_alpha),
     )
 
 

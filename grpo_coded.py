@@ -48,7 +48,7 @@ import torch.nn.functional as F
 
 import lesson
 from lesson import check_settings, demonstration, flag, require, require_shapes, setting
-from moe_coded import MixtureOfExperts, TopKRouter, TransformerBlock, balance_within_sequences
+from moe_coded import MixtureOfExperts, TopKRouter, TransformerBlock, sequence_balance_loss
 from mtp_coded import CausalLM, Sampling
 from rope_coded import RotaryEmbedding, RotaryLatentAttention
 
@@ -629,7 +629,7 @@ def small_policy(width=96, layers=3):
             width, num_attention_heads=4, kv_lora_rank=48, qk_nope_head_dim=16,
             qk_rope_head_dim=16, v_head_dim=24, rotary=rotary,
         )
-        balance = functools.partial(balance_within_sequences, 1e-3)
+        balance = functools.partial(sequence_balance_loss, alpha=1e-3)
         router = TopKRouter(width, n_routed_experts=4, num_experts_per_tok=2)
         experts = MixtureOfExperts(width, width, router, n_shared_experts=1, balance_loss=balance)
         return TransformerBlock(attention, experts)

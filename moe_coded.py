@@ -2,10 +2,11 @@
 
 A dense feed-forward layer spends the same arithmetic on every token. An MoE layer holds E experts
 and lets a router send each token to A of them: parameters grow with E, arithmetic with A. The
-danger is collapse: experts that are chosen more learn more and are chosen still more. Switch
-answers with one expert a token, a capacity and a balance loss. DeepSeekMoE cuts experts finer,
-adds shared experts that every token passes, and ends (V3) with a bias that steers the *choice* of
-experts and leaves their weights alone.
+danger is collapse: experts that are chosen more learn more and are chosen still more. Switch (one
+expert a token) answers with a balance loss, and a capacity caps what an expert takes. DeepSeekMoE
+cuts experts finer and adds shared ones that every token passes; V2 keeps the load even by balance
+losses. V3 does so by a bias that steers the *choice* of experts and leaves their weights alone; of
+the losses, it keeps a very small one within each sequence.
 
     y = Σ_shared FFN(x) + Σ_{i chosen} g_i FFN_i(x)
     FFN(x) = W_down (SiLU(W_gate x) ⊙ W_up x)
@@ -16,6 +17,7 @@ experts and leaves their weights alone.
 Papers: Switch Transformer (2021), section 2; DeepSeek-V2 (2024), section 2.2, equations 20–31;
 DeepSeek-V3 (2024), section 2.1.2, equations 12–20. Names follow the released checkpoints.
 Simplified: all experts on one device; V2's device-level token dropping is left out.
+Read before: phase 3, whose attention is in the block. The experts need no other phase.
 
 Dimensions: B batch · T query positions · D model width · M tokens (B·T) · E routed experts · A
 active experts per token · F expert hidden width.
@@ -31,6 +33,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lesson import check_divides, check_input, check_sizes, demonstration, draw_bands, flag, require
+from lesson.checks import check_choice, check_up_to, require_shape, require_shapes
 from multihead_attention_coded import MultiHeadAttention
 
 
@@ -50,6 +53,12 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
 
+def swiglu(x, gate_up, down):
+    """What `SwiGLU` does, from its two matrices (2F, D) and (D, F)."""
+    gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, down)
+
+
 # %% Routing: what a router decides
 class Routing(NamedTuple):
     """weights (M, A) of the chosen experts, their indices (M, A), all affinities (M, E).
@@ -67,11 +76,11 @@ class Routing(NamedTuple):
         return 0 if self.kept is None else int((~self.kept).sum())
 
 
-def expert_counts(indices, num_experts, token_mask=None):
-    """(E,) how often each expert was chosen. indices (M, A); token_mask (M,), False = padding."""
-    if token_mask is not None:
-        indices = indices[token_mask.bool()]
-    return torch.bincount(indices.flatten(), minlength=num_experts)
+def real_tokens(token_mask, rows):
+    """Boolean, one for each of the rows (..., X): False where the mask says that it is padding."""
+    if token_mask is None:
+        return torch.ones(rows.shape[:-1], dtype=torch.bool, device=rows.device)
+    return token_mask.bool().reshape(rows.shape[:-1])
 
 
 def fp32_logits(x_MD, weight_ED):
@@ -87,6 +96,11 @@ class SwitchRouter(nn.Module):
     Capacity = capacity_factor · M / E (section 2.2), here rounded down and at least 1. First come,
     first served; a dropped token gets no expert: the residual connection around the layer passes
     it through. So an output depends on the other tokens of the batch, unlike the routers below.
+
+    Six tokens, two experts, capacity_factor 1: an expert takes 3 tokens.
+
+        chosen expert        0  0  1  0  0  1
+        place in its queue   1  2  1  3  4  2     the fifth token is dropped
     """
 
     num_experts_per_tok = 1
@@ -105,13 +119,11 @@ class SwitchRouter(nn.Module):
     def forward(self, x_MD, token_mask=None):
         """(M, D) → `Routing` with A = 1; weights of dropped tokens are there but unused.
 
-        token_mask (M,): False = padding, which takes no place in a queue.
+        token_mask, one for each token: False = padding, which takes no place in a queue.
         """
         scores_ME = fp32_logits(x_MD, self.weight).softmax(dim=-1)
         weights_M1, indices_M1 = scores_ME.max(dim=-1, keepdim=True)
-        real_M1 = torch.ones_like(indices_M1, dtype=torch.bool)
-        if token_mask is not None:
-            real_M1 = token_mask.bool().unsqueeze(1)
+        real_M1 = real_tokens(token_mask, x_MD).unsqueeze(1)
         arrivals_ME = F.one_hot(indices_M1.squeeze(1), self.num_experts) * real_M1
         place_M1 = arrivals_ME.cumsum(dim=0).gather(1, indices_M1)  # 1 = first in the queue
         has_room_M1 = place_M1 <= self.capacity(int(real_M1.sum()))
@@ -138,25 +150,27 @@ class TopKRouter(nn.Module):
     """
 
     def __init__(
-        self,
-        hidden_size,
-        n_routed_experts,
-        num_experts_per_tok,
-        scoring_func="sigmoid",
-        topk_method="noaux_tc",
-        n_group=1,
-        topk_group=1,
-        norm_topk_prob=True,
+        self, hidden_size, n_routed_experts, num_experts_per_tok, scoring_func="sigmoid",
+        topk_method="noaux_tc", n_group=1, topk_group=1, norm_topk_prob=True,
         routed_scaling_factor=1.0,
     ):
         super().__init__()
+        check_choice(("softmax", "sigmoid"), scoring_func=scoring_func)
+        check_choice(("greedy", "group_limited_greedy", "noaux_tc"), topk_method=topk_method)
         if topk_method == "greedy":
             n_group = topk_group = 1
         self.num_experts, self.num_experts_per_tok = n_routed_experts, num_experts_per_tok
         self.scoring_func, self.topk_method = scoring_func, topk_method
         self.n_group, self.topk_group = n_group, topk_group
         self.norm_topk_prob, self.routed_scaling_factor = norm_topk_prob, routed_scaling_factor
-        check_router(self)
+        self.best_of_group = 2 if topk_method == "noaux_tc" else 1  # make a group's score
+        check_divides(n_routed_experts=n_routed_experts, n_group=n_group)
+        check_up_to(n_group, f"n_group={n_group}", topk_group=topk_group)
+        size = n_routed_experts // n_group
+        choice = f"the {topk_group * size} experts that can be chosen"
+        check_up_to(topk_group * size, choice, num_experts_per_tok=num_experts_per_tok)
+        few = f"n_group={n_group} leaves {size} expert a group, want {self.best_of_group} or more"
+        require(n_group == 1 or size >= self.best_of_group, few)
         self.weight = nn.Parameter(torch.empty(n_routed_experts, hidden_size))
         nn.init.normal_(self.weight, std=0.02)
         if topk_method == "noaux_tc":
@@ -181,8 +195,7 @@ class TopKRouter(nn.Module):
     def in_best_groups(self, choice_ME):
         """(M, E) boolean: whether the expert's group is among the best `topk_group`."""
         by_group = choice_ME.unflatten(1, (self.n_group, -1))
-        best = 2 if self.topk_method == "noaux_tc" else 1
-        group_scores = by_group.topk(best, dim=-1).values.sum(dim=-1)
+        group_scores = by_group.topk(self.best_of_group, dim=-1).values.sum(dim=-1)
         best_groups = group_scores.topk(self.topk_group, dim=-1).indices
         kept = torch.zeros_like(group_scores, dtype=torch.bool).scatter(1, best_groups, True)
         return kept.unsqueeze(-1).expand_as(by_group).flatten(1)
@@ -191,8 +204,9 @@ class TopKRouter(nn.Module):
     def update_bias(self, load_E, gamma):
         """One step of V3's balancing (section 2.1.2): how often each expert was chosen, γ.
 
-        An expert above the mean load loses `gamma`, one below gains it. A load of zeros, or a
-        router without bias, changes nothing.
+        An expert above the mean load loses `gamma`, one below gains it: loads (6, 2, 4, 4) have the
+        mean 4 and move b by (−γ, +γ, 0, 0). A load of zeros, or a router without bias, changes
+        nothing.
         """
         if self.topk_method == "noaux_tc":
             load_E = load_E.float()
@@ -205,25 +219,6 @@ class TopKRouter(nn.Module):
         if bias is not None and not bias.is_meta:
             self.e_score_correction_bias = bias.to(self.weight.device)
         return self
-
-
-def check_router(router):
-    """ValueError for a router whose experts, groups and choices do not fit together."""
-    E, A, groups, best = (
-        router.num_experts, router.num_experts_per_tok, router.n_group, router.topk_group
-    )
-    scoring, method, scorings = router.scoring_func, router.topk_method, ("softmax", "sigmoid")
-    methods = ("greedy", "group_limited_greedy", "noaux_tc")
-    require(scoring in scorings, f"scoring_func={scoring!r} must be one of {scorings}")
-    require(method in methods, f"topk_method={method!r} must be one of {methods}")
-    check_sizes(n_routed_experts=E)
-    check_divides(n_routed_experts=E, n_group=groups)
-    require(1 <= best <= groups, f"topk_group={best} must be from 1 to n_group={groups}")
-    size = E // groups
-    can = f"num_experts_per_tok={A} must be from 1 to the {best * size} experts that can be chosen"
-    require(1 <= A <= best * size, can)
-    pairs = method != "noaux_tc" or groups == 1 or size >= 2
-    require(pairs, f"n_group={groups} leaves {size} expert a group, want 2 or more")
 
 
 # %% The experts, and three ways to run them
@@ -241,8 +236,7 @@ class Experts(nn.Module):
 
     def expert(self, e, x):
         """Expert e on any rows, (..., D) → (..., D): what `SwiGLU` does."""
-        gate, up = F.linear(x, self.gate_up_proj[e]).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, self.down_proj[e])
+        return swiglu(x, self.gate_up_proj[e], self.down_proj[e])
 
     def dense(self, x_MD, routing):
         """The naive reference: every expert on every token, most of it weighed with zero."""
@@ -267,43 +261,44 @@ class Experts(nn.Module):
         return output_MD
 
     def grouped(self, x_MD, routing):
-        """Tokens sorted by expert, then two grouped matrix products for all experts at once."""
-        active = routing.indices.shape[1]
-        tokens = torch.arange(len(x_MD), device=x_MD.device).repeat_interleave(active)
-        experts, weights = routing.indices.flatten(), routing.weights.flatten()
-        if routing.kept is not None:
-            kept = routing.kept.flatten()
-            tokens, experts, weights = tokens[kept], experts[kept], weights[kept]
+        """Choices sorted by expert: the rows of each expert are one run, with nothing to look up.
+
+        Three tokens, A = 2, three experts:
+
+            choices      token 0: 1 0    token 1: 2 1    token 2: 1 2
+            experts      0  1  1  1  2  2
+            tokens       0  0  1  2  1  2     runs of 1, 3 and 2 rows
+        """
+        experts = routing.indices.flatten()
         order = experts.argsort(stable=True)
-        tokens, weights = tokens[order], weights[order].to(x_MD.dtype)
-        ends_E = expert_counts(experts, len(self.down_proj)).cumsum(0).to(torch.int32)
+        if routing.kept is not None:
+            order = order[routing.kept.flatten()[order]]
+        tokens = order // routing.indices.shape[1]  # A choices belong to a token
         # index_select, not x_MD[tokens]: its backward is 5 times faster.
         rows = x_MD.index_select(0, tokens)
-        gate, up = grouped_linear(rows, self.gate_up_proj, ends_E).chunk(2, dim=-1)
-        outputs = grouped_linear(F.silu(gate) * up, self.down_proj, ends_E)
-        return torch.zeros_like(x_MD).index_add(0, tokens, outputs * weights.unsqueeze(1))
+        weights = routing.weights.flatten().index_select(0, order)
+        lengths_E = torch.bincount(experts[order], minlength=len(self.down_proj))
+        outputs = self.by_runs(rows, lengths_E) * weights.to(x_MD.dtype).unsqueeze(1)
+        return torch.zeros_like(x_MD).index_add(0, tokens, outputs)
 
+    def by_runs(self, rows, lengths_E):
+        """(rows, D) → (rows, D): each expert on its own run of the rows, one after the other.
 
-def grouped_linear(rows, weights, ends):
-    """`F.linear` of each expert on its own rows: (rows, in), (E, out, in), (E,) → (rows, out).
-
-    `ends` (int32): where each expert's run ends. PyTorch's kernel takes them all in one call; it
-    wants one dtype and rows of a multiple of 16 bytes. Elsewhere: a product per expert.
-    """
-    if torch.is_autocast_enabled(rows.device.type):  # the kernel is not on autocast's list
-        precision = torch.get_autocast_dtype(rows.device.type)
-        rows, weights = rows.to(precision), weights.to(precision)
-    size, narrow = rows.element_size(), rows.element_size() <= 4 and not rows.is_mps
-    whole = all(width * size % 16 == 0 for width in weights.shape[1:])
-    if narrow and whole and rows.dtype == weights.dtype:
-        return F.grouped_mm(rows, weights.transpose(-2, -1), offs=ends)
-    runs = rows.tensor_split(ends.tolist()[:-1])
-    return torch.cat([F.linear(run, weight) for run, weight in zip(runs, weights, strict=True)])
+        `F.grouped_mm` multiplies all runs in one call: `pipeline/fast` has that form.
+        """
+        runs = rows.split(lengths_E.tolist())
+        experts = zip(runs, self.gate_up_proj, self.down_proj, strict=True)
+        return torch.cat([swiglu(*run_and_weights) for run_and_weights in experts])
 
 
 # %% The layer
 class Routed(NamedTuple):
-    """What one MoE layer decided in one pass: what balance losses and biases are made from."""
+    """What one MoE layer decided in one pass: balance losses and biases are made from it.
+
+        error = F.mse_loss(layer(x, routed=routed), target)  # `routed`, a list, gets this pass
+        (error + routed[0].balance_loss()).backward()
+        layer.gate.update_bias(routed[0].load(), gamma)      # V3, after the optimizer's step
+    """
 
     layer: nn.Module
     routing: Routing
@@ -311,22 +306,25 @@ class Routed(NamedTuple):
     token_mask: torch.Tensor | None
 
     def balance_loss(self):
-        """The layer's own loss, a scalar; 0 if it has none."""
+        """The layer's loss of its scores (B, T, E) and choices (B, T, A); 0 if it has none."""
         if self.layer.balance_loss is None:
             return self.routing.scores.new_zeros(())
-        return self.layer.balance_loss(self.routing, self.batch_shape, self.token_mask)
+        decided = (self.routing.scores, self.routing.indices)
+        scores, indices = (rows.unflatten(0, self.batch_shape) for rows in decided)
+        return self.layer.balance_loss(scores, indices, token_mask=self.token_mask)
 
     def load(self):
         """(E,) how often each expert was chosen; padding is left out."""
-        real_M = None if self.token_mask is None else self.token_mask.flatten()
-        return expert_counts(self.routing.indices, self.layer.gate.num_experts, real_M)
+        indices = self.routing.indices[real_tokens(self.token_mask, self.routing.indices)]
+        return torch.bincount(indices.flatten(), minlength=self.layer.gate.num_experts)
 
 
 class MixtureOfExperts(nn.Module):
     """Router, routed experts, and shared experts that see every token. No residual inside.
 
     `n_shared_experts` of width F are one SwiGLU of width n · F, as in the released checkpoints.
-    `balance_loss(routing, batch_shape, token_mask)` → scalar, or None: see `Routed`.
+    `balance_loss(scores, indices, token_mask=...)` → scalar, or None: one of the losses below with
+    its α bound, as in `functools.partial(expert_balance_loss, alpha=0.003)`.
     """
 
     def __init__(
@@ -349,16 +347,11 @@ class MixtureOfExperts(nn.Module):
         token_mask: (...), False = padding, which enters neither balance loss nor load. routed: a
         list that gets this pass's `Routed`. dispatch: "dense", "loop" or "grouped", all the same.
         """
-        ways = ("dense", "loop", "grouped")
-        require(dispatch in ways, f"dispatch={dispatch!r} must be one of {ways}")
+        check_choice(("dense", "loop", "grouped"), dispatch=dispatch)
         check_input(x, self.gate.weight.shape[1])
-        mask_M = None
-        if token_mask is not None:
-            got, want = tuple(token_mask.shape), tuple(x.shape[:-1])
-            require(got == want, f"token_mask must be {want}, got {got}")
-            mask_M = token_mask.flatten()
+        require_shapes(x.shape[:-1], token_mask=token_mask)
         x_MD = x.flatten(0, -2)
-        routing = self.gate(x_MD, mask_M)
+        routing = self.gate(x_MD, token_mask)
         output_MD = getattr(self.experts, dispatch)(x_MD, routing)
         if self.shared_experts is not None:
             output_MD = output_MD + self.shared_experts(x_MD)
@@ -396,99 +389,92 @@ class TransformerBlock(nn.Module):
 
 
 # %% Balance losses: what training adds so that experts are used alike
-# Each is α when what it counts is even. As a rule, uneven use costs more, since the
-# scores P favour the experts that are chosen more often; but not always. Two experts, top 1, scores
-# (.51, .49), (.51, .49), (0, 1): f = (4/3, 2/3), P = (.34, .66), and the loss is 0.893 α.
-def switch_balance_loss(scores_ME, indices_MA, alpha, token_mask=None):
+# Scores are (B, T, E) or (M, E), indices (B, T, A) or (M, A); token_mask False = padding, which is
+# left out. Each loss is α when what it counts is even. As a rule, uneven use costs more, since the
+# scores P favour the experts that are chosen more often:
+#
+#     scores (.7 .1 .1 .1) and (.5 .3 .1 .1), both tokens choose experts 0 and 1
+#     experts       f  = (2, 2, 0, 0), P  = (.6, .2, .1, .1), loss 1.6 α
+#     two devices   f' = (2, 0),       P' = (.8, .2),         loss 1.6 α
+#
+# But not always. Two experts, top 1, scores (.51, .49), (.51, .49), (0, 1): f = (4/3, 2/3),
+# P = (.34, .66), and the loss is 0.893 α.
+def token_mean(values, token_mask=None, each_sequence=False):
+    """(B, T, X) → (X,), the mean over all real tokens, or (B, X) over those of each sequence."""
+    over = 1 if each_sequence else tuple(range(values.dim() - 1))
+    real = real_tokens(token_mask, values).unsqueeze(-1)
+    return (values * real).sum(dim=over) / real.sum(dim=over).clamp(min=1)
+
+
+def is_chosen(scores, indices):
+    """(..., E): 1 where a token has chosen the expert, 0 elsewhere."""
+    return torch.zeros_like(scores).scatter(-1, indices, 1.0)
+
+
+def use_of_experts(scores, indices, token_mask=None, each_sequence=False):
+    """f (E,): E/A · share of the tokens that chose an expert. P (E,): mean score."""
+    chosen = is_chosen(scores, indices) * (scores.shape[-1] / indices.shape[-1])
+    return tuple(token_mean(each, token_mask, each_sequence) for each in (chosen, scores))
+
+
+def switch_balance_loss(scores, indices, alpha, token_mask=None):
     """α E Σ_i f_i P_i (Switch, equation 4); f share of the tokens sent to i, P mean score of i."""
-    return expert_balance_loss(scores_ME, indices_MA[:, :1], alpha, token_mask)
+    return expert_balance_loss(scores, indices[..., :1], alpha, token_mask)
 
 
-def _fractions_and_scores(scores_ME, indices_MA, token_mask):
-    """f (E,): E/(A M) · tokens choosing each expert. P (E,): mean score. Padding left out."""
-    if token_mask is not None:
-        scores_ME, indices_MA = scores_ME[token_mask.bool()], indices_MA[token_mask.bool()]
-    tokens, num_experts = scores_ME.shape
-    counts_E = expert_counts(indices_MA, num_experts)
-    fractions_E = counts_E * (num_experts / max(1, indices_MA.numel()))
-    return fractions_E, scores_ME.sum(dim=0) / max(1, tokens)
-
-
-def expert_balance_loss(scores_ME, indices_MA, alpha, token_mask=None):
+def expert_balance_loss(scores, indices, alpha, token_mask=None):
     """α Σ_i f_i P_i over all experts (V2, equations 23–25). Scores must sum to 1 over experts."""
-    fractions_E, mean_scores_E = _fractions_and_scores(scores_ME, indices_MA, token_mask)
-    return alpha * (fractions_E * mean_scores_E).sum()
+    f_E, P_E = use_of_experts(scores, indices, token_mask)
+    return alpha * (f_E * P_E).sum()
 
 
-def device_balance_loss(scores_ME, indices_MA, alpha, devices, token_mask=None):
+def device_balance_loss(scores, indices, alpha, devices, token_mask=None):
     """α Σ_d f'_d P'_d (V2, equations 26–28): f' mean of f, P' sum of P over a device's experts."""
-    fractions_E, mean_scores_E = _fractions_and_scores(scores_ME, indices_MA, token_mask)
-    per_device = _experts_of_devices(fractions_E, devices).mean(dim=-1)
-    return alpha * (per_device * _experts_of_devices(mean_scores_E, devices).sum(dim=-1)).sum()
+    f_E, P_E = use_of_experts(scores, indices, token_mask)
+    f, P = by_devices(f_E, devices).mean(dim=-1), by_devices(P_E, devices).sum(dim=-1)
+    return alpha * (f * P).sum()
 
 
-def communication_balance_loss(
-    scores_ME, indices_MA, alpha, devices, max_devices, token_mask=None
-):
+def communication_balance_loss(scores, indices, alpha, devices, max_devices, token_mask=None):
     """α Σ_d f''_d P''_d (V2, equations 29–31), over devices d.
 
     f''_d = devices / (max_devices · M) · tokens sent to d, where `max_devices` is how many devices
     a token may be sent to; P''_d is the sum of P over the device's experts.
     """
-    if token_mask is not None:
-        scores_ME, indices_MA = scores_ME[token_mask.bool()], indices_MA[token_mask.bool()]
-    tokens, num_experts = scores_ME.shape
-    chosen_ME = torch.zeros_like(scores_ME, dtype=torch.bool).scatter(1, indices_MA, True)
-    sent = _experts_of_devices(chosen_ME, devices).any(dim=-1).sum(dim=0)
-    fractions = sent * devices / (max_devices * max(1, tokens))
-    mean_scores = _experts_of_devices(scores_ME.sum(dim=0) / max(1, tokens), devices).sum(dim=-1)
-    return alpha * (fractions * mean_scores).sum()
+    sent = by_devices(is_chosen(scores, indices), devices).amax(dim=-1)
+    f = token_mean(sent, token_mask) * devices / max_devices
+    P = token_mean(by_devices(scores, devices).sum(dim=-1), token_mask)
+    return alpha * (f * P).sum()
 
 
-def _experts_of_devices(per_expert, devices):
+def by_devices(per_expert, devices):
     """(..., E) → (..., devices, E / devices): neighbours share a device."""
     check_divides(experts=per_expert.shape[-1], devices=devices)
     return per_expert.unflatten(-1, (devices, -1))
 
 
-def sequence_balance_loss(scores_BTE, experts_per_token, alpha, token_mask=None):
+def sequence_balance_loss(scores_BTE, indices_BTA, alpha, token_mask=None):
     """α Σ_i f_i P_i within each sequence, averaged over sequences (V3, equations 17–20).
 
-    f counts the top A of the plain scores: neither bias nor groups enter. P is the mean of the
-    scores after they are normalised over all experts. token_mask (B, T): False = padding.
+    f counts the top A of the plain scores: neither bias nor groups enter, so that `indices_BTA`
+    only says what A is. P is the mean of the scores after they are normalised over all experts. A
+    sequence of padding alone counts for nothing.
     """
+    require_shape(scores_BTE, "scores within sequences must be", B=0, T=0, E=1)
     shares_BTE = scores_BTE / (scores_BTE.sum(dim=-1, keepdim=True) + 1e-20)
-    top_BTA = scores_BTE.topk(experts_per_token, dim=-1).indices
-    chosen_BTE = torch.zeros_like(scores_BTE).scatter(2, top_BTA, 1.0)
-    if token_mask is None:
-        token_mask = torch.ones_like(scores_BTE[..., 0], dtype=torch.bool)
-    real_BT1 = token_mask.bool().unsqueeze(-1)
-    lengths_B1 = real_BT1.sum(dim=1).clamp(min=1)
-    num_experts = scores_BTE.shape[-1]
-    fractions_BE = (chosen_BTE * real_BT1).sum(dim=1) * num_experts / experts_per_token / lengths_B1
-    mean_shares_BE = (shares_BTE * real_BT1).sum(dim=1) / lengths_B1
-    has_tokens_B = real_BT1.any(dim=1).squeeze(-1)
-    per_sequence_B = (fractions_BE * mean_shares_BE).sum(dim=-1)
-    return alpha * per_sequence_B.sum() / has_tokens_B.sum().clamp(min=1)
-
-
-def balance_within_sequences(alpha, routing, batch_shape, token_mask):
-    """`sequence_balance_loss` in the form that `MixtureOfExperts` calls (bind `alpha` first)."""
-    got = (*batch_shape, "D")
-    require(len(batch_shape) == 2, f"a loss within sequences needs input (B, T, D), got {got}")
-    scores_BTE = routing.scores.unflatten(0, batch_shape)
-    return sequence_balance_loss(scores_BTE, routing.indices.shape[1], alpha, token_mask)
-
-
-def balance_over_batch(alpha, routing, batch_shape, token_mask):
-    """`expert_balance_loss` in the form that `MixtureOfExperts` calls (bind `alpha` first)."""
-    flat_mask = None if token_mask is None else token_mask.flatten()
-    return expert_balance_loss(routing.scores, routing.indices, alpha, flat_mask)
+    top_BTA = scores_BTE.topk(indices_BTA.shape[-1], dim=-1).indices
+    f_BE, P_BE = use_of_experts(shares_BTE, top_BTA, token_mask, each_sequence=True)
+    has_tokens_B = real_tokens(token_mask, scores_BTE).any(dim=1)
+    return alpha * token_mean((f_BE * P_BE).sum(dim=-1, keepdim=True), has_tokens_B).squeeze(0)
 
 
 # %% The cost
 def expert_parameters(hidden_size, moe_intermediate_size, routed, active, shared):
-    """(parameters that exist, parameters that a token uses) in one layer's experts."""
+    """(parameters that exist, parameters that a token uses) in one layer's experts.
+
+    DeepSeek-V3, D = 7168, F = 2048: an expert has 3 · D · F = 44M. 256 routed ones and a shared
+    one exist, 11.32B; 8 and the shared one are used, 0.40B. Arithmetic goes with the latter.
+    """
     one = 3 * hidden_size * moe_intermediate_size
     return (routed + shared) * one, (active + shared) * one
 
@@ -508,7 +494,7 @@ def train_on_clusters(balancing, steps, gamma, seed, device="cpu"):
     popularity = 1.0 / torch.arange(1, 9)
     if balancing == "loss":
         router = TopKRouter(D, E, 2, "softmax", "greedy", norm_topk_prob=False)
-        loss_function = functools.partial(balance_over_batch, 1.0)
+        loss_function = functools.partial(expert_balance_loss, alpha=1.0)
     else:
         router, loss_function = TopKRouter(D, E, 2), None
     layer = MixtureOfExperts(D, 16, router, balance_loss=loss_function).to(device)
@@ -531,7 +517,7 @@ def train_on_clusters(balancing, steps, gamma, seed, device="cpu"):
 
 # %% The demonstration
 def check_dispatches(demo):
-    """Loop and grouped products equal the dense reference, for every router."""
+    """Loop and runs equal the dense reference, for every router."""
     v2 = dict(scoring_func="softmax", topk_method="group_limited_greedy", norm_topk_prob=False)
     routers = {
         "V2 (softmax, best group)": TopKRouter(
@@ -575,7 +561,7 @@ def check_balance_losses(demo):
         "expert": (expert_balance_loss(even_ME, turns_MA, 0.003), 0.003),
         "device": (device_balance_loss(even_ME, turns_MA, 0.05, 4), 0.05),
         "communication": (communication_balance_loss(even_ME, turns_MA, 0.02, 4, 1), 0.02),
-        "sequence": (sequence_balance_loss(turning_BTE, 2, 1e-4), 1e-4),
+        "sequence": (sequence_balance_loss(turning_BTE, turning_BTE.topk(2).indices, 1e-4), 1e-4),
     }
     for name, (loss, alpha) in losses.items():
         ok = abs(loss - alpha) < 1e-6

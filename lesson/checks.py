@@ -203,3 +203,15 @@ class Demonstration:
         if self.failures:
             print(f"FAILED: {'; '.join(self.failures)}", file=sys.stderr)
             raise SystemExit(1)
+
+
+def check_choice(choices, **named):
+    """Every named value must be one of `choices`."""
+    for name, value in named.items():
+        require(value in choices, f"{name}={value!r} must be one of {choices}")
+
+
+def check_up_to(most, of, **numbers):
+    """Every named number must be from 1 to `most`, which the message calls `of`."""
+    for name, number in numbers.items():
+        require(1 <= number <= most, f"{name}={number} must be from 1 to {of}")

@@ -17,6 +17,7 @@ from pipeline.fast import (
     QuickLinear,
     QuickNorm,
     decoding_head,
+    grouped_linear,
     head_loss,
     product_attention,
     quickest_attention,
@@ -213,6 +214,52 @@ def test_only_a_few_choices_go_one_by_one(monkeypatch):
     for tokens in (1, 2, 3, 0):
         layer(torch.randn(tokens, 16))
     assert taken == [1, 2]
+
+
+# Experts of many tokens
+@pytest.mark.parametrize("kind", ROUTERS)
+@pytest.mark.parametrize("width", [16, 13])  # 13: rows the grouped kernel cannot take
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_grouped_experts_equal_the_plain_ones(kind, width, precision):
+    router = ROUTERS[kind]()
+    nn.init.normal_(router.weight)
+    layer, x = MixtureOfExperts(16, width, router), torch.randn(40, 16, requires_grad=True)
+    results = []
+    for layer.experts.__class__ in (Experts, QuickExperts):
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            output = layer(x)
+        assert output.dtype == torch.float32
+        leaves = [x, *layer.parameters()]
+        results.append([output, *torch.autograd.grad(output.square().sum(), leaves)])
+    tolerance = 1e-5 if precision == torch.float32 else 0.05  # BF16 keeps 8 bits
+    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
+
+
+def test_odd_width_falls_back_and_even_width_calls_the_kernel(monkeypatch):
+    called = []
+    kernel = nn.functional.grouped_mm
+    monkeypatch.setattr(
+        nn.functional, "grouped_mm", lambda *a, **k: called.append(1) or kernel(*a, **k)
+    )
+    ends = torch.tensor([2, 2, 5], dtype=torch.int32)
+    for width, calls in ((8, 1), (7, 1)):
+        rows, weights = torch.randn(5, width), torch.randn(3, 4, width)
+        expected = torch.cat([rows[:2] @ weights[0].T, rows[2:] @ weights[2].T])
+        torch.testing.assert_close(grouped_linear(rows, weights, ends), expected)
+        assert len(called) == calls
+    speed_up(MixtureOfExperts(16, 8, TopKRouter(16, 8, 3)))(torch.randn(9, 16))
+    assert len(called) == 1 + 2  # a layer with the pass: both of its products
+
+
+def test_grouped_products_follow_autocast():
+    rows, weights = torch.randn(6, 8), torch.randn(2, 16, 8)
+    ends = torch.tensor([4, 6], dtype=torch.int32)
+    assert grouped_linear(rows, weights, ends).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        product = grouped_linear(rows, weights, ends)
+    assert product.dtype == torch.bfloat16
+    expected = torch.cat([rows[:4] @ weights[0].T, rows[4:] @ weights[1].T])
+    torch.testing.assert_close(product.float(), expected, rtol=0.02, atol=0.1)  # 8 bits
 
 
 # Attention by two products

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-import moe_coded
 from moe_coded import (
     MixtureOfExperts,
     Routing,
@@ -14,14 +13,10 @@ from moe_coded import (
     SwitchRouter,
     TopKRouter,
     TransformerBlock,
-    balance_over_batch,
-    balance_within_sequences,
     communication_balance_loss,
     device_balance_loss,
     expert_balance_loss,
-    expert_counts,
     expert_parameters,
-    grouped_linear,
     sequence_balance_loss,
     switch_balance_loss,
     train_on_clusters,
@@ -214,6 +209,15 @@ def test_switch_drops_what_exceeds_the_capacity_in_order():
     torch.testing.assert_close(routing.weights, routing.scores.max(1, keepdim=True).values)
 
 
+def test_queue_of_the_docstring():
+    router = SwitchRouter(2, 2, capacity_factor=1.0)
+    with torch.no_grad():
+        router.weight.copy_(torch.eye(2))
+    routing = router(torch.eye(2)[[0, 0, 1, 0, 0, 1]])
+    assert router.capacity(6) == 3 and routing.dropped() == 1
+    assert routing.kept.flatten().tolist() == [True] * 4 + [False, True]
+
+
 def test_switch_dropped_tokens_get_nothing_from_the_routed_experts():
     layer, x = MixtureOfExperts(16, 8, build_router("switch")), torch.randn(30, 16)
     for dispatch in ("dense", "loop", "grouped"):
@@ -226,7 +230,7 @@ def test_switch_dropped_tokens_get_nothing_from_the_routed_experts():
 
 # Dispatch
 @EVERY_ROUTER
-@pytest.mark.parametrize("width", [16, 13])  # 13: rows the grouped kernel cannot take
+@pytest.mark.parametrize("width", [16, 13])
 @pytest.mark.parametrize("tokens", ["random", "one expert", "one token"])
 def test_dispatches_agree_forward_and_backward(kind, width, tokens):
     layer = MixtureOfExperts(16, width, build_router(kind), n_shared_experts=1)
@@ -246,18 +250,23 @@ def test_dispatches_agree_forward_and_backward(kind, width, tokens):
         torch.testing.assert_close(results[dispatch], results["dense"], rtol=1e-3, atol=1e-4)
 
 
-def test_odd_width_falls_back_and_even_width_calls_the_kernel(monkeypatch):
-    called = []
-    kernel = moe_coded.F.grouped_mm
-    monkeypatch.setattr(
-        moe_coded.F, "grouped_mm", lambda *a, **k: called.append(1) or kernel(*a, **k)
-    )
-    ends = torch.tensor([2, 2, 5], dtype=torch.int32)
-    for width, calls in ((8, 1), (7, 1)):
-        rows, weights = torch.randn(5, width), torch.randn(3, 4, width)
-        expected = torch.cat([rows[:2] @ weights[0].T, rows[2:] @ weights[2].T])
-        torch.testing.assert_close(grouped_linear(rows, weights, ends), expected)
-        assert len(called) == calls
+def test_runs_of_the_docstring():
+    layer = MixtureOfExperts(16, 8, TopKRouter(16, 3, 2))
+    routing = Routing(torch.rand(3, 2), torch.tensor([[1, 0], [2, 1], [1, 2]]), torch.rand(3, 3))
+    x, seen = torch.randn(3, 16), []
+    layer.experts.by_runs = lambda rows, lengths: seen.append((rows, lengths.tolist())) or rows
+    layer.experts.grouped(x, routing)
+    (rows, lengths), = seen
+    assert torch.equal(rows, x[[0, 0, 1, 2, 1, 2]]) and lengths == [1, 3, 2]
+
+
+def test_experts_follow_autocast_and_their_sum_stays_float32():
+    layer, x = MixtureOfExperts(16, 8, build_router("v3")), torch.randn(20, 16)
+    expected = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, product = layer(x), layer.experts.by_runs(x, torch.tensor([20] + 7 * [0]))
+    assert (output.dtype, product.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(output, expected, rtol=0.02, atol=0.05)  # 8 bits
 
 
 def test_shared_experts_see_every_token_and_no_residual_is_added():
@@ -337,7 +346,8 @@ def test_losses_are_alpha_at_perfect_balance():
     assert communication.item() == pytest.approx(0.02)
     base = torch.tensor([[4.0, 3.0, 2.0, 1.0]])
     sequence = torch.stack([base.roll(shift, 1)[0] for shift in range(4)])[None] / 10
-    assert sequence_balance_loss(sequence, 2, 1e-4).item() == pytest.approx(1e-4)
+    turning = sequence_balance_loss(sequence, sequence.topk(2).indices, 1e-4)
+    assert turning.item() == pytest.approx(1e-4)
 
 
 def test_losses_by_hand_when_unbalanced():
@@ -352,12 +362,13 @@ def test_losses_by_hand_when_unbalanced():
     # Switch, E Σ f P with f = (1, 0, 0, 0): 4 · 0.6
     assert switch_balance_loss(scores, indices[:, :1], 1.0).item() == pytest.approx(2.4)
     # sequences: rows are a sequence each; f = 4/2·(1, 1, 0, 0), P the scores: 1.6 and 1.6
-    assert sequence_balance_loss(scores[:, None], 2, 1.0).item() == pytest.approx(1.6)
+    sequences = sequence_balance_loss(scores[:, None], indices[:, None], 1.0)
+    assert sequences.item() == pytest.approx(1.6)
 
 
 def test_sequence_loss_normalises_scores_and_ignores_the_bias():
     router, x = build_router("v3"), torch.randn(2, 6, 16)
-    layer = MixtureOfExperts(16, 8, router, 0, functools.partial(balance_within_sequences, 1.0))
+    layer = MixtureOfExperts(16, 8, router, 0, functools.partial(sequence_balance_loss, alpha=1.0))
     before = decisions(layer, x)
     scores = before.routing.scores.view(2, 6, 8)
     expected = 0.0
@@ -372,10 +383,10 @@ def test_sequence_loss_normalises_scores_and_ignores_the_bias():
     torch.testing.assert_close(decisions(layer, x).balance_loss(), before.balance_loss())
 
 
-@pytest.mark.parametrize("balance", [balance_within_sequences, balance_over_batch])
+@pytest.mark.parametrize("balance", [sequence_balance_loss, expert_balance_loss])
 def test_padding_enters_neither_loss_nor_load(balance):
-    kind = "v3" if balance is balance_within_sequences else "v2"
-    layer = MixtureOfExperts(16, 8, build_router(kind), 0, functools.partial(balance, 1.0))
+    kind = "v3" if balance is sequence_balance_loss else "v2"
+    layer = MixtureOfExperts(16, 8, build_router(kind), 0, functools.partial(balance, alpha=1.0))
     x = torch.randn(2, 6, 16)
     plain = decisions(layer, x)
     padded = torch.cat([torch.randn(2, 3, 16), x], dim=1)
@@ -392,14 +403,15 @@ def test_device_losses_leave_padding_out_and_empty_rows_do_not_dilute():
         padded = loss(scores, indices, 1.0, *extra, token_mask=mask)
         torch.testing.assert_close(padded, loss(scores[2:], indices[2:], 1.0, *extra))
     rows = scores.view(2, 3, 8)
-    half = sequence_balance_loss(rows, 2, 1.0, torch.tensor([[0, 0, 0], [1, 1, 1]]))
-    torch.testing.assert_close(half, sequence_balance_loss(rows[1:], 2, 1.0))
+    chosen = indices.view(2, 3, 2)
+    half = sequence_balance_loss(rows, chosen, 1.0, torch.tensor([[0, 0, 0], [1, 1, 1]]))
+    torch.testing.assert_close(half, sequence_balance_loss(rows[1:], chosen[1:], 1.0))
 
 
-@pytest.mark.parametrize("balance", [balance_within_sequences, balance_over_batch])
+@pytest.mark.parametrize("balance", [sequence_balance_loss, expert_balance_loss])
 def test_balance_loss_reaches_the_router(balance):
-    kind = "v3" if balance is balance_within_sequences else "v2"
-    layer = MixtureOfExperts(16, 8, build_router(kind), 0, functools.partial(balance, 1.0))
+    kind = "v3" if balance is sequence_balance_loss else "v2"
+    layer = MixtureOfExperts(16, 8, build_router(kind), 0, functools.partial(balance, alpha=1.0))
     decisions(layer, torch.randn(2, 6, 16)).balance_loss().backward()
     assert layer.gate.weight.grad.abs().sum() > 0
 
@@ -423,7 +435,7 @@ def test_a_pass_leaves_nothing_behind_but_what_was_asked_for():
     layer(x, routed=routed)
     assert {**vars(layer), **vars(layer.gate)} == before
     for one in routed:
-        assert torch.equal(one.load(), expert_counts(one.routing.indices, 8))
+        assert torch.equal(one.load(), torch.bincount(one.routing.indices.flatten(), minlength=8))
         assert one.load().sum() == 10 * 3 and one.balance_loss() == 0
 
 
@@ -490,6 +502,7 @@ def test_every_parameter_gets_a_gradient(kind):
         (lambda: MixtureOfExperts(4, 2, SwitchRouter(4, 2))(torch.ones(3, 4), torch.ones(2)),
          r"token_mask must be \(3,\), got \(2,\)"),
         (lambda: device_balance_loss(*even_routing(), 1.0, 3), "must be divisible by devices=3"),
+        (lambda: sequence_balance_loss(*even_routing(), 1.0), r"sequences must be \(B, T, E"),
     ],
 )
 def test_mistakes_are_named(call, message):
@@ -505,14 +518,3 @@ def test_routing_names_its_parts():
 def test_script_draws_its_picture(check_script, tmp_path):
     check_script("moe_coded.py", ["--steps", 40], ["--steps", 3], "--steps=3")
     assert (tmp_path / "pictures" / "moe_load.png").stat().st_size > 5000
-
-
-def test_grouped_products_follow_autocast():
-    rows, weights = torch.randn(6, 8), torch.randn(2, 16, 8)
-    ends = torch.tensor([4, 6], dtype=torch.int32)
-    assert grouped_linear(rows, weights, ends).dtype == torch.float32
-    with torch.autocast("cpu", torch.bfloat16):
-        product = grouped_linear(rows, weights, ends)
-    assert product.dtype == torch.bfloat16
-    expected = torch.cat([rows[:4] @ weights[0].T, rows[4:] @ weights[1].T])
-    torch.testing.assert_close(product.float(), expected, rtol=0.02, atol=0.1)  # 8 bits

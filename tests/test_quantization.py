@@ -11,7 +11,7 @@ from torch import nn
 
 import quantization_coded as q
 from mla_coded import MultiHeadLatentAttention
-from moe_coded import Experts, Routing, balance_over_batch
+from moe_coded import Experts, Routing, expert_balance_loss
 from mtp_coded import CausalLM, Sampling, small_language, train_small
 from multihead_attention_coded import RowStore
 from pipeline import decoding
@@ -830,7 +830,7 @@ def test_models_prepared_for_fp8_training_are_quantised_like_others():
 
 def test_a_model_straight_from_a_training_pass_is_copied():
     model, ids, routed = small(depth=0), calibration(2, 12), []
-    model.layers[1].mlp.balance_loss = functools.partial(balance_over_batch, 0.01)
+    model.layers[1].mlp.balance_loss = functools.partial(expert_balance_loss, alpha=0.01)
     loss = q.next_token_loss(model.train()(ids, routed=routed), ids)
     (loss + sum(r.balance_loss() for r in routed)).backward()
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}

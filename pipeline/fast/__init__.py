@@ -12,7 +12,7 @@ from torch import nn
 from mla_coded import MultiHeadLatentAttention, RMSNorm
 from moe_coded import Experts
 from pipeline.fast.attention import EXPAND_FROM, product_attention, quickest_attention
-from pipeline.fast.experts import QuickExpertList, QuickExperts
+from pipeline.fast.experts import QuickExpertList, QuickExperts, grouped_linear
 from pipeline.fast.few_rows import QuickLinear, QuickNorm, shared_linear
 from pipeline.fast.head import ChunkedHeadLoss, decoding_head, head_loss
 from pipeline.fast.int4 import pack_int4
@@ -29,6 +29,7 @@ __all__ = [
     "QuickNorm",
     "QuickRotary",
     "decoding_head",
+    "grouped_linear",
     "head_loss",
     "pack_int4",
     "product_attention",

@@ -1,4 +1,4 @@
-"""Experts of a few tokens, choice by choice."""
+"""Experts of a few tokens, choice by choice; of many, two products for all experts at once."""
 
 import torch
 import torch.nn.functional as F
@@ -34,12 +34,34 @@ class ByChoice:
         return super().grouped(x_MD, routing)
 
 
+def grouped_linear(rows, weights, ends):
+    """`F.linear` of each expert on its own rows: (rows, in), (E, out, in), (E,) → (rows, out).
+
+    `ends` (int32): where each expert's run ends. PyTorch's kernel takes them all in one call; it
+    wants one dtype and rows of a multiple of 16 bytes. Elsewhere: a product per expert.
+    """
+    if torch.is_autocast_enabled(rows.device.type):  # the kernel is not on autocast's list
+        precision = torch.get_autocast_dtype(rows.device.type)
+        rows, weights = rows.to(precision), weights.to(precision)
+    size, narrow = rows.element_size(), rows.element_size() <= 4 and not rows.is_mps
+    whole = all(width * size % 16 == 0 for width in weights.shape[1:])
+    if narrow and whole and rows.dtype == weights.dtype:
+        return F.grouped_mm(rows, weights.transpose(-2, -1), offs=ends)
+    runs = rows.tensor_split(ends.tolist()[:-1])
+    return torch.cat([F.linear(run, weight) for run, weight in zip(runs, weights, strict=True)])
+
+
 class QuickExperts(ByChoice, Experts):
-    """`Experts`, by choice for a few tokens, whose matrices all cores share."""
+    """`Experts`, by choice for a few tokens, whose matrices all cores share; for many, grouped."""
 
     def expert(self, e, x):
         gate, up = shared_linear(x, self.gate_up_proj[e]).chunk(2, dim=-1)
         return shared_linear(F.silu(gate) * up, self.down_proj[e])
+
+    def by_runs(self, rows, lengths_E):
+        ends_E = lengths_E.cumsum(0).to(torch.int32)
+        gate, up = grouped_linear(rows, self.gate_up_proj, ends_E).chunk(2, dim=-1)
+        return grouped_linear(F.silu(gate) * up, self.down_proj, ends_E)
 
 
 class QuickExpertList(ByChoice, ExpertList):
