@@ -43,7 +43,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lesson import check_settings, demonstration, flag, require, require_shape, setting
-from lesson.checks import int_mm_is_exact
+from lesson.surgery import TypesKept, inputs_watched, linear_around, without_parametrizations
 from mla_coded import LatentCache, MultiHeadLatentAttention
 from moe_coded import Experts, MixtureOfExperts, SwiGLU, TopKRouter, TransformerBlock
 from mtp_coded import CausalLM, next_token_loss, small_language, train_small
@@ -123,6 +123,36 @@ def rounding_and_clipping(x, bits, largest):
     return (error * inside).mean().item(), (error * ~inside).mean().item()
 
 
+# %% Packing: codes of 2 to 7 bits in bytes, no bit wasted
+def pack_bits(codes, bits):
+    """Signed codes (..., n), int8 → bytes (..., ⌈n · bits / 8⌉), uint8; the first code lowest.
+
+    Codes are stored as code + 2^(bits−1). INT4: two to a byte, the first in the low half:
+    [−8, 7] → 0b1111_0000. 6 bits: four codes in three bytes. 8 bits: the codes as they are.
+    """
+    if bits == 8:
+        return codes
+    codes = codes.long() + 2 ** (bits - 1)
+    size = math.ceil(codes.shape[-1] * bits / 8)
+    words = F.pad(codes, (0, -codes.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    words = (words << (bits * torch.arange(8, device=codes.device))).sum(dim=-1, keepdim=True)
+    packed = (words >> (8 * torch.arange(bits, device=codes.device))) & 255
+    return packed.flatten(-2)[..., :size].to(torch.uint8)
+
+
+def unpack_bits(packed, bits, count):
+    """The inverse of `pack_bits`: bytes (..., ⌈count · bits / 8⌉) → codes (..., count), int8."""
+    if bits == 8:
+        return packed
+    if bits == 4:  # the low and the high half of each byte: the same, quicker
+        codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)[..., :count]
+        return codes.view(torch.int8) - 8
+    packed = F.pad(packed, (0, -packed.shape[-1] % bits)).unflatten(-1, (-1, bits)).long()
+    words = (packed << (8 * torch.arange(bits, device=packed.device))).sum(dim=-1, keepdim=True)
+    codes = (words >> (bits * torch.arange(8, device=packed.device))) & (2**bits - 1)
+    return (codes.flatten(-2)[..., :count] - 2 ** (bits - 1)).to(torch.int8)
+
+
 # %% Floating point in 8 bits: every number has a step of its own
 def float8_grid(exponent_bits, mantissa_bits):
     """All finite numbers ≥ 0 of an 8-bit float, in the order of their bit patterns.
@@ -189,28 +219,27 @@ def tile_rounded(x, columns=128):
 
 
 # %% Outliers: a few large inputs, and the product that rounds all others
-def w8a8_product(x, codes, scale, kernel=True):
+def w8a8_product(x, codes, scale):
     """x Ŵᵀ with integers inside the sum: y_ij = s_i s_j Σ_k q_ik q_jk.
 
-    x (M, in), each row rounded as it comes; codes (out, in), scale (out, 1). Without `kernel` the
-    rounded numbers are multiplied in FP32: the reference.
+    x (M, in), each row rounded as it comes; codes (out, in), scale (out, 1). FP32 adds up whole
+    numbers without error as far as 2²⁴, 1,040 products of 127 · 127. Kernels take INT32, which is
+    where the time is won: pipeline/fast.
     """
     x_codes, x_scale = absmax_quantize(x.float(), dim=-1)
-    # torch._int_mm is wrong for a single column, and on processors that are too old.
-    if kernel and x.device.type == "cpu" and x.shape[1] > 1 and int_mm_is_exact():
-        return torch._int_mm(x_codes, codes.T) * (x_scale * scale.T)
-    return F.linear(x_codes * x_scale, dequantize(codes, scale))
+    sums = F.linear(x_codes.float(), codes.float())
+    return sums * (x_scale * scale.T)
 
 
-def llm_int8_product(x, codes, scale, threshold=6.0, kernel=True):
+def llm_int8_product(x, codes, scale, threshold=6.0, product=w8a8_product):
     """LLM.int8(): columns in which some |x| reaches the threshold are multiplied in high precision.
 
     They are looked for in every input, so the output of a token depends a little on the other
     tokens of its batch. The outliers are never rounded; their weights come from the INT8 codes, so
-    that no second copy is kept.
+    that no second copy is kept. `product` multiplies all other columns.
     """
     outliers = (x.abs() >= threshold).any(dim=0)
-    ordinary = w8a8_product(x.masked_fill(outliers, 0.0), codes, scale, kernel)
+    ordinary = product(x.masked_fill(outliers, 0.0), codes, scale)
     columns = outliers.nonzero().squeeze(1)
     return ordinary + F.linear(x[:, columns].float(), dequantize(codes[:, columns], scale))
 
@@ -342,128 +371,21 @@ def smoothquant_smoothing(weight, largest_input, alpha=0.5):
     return torch.where(unused | (largest_weight == 0), 1.0, smoothing)
 
 
-# %% Part 2, a model. Its latent cache in fewer than 8 bits, no bit wasted
-def pack_bits(codes, bits):
-    """Signed codes (..., n), int8 → bytes (..., ⌈n · bits / 8⌉), uint8; the first code lowest.
-
-    Codes are stored as code + 2^(bits−1). INT4: two to a byte, the first in the low half:
-    [−8, 7] → 0b1111_0000. 6 bits: four codes in three bytes. 8 bits: the codes as they are.
-    """
-    if bits == 8:
-        return codes
-    codes = codes.long() + 2 ** (bits - 1)
-    size = math.ceil(codes.shape[-1] * bits / 8)
-    words = F.pad(codes, (0, -codes.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    words = (words << (bits * torch.arange(8, device=codes.device))).sum(dim=-1, keepdim=True)
-    packed = (words >> (8 * torch.arange(bits, device=codes.device))) & 255
-    return packed.flatten(-2)[..., :size].to(torch.uint8)
-
-
-def unpack_bits(packed, bits, count):
-    """The inverse of `pack_bits`: bytes (..., ⌈count · bits / 8⌉) → codes (..., count), int8."""
-    if bits == 8:
-        return packed
-    if bits == 4:  # the low and the high half of each byte: the same, quicker
-        codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)[..., :count]
-        return codes.view(torch.int8) - 8
-    packed = F.pad(packed, (0, -packed.shape[-1] % bits)).unflatten(-1, (-1, bits)).long()
-    words = (packed << (8 * torch.arange(bits, device=packed.device))).sum(dim=-1, keepdim=True)
-    codes = (words >> (bits * torch.arange(8, device=packed.device))) & (2**bits - 1)
-    return (codes.flatten(-2)[..., :count] - 2 ** (bits - 1)).to(torch.int8)
-
-
-class QuantizedLatentCache:
-    """A `LatentCache` of packed integers and two BF16 scales a token: latent and rotary key apart.
-
-    Attention reads dequantised numbers, those of the newest token included. V2-sized, 6 bits: 576
-    numbers in 432 + 4 bytes. Codes and scales have a `store` each.
-    """
-
-    def __init__(self, store=RowStore, *, bits, latent_width):
-        self.bits, self.latent_width = bits, latent_width
-        self.codes, self.scales = store(), store()
-
-    @property
-    def length(self):
-        return self.codes.length
-
-    def append(self, memory):
-        """(B, new, C + R) → all so far, dequantised, (B, S, C + R)."""
-        width = memory.shape[-1]
-        widths = [part for part in (self.latent_width, width - self.latent_width) if part]
-        parts = [round_nearest(part, self.bits) for part in memory.split(widths, dim=-1)]
-        codes, scales = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
-        codes = unpack_bits(self.codes.append(pack_bits(codes, self.bits)), self.bits, width)
-        scales = self.scales.append(scales).to(memory.dtype)
-        repeats = torch.tensor(widths, device=memory.device)
-        return codes * scales.repeat_interleave(repeats, dim=-1, output_size=width)
-
-    def truncate(self, length):
-        self.codes.truncate(length)
-        self.scales.truncate(length)
-
-    def used_bytes(self):
-        return self.codes.used_bytes() + self.scales.used_bytes()
-
-
-# %% Training with rounded weights
+# %% Part 2, a model. Layers that hold rounded weights and nothing else
 def straight_through(exact, rounded):
-    """`rounded` in the forward pass; in the backward pass the gradient goes to `exact`."""
+    """`rounded` in the forward pass; in the backward pass the gradient goes to `exact`.
+
+    Rounding is a staircase: its gradient is zero almost everywhere, and nothing would be learnt.
+    """
     return exact + (rounded - exact).detach()
 
 
-class FakeQuantize(nn.Module):
-    """Weights (..., out, in) → the same as the integer layer will hold them."""
-
-    def __init__(self, scheme):
-        super().__init__()
-        self.scheme = scheme
-
-    def forward(self, weight):
-        groups = self.scheme.groups(weight.shape[-1])
-        rounded = dequantize(*round_nearest(weight, self.scheme.bits, groups))
-        return straight_through(weight, rounded.to(weight.dtype))
-
-
-# %% A training step in FP8
-class Fp8Product(torch.autograd.Function):
-    """y = x Wᵀ whose three products all take rounded operands, as V3 trains (figure 6).
-
-    Forward  y = ⌊x⌉ ⌊W⌉ᵀ, input gradient ∂x = ⌊∂y⌉ ⌊W⌉, weight gradient ∂W = ⌊∂yᵀ⌉ ⌊xᵀ⌉ᵀ: tiles of
-    1×128 lie along the dimension that is summed over, in the last product along the tokens.
-    """
-
-    @staticmethod
-    def forward(context, x, weight):
-        context.save_for_backward(x, weight)
-        rounded = block_dequantize(*block_quantize(weight, 128), 128)
-        return F.linear(tile_rounded(x), rounded)
-
-    @staticmethod
-    def backward(context, gradient):
-        x, weight = context.saved_tensors
-        rounded = block_dequantize(*block_quantize(weight, 128), 128)
-        gradient_rows, rows = (t.reshape(-1, t.shape[-1]) for t in (gradient, x))
-        weight_gradient = tile_rounded(gradient_rows.T) @ tile_rounded(rows.T).T
-        return tile_rounded(gradient) @ rounded, weight_gradient
-
-
-class Fp8TrainingLinear(nn.Linear):
-    """A linear whose master weights stay FP32 and whose products run in simulated FP8."""
-
-    def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):
-            output = Fp8Product.apply(x.float(), self.weight)
-        return output if self.bias is None else output + self.bias
-
-
-# %% Layers that hold rounded weights and nothing else
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(TypesKept):
     """y = (x / input_scale) Ŵᵀ + bias, (..., in) → (..., out). The subclasses say what Ŵ is.
 
     `input_scale` is the smoothing σ, not a grid's step, or None. `weight` is the FP32 matrix that
     the layer stands for, worked out at each call: MLA's absorption reads it and sees what the layer
-    does.
+    does. A cast changes neither codes nor scales.
     """
 
     def __init__(self, in_features, out_features, bias=False, scaled_input=False):
@@ -478,7 +400,7 @@ class QuantizedLinear(nn.Module):
         raise NotImplementedError
 
     def product(self, rows):
-        """(M, in) → (M, out), without smoothing and bias: the reference."""
+        """(M, in) → (M, out), without smoothing and bias: dequantise, then multiply."""
         return F.linear(rows, self.rounded_weight().to(rows.dtype))
 
     @property
@@ -487,9 +409,9 @@ class QuantizedLinear(nn.Module):
         return rounded if self.input_scale is None else rounded / self.input_scale
 
     def forward(self, x):
-        rows = x.reshape(-1, self.in_features).contiguous()
-        if not len(rows):  # an expert without tokens
+        if not x.numel():  # an expert without tokens
             return x.new_zeros(*x.shape[:-1], self.out_features)
+        rows = x.reshape(-1, self.in_features)
         if self.input_scale is not None:
             rows = (rows / self.input_scale).to(x.dtype)
         output = self.product(rows.detach()).to(x.dtype)
@@ -504,27 +426,19 @@ class QuantizedLinear(nn.Module):
         """What stands for the matrix: codes, scales and smoothing."""
         return sum(b.nbytes for name, b in self.named_buffers() if name != "bias")
 
-    def _apply(self, function, recurse=True):
-        """Moves to another device and keeps the types: a cast must not touch codes and scales."""
-        for name, buffer in self.named_buffers():
-            setattr(self, name, buffer.to(function(buffer[:0]).device))
-        return self
-
 
 class IntegerLinear(QuantizedLinear):
     """Weights in 2 to 8 bits, one BF16 scale a row or group; inputs stay as they are.
 
-    Codes and scales are dequantised, then multiplied: the reference. `kernel=True` takes PyTorch's
-    product for 8 bits on a CPU, which reads the codes as they are and computes in BF16 (inputs,
-    outputs and scales; sums in FP32); the two differ by the rounding of BF16.
+    Codes and scales are dequantised, then multiplied. pipeline/fast has kernels for 8 and 4 bits
+    that read the codes as they are: half the point of fewer bits is that fewer bytes are read.
     """
 
     def __init__(
-        self, in_features, out_features, bias=False, scaled_input=False, bits=8, group_size=None,
-        kernel=True,
+        self, in_features, out_features, bias=False, scaled_input=False, bits=8, group_size=None
     ):
         super().__init__(in_features, out_features, bias, scaled_input)
-        self.bits, self.group_size, self.kernel = bits, group_size or in_features, kernel
+        self.bits, self.group_size = bits, group_size or in_features
         codes, scale = round_nearest(torch.zeros(out_features, in_features), bits, group_size)
         self.register_buffer("codes", pack_bits(codes, bits))
         self.register_buffer("scale", scale)
@@ -550,13 +464,6 @@ class IntegerLinear(QuantizedLinear):
     def rounded_weight(self):
         return dequantize(*self.codes_and_scale())
 
-    def product(self, rows):
-        # The kernel reads 16 numbers at a time, past the end of rows of other widths.
-        fits = self.bits == 8 and self.group_size == self.in_features and self.in_features % 16 == 0
-        if self.kernel and fits and rows.device.type == "cpu" and rows.dtype != torch.float64:
-            return torch._weight_int8pack_mm(rows.bfloat16(), self.codes, self.scale[:, 0])
-        return super().product(rows)
-
 
 class W8A8Linear(IntegerLinear):
     """INT8 rows of weights times INT8 rows of inputs; with `outlier_threshold`, LLM.int8()."""
@@ -566,10 +473,9 @@ class W8A8Linear(IntegerLinear):
         self.outlier_threshold = outlier_threshold
 
     def product(self, rows):
-        operands, threshold = (rows, self.codes, self.scale), self.outlier_threshold
-        if threshold is None:
-            return w8a8_product(*operands, kernel=self.kernel)
-        return llm_int8_product(*operands, threshold, kernel=self.kernel)
+        if self.outlier_threshold is None:
+            return w8a8_product(rows, self.codes, self.scale)
+        return llm_int8_product(rows, self.codes, self.scale, self.outlier_threshold)
 
 
 class Fp8Linear(QuantizedLinear):
@@ -583,10 +489,9 @@ class Fp8Linear(QuantizedLinear):
     def __init__(self, in_features, out_features, bias=False, rounds_input=True):
         super().__init__(in_features, out_features, bias)
         self.rounds_input = rounds_input
-        blocks = math.ceil(out_features / 128), math.ceil(in_features / 128)
-        codes = torch.zeros(out_features, in_features, dtype=torch.float8_e4m3fn)
+        codes, scale = block_quantize(torch.zeros(out_features, in_features), 128)
         self.register_buffer("codes", codes)
-        self.register_buffer("weight_scale_inv", torch.ones(blocks))
+        self.register_buffer("weight_scale_inv", scale)
 
     def fill_nearest(self, weight):
         """weight (out, in), rounded in its blocks."""
@@ -656,26 +561,23 @@ def scheme_of(scheme):
     return found
 
 
-# %% From a model to its quantised copy, block by block
+# %% From a model to its quantised copy: each matrix is an `nn.Linear`, each gives way to its layer
 def quantize_model(model, scheme, calibration=None):
     """A quantised copy for inference; the argument is untouched.
 
     Rounded are the matrices of attention and of dense, shared and routed feed-forward, also those
     in the blocks of the MTP modules. Embedding, head, router, norms and `eh_proj` stay as they are.
-    The absorbed path feeds `kv_b_proj` other inputs than the expanded path; rounding them would
-    make the two disagree. So its inputs are never rounded, and it takes no BF16 kernel.
 
     model: a `CausalLM` that is neither quantised nor prepared for QAT. scheme: a name in `SCHEMES`
     or a `Scheme`. calibration: token ids (B, T), for methods that look at inputs: each block is
     rounded to the inputs that it gets from the rounded blocks before it.
     """
     scheme = scheme_of(scheme)
-    check_model(model)
+    quantized = listed_experts(copy_of_unrounded(model)).eval().requires_grad_(False)
     calibrates = scheme.method != "nearest"
     if calibrates:
         needed = f"method {scheme.method!r} needs calibration: calibration must be token ids"
         require_shape(calibration, needed, B=1, T=len(model.mtp) + 1)
-    quantized = listed_experts(model.copy().eval().requires_grad_(False))
     for number, block in enumerate(quantized.blocks()):
         linears, statistics = linears_of(block), {}
         if calibrates:  # by what the rounded blocks before it will really compute
@@ -685,6 +587,59 @@ def quantize_model(model, scheme, calibration=None):
             block.set_submodule(name, quantized_linear(linear, scheme, full_name, seen))
     quantized.quantization = asdict(scheme)
     return quantized.prepared()
+
+
+def copy_of_unrounded(model):
+    """A copy to change; ValueError for a model that is rounded already."""
+    kind = type(model).__name__
+    require(isinstance(model, CausalLM), f"the model must be a CausalLM, got {kind}")
+    for module in model.modules():
+        require(not isinstance(module, QuantizedLinear), "the model is quantised already")
+        require(not isinstance(module, FakeQuantize),
+                "the model is prepared for QAT: convert_qat makes it integer")
+    return model.copy()
+
+
+class ExpertList(Experts):
+    """`Experts` with an `nn.Linear` for each expert's matrix: one by one they are rounded."""
+
+    def __init__(self, experts):
+        nn.Module.__init__(self)
+        self.gate_up_proj = nn.ModuleList(map(linear_around, experts.gate_up_proj))
+        self.down_proj = nn.ModuleList(map(linear_around, experts.down_proj))
+
+    def expert(self, e, x):
+        gate, up = self.gate_up_proj[e](x).chunk(2, dim=-1)
+        return self.down_proj[e](F.silu(gate) * up)
+
+    grouped = Experts.loop
+
+
+def listed_experts(model):
+    """The model itself, each expert now in layers of its own."""
+    for moe in model.moe_layers().values():
+        if not isinstance(moe.experts, ExpertList):
+            moe.experts = ExpertList(moe.experts)
+    return model
+
+
+def linears_of(block):
+    """{name: `nn.Linear`} of attention, dense, shared and (listed) routed feed-forward."""
+    return {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
+
+
+@torch.no_grad()
+def input_statistics(model, calibration, linears, batch_size=8):
+    """{name: `InputStatistics`} of {name: linear} while the model reads calibration ids (B, T)."""
+    statistics = {name: InputStatistics(linear.in_features, linear.weight.device)
+                  for name, linear in linears.items()}
+    with inputs_watched({linears[name]: seen.add for name, seen in statistics.items()}):
+        for ids in calibration.split(batch_size):
+            model.mtp_hidden_states(model.hidden_states(ids), ids)
+    for name, seen in statistics.items():
+        finite = seen.hessian.isfinite().all()
+        require(finite, f"{name}: NaN or infinite inputs while reading the calibration text")
+    return statistics
 
 
 def quantized_linear(linear, scheme, name, statistics=None):
@@ -710,34 +665,20 @@ def quantized_linear(linear, scheme, name, statistics=None):
 
 
 def empty_layer(linear, scheme, name):
-    """The layer that replaces the `linear` of this name, yet to be filled."""
+    """The layer that replaces the `linear` of this name, yet to be filled.
+
+    MLA's absorbed path feeds `kv_b_proj` other inputs than the expanded path; rounding them would
+    make the two disagree. So only its weights are rounded, never its inputs.
+    """
     sizes = linear.in_features, linear.out_features, linear.bias is not None
     absorbed = name.endswith("kv_b_proj")
     if scheme.layer == "fp8":
         return Fp8Linear(*sizes, rounds_input=not absorbed)
     if scheme.layer == "weights" or absorbed:
         return IntegerLinear(*sizes, scaled_input=scheme.method == "awq", bits=scheme.bits,
-                             group_size=scheme.groups(linear.in_features), kernel=not absorbed)
+                             group_size=scheme.groups(linear.in_features))
     return W8A8Linear(*sizes, scaled_input=scheme.method == "smooth",
                       outlier_threshold=6.0 if scheme.layer == "llm_int8" else None)
-
-
-@torch.no_grad()
-def input_statistics(model, calibration, linears, batch_size=8):
-    """{name: `InputStatistics`} of {name: linear} while the model reads calibration ids (B, T)."""
-    statistics, hooks = {}, []
-    for name, linear in linears.items():
-        statistics[name] = seen = InputStatistics(linear.in_features, linear.weight.device)
-        hook = linear.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.add(inputs[0]))
-        hooks.append(hook)
-    for ids in calibration.split(batch_size):
-        model.mtp_hidden_states(model.hidden_states(ids), ids)
-    for hook in hooks:
-        hook.remove()
-    for name, seen in statistics.items():
-        finite = seen.hessian.isfinite().all()
-        require(finite, f"{name}: NaN or infinite inputs while reading the calibration text")
-    return statistics
 
 
 def matrix_bytes(model):
@@ -747,52 +688,23 @@ def matrix_bytes(model):
     return sum(layer.weight_bytes() for layer in layers), 4 * numbers
 
 
-# %% Around it: an expert's matrices as layers, one check
-class ExpertList(Experts):
-    """`Experts` with a layer of its own for every expert's matrix: one by one they are rounded."""
+# %% Training with rounded weights
+class FakeQuantize(nn.Module):
+    """Weights (..., out, in) → the same as the integer layer will hold them.
 
-    def __init__(self, experts):
-        nn.Module.__init__(self)
-        self.gate_up_proj = nn.ModuleList(map(linear_holding, experts.gate_up_proj))
-        self.down_proj = nn.ModuleList(map(linear_holding, experts.down_proj))
+    What training moves stays exact: many small steps add up until a weight falls on the next code.
+    """
 
-    def expert(self, e, x):
-        gate, up = self.gate_up_proj[e](x).chunk(2, dim=-1)
-        return self.down_proj[e](F.silu(gate) * up)
+    def __init__(self, scheme):
+        super().__init__()
+        self.scheme = scheme
 
-    grouped = Experts.loop
-
-
-def linear_holding(weight):
-    """An `nn.Linear` around the very memory of a weight (out, in)."""
-    linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
-    return linear
+    def forward(self, weight):
+        groups = self.scheme.groups(weight.shape[-1])
+        rounded = dequantize(*round_nearest(weight, self.scheme.bits, groups))
+        return straight_through(weight, rounded.to(weight.dtype))
 
 
-def listed_experts(model):
-    """The model itself, each expert now in layers of its own (an `ExpertList`)."""
-    for moe in model.moe_layers().values():
-        if not isinstance(moe.experts, ExpertList):
-            moe.experts = ExpertList(moe.experts)
-    return model
-
-
-def linears_of(block):
-    """{name: `nn.Linear`} of attention, dense, shared and (listed) routed feed-forward."""
-    return {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
-
-
-def check_model(model):
-    require(isinstance(model, CausalLM),
-            f"the model must be a CausalLM, got {type(model).__name__}")
-    for module in model.modules():
-        require(not isinstance(module, QuantizedLinear), "the model is quantised already")
-        require(not parametrize.is_parametrized(module),
-                "the model is prepared for QAT: convert_qat makes it integer")
-
-
-# %% A model for training with rounded weights, in FP8, or with a smaller cache
 def prepare_qat(model, scheme):
     """A copy that trains with rounded weights: `int8`, `int4` or another that rounds to nearest.
 
@@ -801,30 +713,52 @@ def prepare_qat(model, scheme):
     scheme = scheme_of(scheme)
     fits = (scheme.layer, scheme.method) == ("weights", "nearest")
     require(fits, "QAT is for schemes that round weights to nearest: int8 and int4")
-    check_model(model)
-    model = model.copy()
+    model = copy_of_unrounded(model)
     for module in [module for block in model.blocks() for module in block.modules()]:
-        names = ["weight"] if isinstance(module, nn.Linear) else []
-        if isinstance(module, Experts) and not isinstance(module, ExpertList):
-            names = ["gate_up_proj", "down_proj"]
-        for name in names:
-            parametrize.register_parametrization(module, name, FakeQuantize(scheme))
+        if isinstance(module, (nn.Linear, Experts)):
+            for name, matrix in list(module.named_parameters(recurse=False)):
+                if matrix.dim() > 1:  # not a bias
+                    parametrize.register_parametrization(module, name, FakeQuantize(scheme))
     return model
 
 
 def convert_qat(model):
     """The integer model (a copy) that `prepare_qat`'s model has been trained to be."""
-    model, scheme = model.copy(), None
-    for module in filter(parametrize.is_parametrized, list(model.modules())):
-        found = dict(module.parametrizations.items())
-        # remove_parametrizations would change the class, which the copy shares with its original.
-        module.__class__ = parametrize.type_before_parametrizations(module)
-        del module.parametrizations
-        for name, parametrization in found.items():
-            scheme = parametrization[0].scheme
-            module.register_parameter(name, parametrization.original)
-    require(scheme is not None, "the model was not prepared by prepare_qat")
-    return quantize_model(model, scheme)
+    schemes = [module.scheme for module in model.modules() if isinstance(module, FakeQuantize)]
+    require(schemes, "the model was not prepared by prepare_qat")
+    return quantize_model(without_parametrizations(model.copy()), schemes[0])
+
+
+# %% A training step in FP8
+class Fp8Product(torch.autograd.Function):
+    """y = x Wᵀ whose three products all take rounded operands, as V3 trains (figure 6).
+
+    Forward  y = ⌊x⌉ ⌊W⌉ᵀ, input gradient ∂x = ⌊∂y⌉ ⌊W⌉, weight gradient ∂W = ⌊∂yᵀ⌉ ⌊xᵀ⌉ᵀ: tiles of
+    1×128 lie along the dimension that is summed over, in the last product along the tokens.
+    """
+
+    @staticmethod
+    def forward(context, x, weight):
+        context.save_for_backward(x, weight)
+        rounded = block_dequantize(*block_quantize(weight, 128), 128)
+        return F.linear(tile_rounded(x), rounded)
+
+    @staticmethod
+    def backward(context, gradient):
+        x, weight = context.saved_tensors
+        rounded = block_dequantize(*block_quantize(weight, 128), 128)
+        gradient_rows, rows = (t.reshape(-1, t.shape[-1]) for t in (gradient, x))
+        weight_gradient = tile_rounded(gradient_rows.T) @ tile_rounded(rows.T).T
+        return tile_rounded(gradient) @ rounded, weight_gradient
+
+
+class Fp8TrainingLinear(nn.Linear):
+    """A linear whose master weights stay FP32 and whose products run in simulated FP8."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            output = Fp8Product.apply(x.float(), self.weight)
+        return output if self.bias is None else output + self.bias
 
 
 def prepare_fp8_training(model):
@@ -832,12 +766,46 @@ def prepare_fp8_training(model):
 
     Neither does the attention operator, as in V3; the projections around it do.
     """
-    check_model(model)
-    model = listed_experts(model.copy())
+    model = listed_experts(copy_of_unrounded(model))
     for block in model.blocks():
         for linear in linears_of(block).values():
             linear.__class__ = Fp8TrainingLinear
     return model
+
+
+# %% The latent cache in fewer than 8 bits, no bit wasted
+class QuantizedLatentCache:
+    """A `LatentCache` of packed integers and two BF16 scales a token: latent and rotary key apart.
+
+    Attention reads dequantised numbers, those of the newest token included. V2-sized, 6 bits: 576
+    numbers in 432 + 4 bytes. Codes and scales have a `store` each.
+    """
+
+    def __init__(self, store=RowStore, *, bits, latent_width):
+        self.bits, self.latent_width = bits, latent_width
+        self.codes, self.scales = store(), store()
+
+    @property
+    def length(self):
+        return self.codes.length
+
+    def append(self, memory):
+        """(B, new, C + R) → all so far, dequantised, (B, S, C + R)."""
+        width = memory.shape[-1]
+        widths = [part for part in (self.latent_width, width - self.latent_width) if part]
+        parts = [round_nearest(part, self.bits) for part in memory.split(widths, dim=-1)]
+        codes, scales = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
+        codes = unpack_bits(self.codes.append(pack_bits(codes, self.bits)), self.bits, width)
+        scales = self.scales.append(scales).to(memory.dtype)
+        repeats = torch.tensor(widths, device=memory.device)
+        return codes * scales.repeat_interleave(repeats, dim=-1, output_size=width)
+
+    def truncate(self, length):
+        self.codes.truncate(length)
+        self.scales.truncate(length)
+
+    def used_bytes(self):
+        return self.codes.used_bytes() + self.scales.used_bytes()
 
 
 def quantize_cache(model, bits):
@@ -986,16 +954,17 @@ def held_out_loss(model, caches=False):
 
 
 def show_layers(demo):
-    """PyTorch's kernels against the reference, and the bytes of a matrix."""
+    """What one layer of each kind keeps of a product, and in how many bytes."""
     weight = torch.randn(96, 256, device=demo.device) / 16
     x = torch.randn(5, 256, device=demo.device)
-    for name, kind in (("INT8", IntegerLinear), ("W8A8", W8A8Linear)):
-        layer = kind(256, 96).fill_nearest(weight)
-        with_kernel, share = layer(x), layer.weight_bytes() / 4 / 96 / 256
-        layer.kernel = False
-        error = relative_error(with_kernel, layer(x))
-        demo.check(f"{name}: kernel = reference", "(M, in) → (M, out)",
-                   f"difference {error:.1e}, {share:.4f} × FP32's bytes", error < 4e-3)
+    layers = {"INT8": IntegerLinear(256, 96), "INT4": IntegerLinear(256, 96, bits=4),
+              "W8A8": W8A8Linear(256, 96), "FP8": Fp8Linear(256, 96)}
+    for name, layer in layers.items():
+        share = layer.fill_nearest(weight).weight_bytes() / weight.nbytes
+        error = relative_error(layer(x), F.linear(x, weight))
+        demo.check(f"{name} layer", "(M, in) → (M, out)",
+                   f"error {error:.4f}, {share:.4f} × FP32's bytes",
+                   error < (0.2 if name == "INT4" else 0.06))
 
 
 def show_schemes(demo, model, bits, steps):
