@@ -40,10 +40,8 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrize
 
-from lesson import check_settings, demonstration, flag, require, require_shape, setting
-from lesson.surgery import TypesKept, inputs_watched, linear_around, without_parametrizations
+from lesson import check_settings, demonstration, flag, require, require_shape, setting, surgery
 from mla_coded import LatentCache, MultiHeadLatentAttention
 from moe_coded import Experts, MixtureOfExperts, SwiGLU, TopKRouter, TransformerBlock
 from mtp_coded import CausalLM, next_token_loss, small_language, train_small
@@ -53,6 +51,12 @@ from multihead_attention_coded import RowStore
 # %% Part 1, one matrix. Integers: who shares a scale
 def absmax_quantize(x, bits=8, dim=None, scale_dtype=torch.float32):
     """Symmetric integers: x ≈ codes · scale, the largest number at the end of the grid.
+
+    Four numbers in 4 bits, codes from −7 to 7:
+
+        x      (0.1, −0.5, 1.2, 3.5)     scale 3.5 / 7 = 0.5
+        codes  (  0,   −1,   2,   7)     x / scale, rounded
+        x̂      (  0, −0.5, 1.0, 3.5)     without 3.5 the scale would be 0.17, and 0.1 would survive
 
     dim: the dimension along which numbers share a scale: −1 one scale a row, 0 one a column, None
     one for all; `in_groups(x, size)` and −1 one a group. Ties go to the even code.
@@ -134,6 +138,7 @@ def pack_bits(codes, bits):
         return codes
     codes = codes.long() + 2 ** (bits - 1)
     size = math.ceil(codes.shape[-1] * bits / 8)
+    # Eight codes side by side are one word of 8 · bits bits, and that is `bits` whole bytes.
     words = F.pad(codes, (0, -codes.shape[-1] % 8)).unflatten(-1, (-1, 8))
     words = (words << (bits * torch.arange(8, device=codes.device))).sum(dim=-1, keepdim=True)
     packed = (words >> (8 * torch.arange(bits, device=codes.device))) & 255
@@ -144,7 +149,7 @@ def unpack_bits(packed, bits, count):
     """The inverse of `pack_bits`: bytes (..., ⌈count · bits / 8⌉) → codes (..., count), int8."""
     if bits == 8:
         return packed
-    if bits == 4:  # the low and the high half of each byte: the same, quicker
+    if bits == 4:  # simply the low and the high half of each byte
         codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)[..., :count]
         return codes.view(torch.int8) - 8
     packed = F.pad(packed, (0, -packed.shape[-1] % bits)).unflatten(-1, (-1, bits)).long()
@@ -158,7 +163,8 @@ def float8_grid(exponent_bits, mantissa_bits):
     """All finite numbers ≥ 0 of an 8-bit float, in the order of their bit patterns.
 
     E4M3 gives up infinity for range: only the last pattern is NaN, so it ends at 448. E5M2 keeps
-    the whole last exponent for infinity and NaN, as IEEE does, and ends at 57,344.
+    the whole last exponent for infinity and NaN, as IEEE does, and ends at 57,344. From 1 to 2,
+    E4M3 goes in steps of 1/8, from 256 on in steps of 32: always an eighth of the power of two.
     """
     bias = 2 ** (exponent_bits - 1) - 1
     values = []
@@ -361,6 +367,7 @@ def awq_smoothing(weight, statistics, bits, group_size=None, steps=20):
 def smoothquant_smoothing(weight, largest_input, alpha=0.5):
     """SmoothQuant's smoothing σ (in,): moves large inputs into the weights, half way at α = ½.
 
+    Inputs up to 8 meet weights up to 2: σ = 8^½ / 2^½ = 2, and both then end at 4.
     A column small in the few inputs that an expert saw need not stay so: max|X_j| counts as a
     tenth of the columns' mean at least. A column of zeros has σ = 1.
     """
@@ -380,7 +387,7 @@ def straight_through(exact, rounded):
     return exact + (rounded - exact).detach()
 
 
-class QuantizedLinear(TypesKept):
+class QuantizedLinear(surgery.TypesKept):
     """y = (x / input_scale) Ŵᵀ + bias, (..., in) → (..., out). The subclasses say what Ŵ is.
 
     `input_scale` is the smoothing σ, not a grid's step, or None. `weight` is the FP32 matrix that
@@ -536,7 +543,7 @@ class Scheme:
         require(self.layer in fitting, f"method={self.method!r} is for layer={fitting[0]!r}")
 
     def groups(self, width):
-        """Numbers that share a scale in rows of `width`."""
+        """Numbers that share a scale in rows of `width`; "auto": 256 → 128, 96 → 32, 100 → 100."""
         if self.group_size == "auto":
             return next((size for size in (128, 64, 32) if width % size == 0), width)
         return self.group_size or width
@@ -561,19 +568,20 @@ def scheme_of(scheme):
     return found
 
 
-# %% From a model to its quantised copy: each matrix is an `nn.Linear`, each gives way to its layer
+# %% From a model to its quantised copy: every `nn.Linear` gives way to its layer
 def quantize_model(model, scheme, calibration=None):
     """A quantised copy for inference; the argument is untouched.
 
     Rounded are the matrices of attention and of dense, shared and routed feed-forward, also those
     in the blocks of the MTP modules. Embedding, head, router, norms and `eh_proj` stay as they are.
+    Each matrix is the weight of an `nn.Linear`: block by block they give way to rounded layers.
 
     model: a `CausalLM` that is neither quantised nor prepared for QAT. scheme: a name in `SCHEMES`
     or a `Scheme`. calibration: token ids (B, T), for methods that look at inputs: each block is
     rounded to the inputs that it gets from the rounded blocks before it.
     """
     scheme = scheme_of(scheme)
-    quantized = listed_experts(copy_of_unrounded(model)).eval().requires_grad_(False)
+    quantized = listed_experts(unrounded_copy(model)).eval().requires_grad_(False)
     calibrates = scheme.method != "nearest"
     if calibrates:
         needed = f"method {scheme.method!r} needs calibration: calibration must be token ids"
@@ -589,14 +597,12 @@ def quantize_model(model, scheme, calibration=None):
     return quantized.prepared()
 
 
-def copy_of_unrounded(model):
+def unrounded_copy(model):
     """A copy to change; ValueError for a model that is rounded already."""
-    kind = type(model).__name__
-    require(isinstance(model, CausalLM), f"the model must be a CausalLM, got {kind}")
-    for module in model.modules():
-        require(not isinstance(module, QuantizedLinear), "the model is quantised already")
-        require(not isinstance(module, FakeQuantize),
-                "the model is prepared for QAT: convert_qat makes it integer")
+    surgery.check_parts(model, CausalLM, {
+        QuantizedLinear: "quantised already",
+        FakeQuantize: "prepared for QAT: convert_qat makes it integer",
+    })
     return model.copy()
 
 
@@ -605,8 +611,8 @@ class ExpertList(Experts):
 
     def __init__(self, experts):
         nn.Module.__init__(self)
-        self.gate_up_proj = nn.ModuleList(map(linear_around, experts.gate_up_proj))
-        self.down_proj = nn.ModuleList(map(linear_around, experts.down_proj))
+        self.gate_up_proj = nn.ModuleList(map(surgery.linear_around, experts.gate_up_proj))
+        self.down_proj = nn.ModuleList(map(surgery.linear_around, experts.down_proj))
 
     def expert(self, e, x):
         gate, up = self.gate_up_proj[e](x).chunk(2, dim=-1)
@@ -633,7 +639,7 @@ def input_statistics(model, calibration, linears, batch_size=8):
     """{name: `InputStatistics`} of {name: linear} while the model reads calibration ids (B, T)."""
     statistics = {name: InputStatistics(linear.in_features, linear.weight.device)
                   for name, linear in linears.items()}
-    with inputs_watched({linears[name]: seen.add for name, seen in statistics.items()}):
+    with surgery.inputs_watched({linears[name]: seen.add for name, seen in statistics.items()}):
         for ids in calibration.split(batch_size):
             model.mtp_hidden_states(model.hidden_states(ids), ids)
     for name, seen in statistics.items():
@@ -643,7 +649,11 @@ def input_statistics(model, calibration, linears, batch_size=8):
 
 
 def quantized_linear(linear, scheme, name, statistics=None):
-    """The layer that replaces `linear`, filled; `statistics` of its inputs, if the method asks."""
+    """The layer that replaces `linear`, filled; `statistics` of its inputs, if the method asks.
+
+    Rounding to nearest and GPTQ give codes at once; AWQ and SmoothQuant first find a σ that the
+    weights are multiplied by and the inputs will be divided by.
+    """
     weight, width = linear.weight.detach().float(), linear.in_features
     require(weight.isfinite().all(), f"{name}: the weights hold NaN or infinite numbers")
     require(width % scheme.groups(width) == 0,
@@ -708,17 +718,15 @@ class FakeQuantize(nn.Module):
 def prepare_qat(model, scheme):
     """A copy that trains with rounded weights: `int8`, `int4` or another that rounds to nearest.
 
-    Every reader of a weight gets it rounded; the optimizer moves the number behind it.
+    Whoever reads a weight, be it MLA's absorption, gets it rounded; the optimizer moves the number
+    behind it.
     """
     scheme = scheme_of(scheme)
     fits = (scheme.layer, scheme.method) == ("weights", "nearest")
     require(fits, "QAT is for schemes that round weights to nearest: int8 and int4")
-    model = copy_of_unrounded(model)
-    for module in [module for block in model.blocks() for module in block.modules()]:
-        if isinstance(module, (nn.Linear, Experts)):
-            for name, matrix in list(module.named_parameters(recurse=False)):
-                if matrix.dim() > 1:  # not a bias
-                    parametrize.register_parametrization(module, name, FakeQuantize(scheme))
+    model = unrounded_copy(model)
+    for block in model.blocks():
+        surgery.read_matrices_through(FakeQuantize(scheme), block, (nn.Linear, Experts))
     return model
 
 
@@ -726,7 +734,7 @@ def convert_qat(model):
     """The integer model (a copy) that `prepare_qat`'s model has been trained to be."""
     schemes = [module.scheme for module in model.modules() if isinstance(module, FakeQuantize)]
     require(schemes, "the model was not prepared by prepare_qat")
-    return quantize_model(without_parametrizations(model.copy()), schemes[0])
+    return quantize_model(surgery.without_parametrizations(model.copy()), schemes[0])
 
 
 # %% A training step in FP8
@@ -766,7 +774,7 @@ def prepare_fp8_training(model):
 
     Neither does the attention operator, as in V3; the projections around it do.
     """
-    model = listed_experts(copy_of_unrounded(model))
+    model = listed_experts(unrounded_copy(model))
     for block in model.blocks():
         for linear in linears_of(block).values():
             linear.__class__ = Fp8TrainingLinear
@@ -1043,11 +1051,9 @@ def show_fp8_training(demo, steps):
 def main(demo, arguments):
     bits, steps = arguments.bits, arguments.steps
     require(bits <= 4, f"--bits={bits} must be from 2 to 4")
-    show_shared_scales(demo)
-    show_formats(demo)
-    show_outliers(demo)
+    for show in (show_shared_scales, show_formats, show_outliers, show_layers):
+        show(demo)
     show_methods(demo, bits)
-    show_layers(demo)
     model = small_quantizable_model().to(demo.device)
     train_small(model, steps, 0.0, demo.device, seed=demo.seed)
     show_schemes(demo, model.eval(), bits, steps)

@@ -5,6 +5,8 @@ import contextlib
 from torch import nn
 from torch.nn.utils import parametrize
 
+from lesson.checks import require
+
 
 def linear_around(weight):
     """An `nn.Linear` around the very memory of a weight (out, in)."""
@@ -27,6 +29,15 @@ def inputs_watched(watchers):
             hook.remove()
 
 
+def read_matrices_through(function, model, kinds):
+    """The model's modules of these kinds: whoever reads a matrix gets what a module makes of it."""
+    for module in list(model.modules()):
+        if isinstance(module, kinds):
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if parameter.dim() > 1:  # not a bias
+                    parametrize.register_parametrization(module, name, function)
+
+
 def without_parametrizations(model):
     """The model itself with its original parameters in the place of parametrised ones."""
     for module in filter(parametrize.is_parametrized, list(model.modules())):
@@ -46,3 +57,12 @@ class TypesKept(nn.Module):
         for name, buffer in self.named_buffers():
             setattr(self, name, buffer.to(function(buffer[:0]).device))
         return self
+
+
+def check_parts(model, kind, refused):
+    """ValueError unless the model is of a kind and has no part of {class: what it would be}."""
+    got = type(model).__name__
+    require(isinstance(model, kind), f"the model must be a {kind.__name__}, got {got}")
+    for module in model.modules():
+        for part, what in refused.items():
+            require(not isinstance(module, part), f"the model is {what}")

@@ -112,6 +112,15 @@ def test_absmax_by_hand_rounds_ties_to_even():
     assert codes.tolist() == [0, 2, -2, 4, 0, 127] and codes.dtype == torch.int8
 
 
+def test_four_numbers_by_hand():
+    """The example in the docstring of `absmax_quantize`."""
+    x = torch.tensor([0.1, -0.5, 1.2, 3.5])
+    codes, scale = absmax_quantize(x, 4)
+    assert scale.item() == 0.5 and codes.tolist() == [0, -1, 2, 7]
+    codes, scale = absmax_quantize(x[:3], 4)
+    assert scale.item() == pytest.approx(0.17, abs=0.005) and codes[0] == 1
+
+
 def test_the_grid_is_symmetric_and_ends_at_the_largest_number():
     x = torch.tensor([[-8.0, 1.0, 3.0], [0.3, 0.1, -0.1]])
     for bits, limit in ((8, 127), (4, 7), (3, 3), (2, 1)):
@@ -206,6 +215,10 @@ def test_every_bit_pattern_is_on_the_grid(grid, dtype):
     finite = patterns[patterns.isfinite()]
     assert torch.equal(float8_grid(*grid), finite)
     assert finite.max() == torch.finfo(dtype).max
+    if grid == (4, 3):
+        steps = float8_grid(*grid).diff()
+        assert steps[finite[:-1] == 1.0].item() == 1 / 8
+        assert set(steps[finite[:-1] >= 256].tolist()) == {32.0}
 
 
 @FLOATS
