@@ -148,7 +148,7 @@ def pack_bits(codes, bits):
 def unpack_bits(packed, bits, count):
     """The inverse of `pack_bits`: bytes (..., ⌈count · bits / 8⌉) → codes (..., count), int8."""
     if bits == 8:
-        return packed
+        return packed.view(torch.int8)
     if bits == 4:  # simply the low and the high half of each byte
         codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)[..., :count]
         return codes.view(torch.int8) - 8
@@ -782,38 +782,32 @@ def prepare_fp8_training(model):
 
 
 # %% The latent cache in fewer than 8 bits, no bit wasted
-class QuantizedLatentCache:
+class QuantizedLatentCache(LatentCache):
     """A `LatentCache` of packed integers and two BF16 scales a token: latent and rotary key apart.
 
     Attention reads dequantised numbers, those of the newest token included. V2-sized, 6 bits: 576
-    numbers in 432 + 4 bytes. Codes and scales have a `store` each.
+    numbers in 432 + 4 bytes, which are one row of the store.
     """
 
     def __init__(self, store=RowStore, *, bits, latent_width):
+        super().__init__(store)
         self.bits, self.latent_width = bits, latent_width
-        self.codes, self.scales = store(), store()
-
-    @property
-    def length(self):
-        return self.codes.length
 
     def append(self, memory):
         """(B, new, C + R) → all so far, dequantised, (B, S, C + R)."""
-        width = memory.shape[-1]
-        widths = [part for part in (self.latent_width, width - self.latent_width) if part]
-        parts = [round_nearest(part, self.bits) for part in memory.split(widths, dim=-1)]
-        codes, scales = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
-        codes = unpack_bits(self.codes.append(pack_bits(codes, self.bits)), self.bits, width)
-        scales = self.scales.append(scales).to(memory.dtype)
-        repeats = torch.tensor(widths, device=memory.device)
-        return codes * scales.repeat_interleave(repeats, dim=-1, output_size=width)
-
-    def truncate(self, length):
-        self.codes.truncate(length)
-        self.scales.truncate(length)
-
-    def used_bytes(self):
-        return self.codes.used_bytes() + self.scales.used_bytes()
+        width, C = memory.shape[-1], self.latent_width
+        widths = [C, width - C] if width > C else [C]
+        parts = memory.detach().split(widths, dim=-1)
+        rounded = [round_nearest(part, self.bits) for part in parts]
+        codes, scales = (torch.cat(part, dim=-1) for part in zip(*rounded, strict=True))
+        packed, scales = pack_bits(codes, self.bits).view(torch.uint8), scales.view(torch.uint8)
+        sizes = packed.shape[-1], scales.shape[-1]
+        rows = self.rows.append(torch.cat([packed, scales], dim=-1))
+        packed, scales = rows.split(sizes, dim=-1)
+        codes = unpack_bits(packed, self.bits, width).split(widths, dim=-1)
+        scales = scales.contiguous().view(torch.bfloat16).split(1, dim=-1)
+        parts = [code * scale.to(memory.dtype) for code, scale in zip(codes, scales, strict=True)]
+        return torch.cat(parts, dim=-1)
 
 
 def quantize_cache(model, bits):
