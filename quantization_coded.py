@@ -136,13 +136,9 @@ def pack_bits(codes, bits):
     """
     if bits == 8:
         return codes
-    codes = codes.long() + 2 ** (bits - 1)
     size = math.ceil(codes.shape[-1] * bits / 8)
-    # Eight codes side by side are one word of 8 · bits bits, and that is `bits` whole bytes.
-    words = F.pad(codes, (0, -codes.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    words = (words << (bits * torch.arange(8, device=codes.device))).sum(dim=-1, keepdim=True)
-    packed = (words >> (8 * torch.arange(bits, device=codes.device))) & 255
-    return packed.flatten(-2)[..., :size].to(torch.uint8)
+    packed = regrouped(codes.long() + 2 ** (bits - 1), bits, 8)
+    return packed[..., :size].to(torch.uint8)
 
 
 def unpack_bits(packed, bits, count):
@@ -152,10 +148,20 @@ def unpack_bits(packed, bits, count):
     if bits == 4:  # simply the low and the high half of each byte
         codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)[..., :count]
         return codes.view(torch.int8) - 8
-    packed = F.pad(packed, (0, -packed.shape[-1] % bits)).unflatten(-1, (-1, bits)).long()
-    words = (packed << (8 * torch.arange(bits, device=packed.device))).sum(dim=-1, keepdim=True)
-    codes = (words >> (bits * torch.arange(8, device=packed.device))) & (2**bits - 1)
-    return (codes.flatten(-2)[..., :count] - 2 ** (bits - 1)).to(torch.int8)
+    codes = regrouped(packed.long(), 8, bits)[..., :count]
+    return (codes - 2 ** (bits - 1)).to(torch.int8)
+
+
+def regrouped(numbers, old, new):
+    """The bits of numbers of `old` bits each, read as numbers of `new` bits each, lowest first.
+
+    `new` numbers of `old` bits are one word, and so are `old` numbers of `new` bits: eight codes of
+    6 bits are 48 bits, six bytes.
+    """
+    places = torch.arange(max(old, new), device=numbers.device)
+    padded = F.pad(numbers, (0, -numbers.shape[-1] % new)).unflatten(-1, (-1, new))
+    words = (padded << (old * places[:new])).sum(dim=-1, keepdim=True)
+    return ((words >> (new * places[:old])) & (2**new - 1)).flatten(-2)
 
 
 # %% Floating point in 8 bits: every number has a step of its own
@@ -227,6 +233,11 @@ def tile_rounded(x, columns=128):
 # %% Outliers: a few large inputs, and the product that rounds all others
 def w8a8_product(x, codes, scale):
     """x Ŵᵀ with integers inside the sum: y_ij = s_i s_j Σ_k q_ik q_jk.
+
+    A row x = (12.7, −1.0, 0.2) has the codes (127, −10, 2) and the step 0.1, a row w of the matrix
+    (1.27, −0.5, 0.0) has (127, −50, 0) and 0.01:
+
+        y = 0.1 · 0.01 · (127 · 127 + 10 · 50 + 2 · 0) = 0.001 · 16,629 = 16.629
 
     x (M, in), each row rounded as it comes; codes (out, in), scale (out, 1). FP32 adds up whole
     numbers without error as far as 2²⁴, 1,040 products of 127 · 127. Kernels take INT32, which is
@@ -437,6 +448,7 @@ class QuantizedLinear(surgery.TypesKept):
 class IntegerLinear(QuantizedLinear):
     """Weights in 2 to 8 bits, one BF16 scale a row or group; inputs stay as they are.
 
+    A scale for 128 weights adds an eighth of a bit to each: INT4 takes 4.125 bits a weight.
     Codes and scales are dequantised, then multiplied. pipeline/fast has kernels for 8 and 4 bits
     that read the codes as they are: half the point of fewer bits is that fewer bytes are read.
     """
@@ -521,10 +533,16 @@ METHODS = {"nearest": LAYERS, "smooth": ("w8a8",), "gptq": ("weights",), "awq": 
 class Scheme:
     """What `quantize_model` does to every matrix.
 
-    layer: "weights" (inputs stay as they are), "w8a8", "llm_int8" or "fp8". bits: of the weights.
-    group_size: numbers of a row that share a scale; None: the row; "auto": 128, 64 or 32, the
-    largest that divides the row, or else the row. method: how weights are rounded, each for some
-    of the layers.
+    layer: what is rounded, and the layer that holds it.
+
+        "weights"   the weights; inputs stay as they are         `IntegerLinear`
+        "w8a8"      the inputs, too, a scale a row               `W8A8Linear`
+        "llm_int8"  all but the columns with large inputs        `W8A8Linear` with a threshold
+        "fp8"       weights in blocks and inputs in tiles        `Fp8Linear`
+
+    bits: of the weights. group_size: numbers of a row that share a scale; None: the row; "auto":
+    128, 64 or 32, the largest that divides the row, or else the row. method: how weights are
+    rounded, each for some of the layers.
     """
 
     layer: str = setting("weights", choices=LAYERS)
@@ -599,20 +617,18 @@ def quantize_model(model, scheme, calibration=None):
 
 def unrounded_copy(model):
     """A copy to change; ValueError for a model that is rounded already."""
-    surgery.check_parts(model, CausalLM, {
-        QuantizedLinear: "quantised already",
-        FakeQuantize: "prepared for QAT: convert_qat makes it integer",
-    })
+    qat = "prepared for QAT: convert_qat makes it integer"
+    refused = {QuantizedLinear: "quantised already", FakeQuantize: qat}
+    surgery.check_parts(model, CausalLM, refused)
     return model.copy()
 
 
 class ExpertList(Experts):
-    """`Experts` with an `nn.Linear` for each expert's matrix: one by one they are rounded."""
+    """`Experts` with an `nn.Linear` for each expert's matrix.
 
-    def __init__(self, experts):
-        nn.Module.__init__(self)
-        self.gate_up_proj = nn.ModuleList(map(surgery.linear_around, experts.gate_up_proj))
-        self.down_proj = nn.ModuleList(map(surgery.linear_around, experts.down_proj))
+    Every expert is rounded for itself: it has its own large weights, and sees only the inputs that
+    the router sends it, so GPTQ, AWQ and SmoothQuant find another answer for each.
+    """
 
     def expert(self, e, x):
         gate, up = self.gate_up_proj[e](x).chunk(2, dim=-1)
@@ -622,10 +638,10 @@ class ExpertList(Experts):
 
 
 def listed_experts(model):
-    """The model itself, each expert now in layers of its own."""
+    """The model itself, its experts now an `ExpertList` in the same memory."""
     for moe in model.moe_layers().values():
         if not isinstance(moe.experts, ExpertList):
-            moe.experts = ExpertList(moe.experts)
+            surgery.matrices_apart(moe.experts).__class__ = ExpertList
     return model
 
 
@@ -814,10 +830,10 @@ def quantize_cache(model, bits):
     """The model itself, from now on with latent caches of `bits` (2 to 8; None: as they were)."""
     if bits is not None:
         largest_code(bits)
-    for block in model.blocks():
-        width = block.self_attn.kv_lora_rank
-        smaller = functools.partial(QuantizedLatentCache, bits=bits, latent_width=width)
-        block.self_attn.cache_type = LatentCache if bits is None else smaller
+    for attention in (block.self_attn for block in model.blocks()):
+        options = dict(bits=bits, latent_width=attention.kv_lora_rank)
+        smaller = functools.partial(QuantizedLatentCache, **options)
+        attention.cache_type = LatentCache if bits is None else smaller
     model.cache_bits = bits
     return model
 
@@ -948,6 +964,12 @@ def small_quantizable_model(width=64):
     return model
 
 
+def trained_small_model(demo, steps):
+    model = small_quantizable_model().to(demo.device)
+    train_small(model, steps, 0.0, demo.device, seed=demo.seed)
+    return model.eval()
+
+
 @torch.no_grad()
 def held_out_loss(model, caches=False):
     """Nats per token on text of the same language; `caches`: through the model's own caches."""
@@ -1048,9 +1070,8 @@ def main(demo, arguments):
     for show in (show_shared_scales, show_formats, show_outliers, show_layers):
         show(demo)
     show_methods(demo, bits)
-    model = small_quantizable_model().to(demo.device)
-    train_small(model, steps, 0.0, demo.device, seed=demo.seed)
-    show_schemes(demo, model.eval(), bits, steps)
+    model = trained_small_model(demo, steps)
+    show_schemes(demo, model, bits, steps)
     show_caches(demo, model)
     show_qat(demo, model, bits, steps)
     show_fp8_training(demo, steps)

@@ -15,6 +15,14 @@ def linear_around(weight):
     return linear
 
 
+def matrices_apart(module):
+    """The module itself: each parameter (E, out, in) is now a list of E `nn.Linear`s, its views."""
+    for name, matrices in list(module.named_parameters(recurse=False)):
+        delattr(module, name)
+        setattr(module, name, nn.ModuleList(map(linear_around, matrices)))
+    return module
+
+
 @contextlib.contextmanager
 def inputs_watched(watchers):
     """Within the block, each module of {module: function} hands its function the inputs it gets."""

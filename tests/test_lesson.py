@@ -357,6 +357,17 @@ def test_a_linear_around_a_weight_shares_its_memory():
     torch.testing.assert_close(linear(torch.eye(5)), weight.T)
 
 
+def test_stacked_matrices_become_linears_in_the_same_memory():
+    module = nn.Module()
+    module.stack = nn.Parameter(torch.randn(3, 2, 5))
+    stack = module.stack
+    assert surgery.matrices_apart(module) is module
+    names = [name for name, _ in module.named_parameters()]
+    assert names == ["stack.0.weight", "stack.1.weight", "stack.2.weight"]
+    for linear, matrix in zip(module.stack, stack, strict=True):
+        assert linear.weight.data_ptr() == matrix.data_ptr() and linear.weight.requires_grad
+
+
 def test_inputs_are_watched_within_the_block_only():
     linear, seen, x = nn.Linear(2, 2), [], torch.randn(1, 2)
     with pytest.raises(ZeroDivisionError), surgery.inputs_watched({linear: seen.append}):

@@ -435,6 +435,15 @@ def test_integer_product_by_hand():
     torch.testing.assert_close(output, torch.tensor(expected))
 
 
+def test_one_number_of_a_product_by_hand():
+    """The example in the docstring of `w8a8_product`."""
+    x, row = torch.tensor([[12.7, -1.0, 0.2]]), torch.tensor([[1.27, -0.5, 0.0]])
+    codes, scale = absmax_quantize(row, dim=-1)
+    assert codes.tolist() == [[127, -50, 0]] and scale.item() == pytest.approx(0.01)
+    assert absmax_quantize(x)[0].tolist() == [[127, -10, 2]]
+    assert q.w8a8_product(x, codes, scale).item() == pytest.approx(16.629)
+
+
 def test_each_row_of_inputs_has_its_own_scale():
     layer = W8A8Linear(64, 48).fill_nearest(torch.randn(48, 64))
     x = torch.randn(4, 64)
@@ -890,6 +899,7 @@ def test_bytes_of_one_layer_by_hand():
     assert IntegerLinear(256, 48).fill_nearest(weight).weight_bytes() == 48 * (256 + 2)
     four = IntegerLinear(256, 48, bits=4, group_size=128).fill_nearest(weight)
     assert four.weight_bytes() == 48 * (128 + 2 * 2)
+    assert 8 * four.weight_bytes() / weight.numel() == 4.125
     three = IntegerLinear(256, 48, bits=3).fill_nearest(weight)
     assert three.weight_bytes() == 48 * (96 + 2)
     assert Fp8Linear(300, 200).weight_bytes() == 200 * 300 + 4 * 2 * 3
