@@ -5,8 +5,8 @@ of the bytes; decoding mostly waits for weights, so it can gain as much (benchma
 measures it). Few bits are not the problem. Numbers that share a scale share a grid, and one large
 number makes it coarse for all. Part 1 takes one matrix: who shares a scale (tensor, row, group,
 tile), what to do with large numbers (LLM.int8(), SmoothQuant), how to round so that errors cancel
-(GPTQ, AWQ). Part 2 takes a model: the latent cache, training with rounded weights, training in FP8,
-then a rounded layer in the place of each linear one, by one of eight schemes.
+(GPTQ, AWQ). Part 2 takes a model: a rounded layer in the place of each linear one, by one of eight
+schemes; then training with rounded weights, training in FP8, and the latent cache.
 
     absmax        q = round(x / s),  s = max|x| / (2^(bits−1) − 1),      x̂ = s q
     W8A8          y_ij = s_i s_j Σ_k q_ik q_jk                           (integers inside the sum)
@@ -28,7 +28,7 @@ norm before; LLM.int8() multiplies outlier columns by 16-bit weights, here these
 codes; FP8 products are emulated (rounded to FP8, multiplied in FP32).
 
 Dimensions: B batch · T query positions · S key positions · D model width · C KV latent · R rotary
-part · M tokens (B·T) · E routed experts · F expert hidden width.
+part · M tokens (B·T) · E routed experts · F expert hidden width · W vocabulary.
 
 Run:  python quantization_coded.py [--bits 3] [--steps 150]
 """
@@ -989,6 +989,9 @@ def show_layers(demo):
         demo.check(f"{name} layer", "(M, in) → (M, out)",
                    f"error {error:.4f}, {share:.4f} × FP32's bytes",
                    error < (0.2 if name == "INT4" else 0.06))
+    (codes, scale), w8a8 = absmax_quantize(x, dim=-1), layers["W8A8"]
+    demo.same("W8A8: integers in the sum = dequantised factors", "(M, in) → (M, out)", w8a8(x),
+              F.linear(codes * scale, w8a8.weight))
 
 
 def show_schemes(demo, model, bits, steps):
@@ -1008,6 +1011,9 @@ def show_schemes(demo, model, bits, steps):
     demo.check("INT8 and FP8 lose next to nothing", "nats a token",
                f"{losses['int8'] - base:+.5f}, {losses['fp8'] - base:+.5f}",
                max(abs(losses[name] / base - 1) for name in ("int8", "fp8")) < 0.005)
+    quantized, ids = quantize_model(model, "int4"), calibration[:2]
+    demo.same("INT4: absorbed attention reads the same matrices", "(B, T, W)",
+              quantized(ids, path="absorbed"), quantized(ids), tolerance=1e-3)
     nearest, by_gptq = (losses[f"{bits} bits a row, {name}"] - base for name in ("nearest", "gptq"))
     beyond_noise = bits < 4 and steps >= 50
     demo.check(f"GPTQ loses less than rounding at {bits} bits", "nats a token",
