@@ -5,8 +5,8 @@ of the bytes; decoding mostly waits for weights, so it can gain as much (benchma
 measures it). Few bits are not the problem. Numbers that share a scale share a grid, and one large
 number makes it coarse for all. Part 1 takes one matrix: who shares a scale (tensor, row, group,
 tile), what to do with large numbers (LLM.int8(), SmoothQuant), how to round so that errors cancel
-(GPTQ, AWQ). Part 2 takes a model: the latent cache, training with rounded weights, training in FP8,
-then a rounded layer in the place of each linear one, by one of eight schemes.
+(GPTQ, AWQ). Part 2 takes a model: a rounded layer in the place of each linear one, by one of eight
+schemes; then training with rounded weights, training in FP8, and the latent cache.
 
     absmax        q = round(x / s),  s = max|x| / (2^(bits−1) − 1),      x̂ = s q
     W8A8          y_ij = s_i s_j Σ_k q_ik q_jk                           (integers inside the sum)
@@ -28,7 +28,7 @@ norm before; LLM.int8() multiplies outlier columns by 16-bit weights, here these
 codes; FP8 products are emulated (rounded to FP8, multiplied in FP32).
 
 Dimensions: B batch · T query positions · S key positions · D model width · C KV latent · R rotary
-part · M tokens (B·T) · E routed experts · F expert hidden width.
+part · M tokens (B·T) · E routed experts · F expert hidden width · W vocabulary.
 
 Run:  python quantization_coded.py [--bits 3] [--steps 150]
 """
@@ -40,10 +40,8 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrize
 
-from lesson import check_settings, demonstration, flag, require, require_shape, setting
-from lesson.checks import int_mm_is_exact
+from lesson import check_settings, demonstration, flag, require, require_shape, setting, surgery
 from mla_coded import LatentCache, MultiHeadLatentAttention
 from moe_coded import Experts, MixtureOfExperts, SwiGLU, TopKRouter, TransformerBlock
 from mtp_coded import CausalLM, next_token_loss, small_language, train_small
@@ -53,6 +51,12 @@ from multihead_attention_coded import RowStore
 # %% Part 1, one matrix. Integers: who shares a scale
 def absmax_quantize(x, bits=8, dim=None, scale_dtype=torch.float32):
     """Symmetric integers: x ≈ codes · scale, the largest number at the end of the grid.
+
+    Four numbers in 4 bits, codes from −7 to 7:
+
+        x      (0.1, −0.5, 1.2, 3.5)     scale 3.5 / 7 = 0.5
+        codes  (  0,   −1,   2,   7)     x / scale, rounded
+        x̂      (  0, −0.5, 1.0, 3.5)     without 3.5 the scale would be 0.17, and 0.1 would survive
 
     dim: the dimension along which numbers share a scale: −1 one scale a row, 0 one a column, None
     one for all; `in_groups(x, size)` and −1 one a group. Ties go to the even code.
@@ -123,12 +127,50 @@ def rounding_and_clipping(x, bits, largest):
     return (error * inside).mean().item(), (error * ~inside).mean().item()
 
 
+# %% Packing: codes of 2 to 7 bits in bytes, no bit wasted
+def pack_bits(codes, bits):
+    """Signed codes (..., n), int8 → bytes (..., ⌈n · bits / 8⌉), uint8; the first code lowest.
+
+    Codes are stored as code + 2^(bits−1). INT4: two to a byte, the first in the low half:
+    [−8, 7] → 0b1111_0000. 6 bits: four codes in three bytes. 8 bits: the codes as they are.
+    """
+    if bits == 8:
+        return codes
+    size = math.ceil(codes.shape[-1] * bits / 8)
+    packed = regrouped(codes.long() + 2 ** (bits - 1), bits, 8)
+    return packed[..., :size].to(torch.uint8)
+
+
+def unpack_bits(packed, bits, count):
+    """The inverse of `pack_bits`: bytes (..., ⌈count · bits / 8⌉) → codes (..., count), int8."""
+    if bits == 8:
+        return packed.view(torch.int8)
+    if bits == 4:  # simply the low and the high half of each byte
+        codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)[..., :count]
+        return codes.view(torch.int8) - 8
+    codes = regrouped(packed.long(), 8, bits)[..., :count]
+    return (codes - 2 ** (bits - 1)).to(torch.int8)
+
+
+def regrouped(numbers, old, new):
+    """The bits of numbers of `old` bits each, read as numbers of `new` bits each, lowest first.
+
+    `new` numbers of `old` bits are one word, and so are `old` numbers of `new` bits: eight codes of
+    6 bits are 48 bits, six bytes.
+    """
+    places = torch.arange(max(old, new), device=numbers.device)
+    padded = F.pad(numbers, (0, -numbers.shape[-1] % new)).unflatten(-1, (-1, new))
+    words = (padded << (old * places[:new])).sum(dim=-1, keepdim=True)
+    return ((words >> (new * places[:old])) & (2**new - 1)).flatten(-2)
+
+
 # %% Floating point in 8 bits: every number has a step of its own
 def float8_grid(exponent_bits, mantissa_bits):
     """All finite numbers ≥ 0 of an 8-bit float, in the order of their bit patterns.
 
     E4M3 gives up infinity for range: only the last pattern is NaN, so it ends at 448. E5M2 keeps
-    the whole last exponent for infinity and NaN, as IEEE does, and ends at 57,344.
+    the whole last exponent for infinity and NaN, as IEEE does, and ends at 57,344. From 1 to 2,
+    E4M3 goes in steps of 1/8, from 256 on in steps of 32: always an eighth of the power of two.
     """
     bias = 2 ** (exponent_bits - 1) - 1
     values = []
@@ -189,28 +231,32 @@ def tile_rounded(x, columns=128):
 
 
 # %% Outliers: a few large inputs, and the product that rounds all others
-def w8a8_product(x, codes, scale, kernel=True):
+def w8a8_product(x, codes, scale):
     """x Ŵᵀ with integers inside the sum: y_ij = s_i s_j Σ_k q_ik q_jk.
 
-    x (M, in), each row rounded as it comes; codes (out, in), scale (out, 1). Without `kernel` the
-    rounded numbers are multiplied in FP32: the reference.
+    A row x = (12.7, −1.0, 0.2) has the codes (127, −10, 2) and the step 0.1, a row w of the matrix
+    (1.27, −0.5, 0.0) has (127, −50, 0) and 0.01:
+
+        y = 0.1 · 0.01 · (127 · 127 + 10 · 50 + 2 · 0) = 0.001 · 16,629 = 16.629
+
+    x (M, in), each row rounded as it comes; codes (out, in), scale (out, 1). FP32 adds up whole
+    numbers without error as far as 2²⁴, 1,040 products of 127 · 127. Kernels take INT32, which is
+    where the time is won: pipeline/fast.
     """
     x_codes, x_scale = absmax_quantize(x.float(), dim=-1)
-    # torch._int_mm is wrong for a single column, and on processors that are too old.
-    if kernel and x.device.type == "cpu" and x.shape[1] > 1 and int_mm_is_exact():
-        return torch._int_mm(x_codes, codes.T) * (x_scale * scale.T)
-    return F.linear(x_codes * x_scale, dequantize(codes, scale))
+    sums = F.linear(x_codes.float(), codes.float())
+    return sums * (x_scale * scale.T)
 
 
-def llm_int8_product(x, codes, scale, threshold=6.0, kernel=True):
+def llm_int8_product(x, codes, scale, threshold=6.0, product=w8a8_product):
     """LLM.int8(): columns in which some |x| reaches the threshold are multiplied in high precision.
 
     They are looked for in every input, so the output of a token depends a little on the other
     tokens of its batch. The outliers are never rounded; their weights come from the INT8 codes, so
-    that no second copy is kept.
+    that no second copy is kept. `product` multiplies all other columns.
     """
     outliers = (x.abs() >= threshold).any(dim=0)
-    ordinary = w8a8_product(x.masked_fill(outliers, 0.0), codes, scale, kernel)
+    ordinary = product(x.masked_fill(outliers, 0.0), codes, scale)
     columns = outliers.nonzero().squeeze(1)
     return ordinary + F.linear(x[:, columns].float(), dequantize(codes[:, columns], scale))
 
@@ -332,6 +378,7 @@ def awq_smoothing(weight, statistics, bits, group_size=None, steps=20):
 def smoothquant_smoothing(weight, largest_input, alpha=0.5):
     """SmoothQuant's smoothing σ (in,): moves large inputs into the weights, half way at α = ½.
 
+    Inputs up to 8 meet weights up to 2: σ = 8^½ / 2^½ = 2, and both then end at 4.
     A column small in the few inputs that an expert saw need not stay so: max|X_j| counts as a
     tenth of the columns' mean at least. A column of zeros has σ = 1.
     """
@@ -342,78 +389,337 @@ def smoothquant_smoothing(weight, largest_input, alpha=0.5):
     return torch.where(unused | (largest_weight == 0), 1.0, smoothing)
 
 
-# %% Part 2, a model. Its latent cache in fewer than 8 bits, no bit wasted
-def pack_bits(codes, bits):
-    """Signed codes (..., n), int8 → bytes (..., ⌈n · bits / 8⌉), uint8; the first code lowest.
-
-    Codes are stored as code + 2^(bits−1). INT4: two to a byte, the first in the low half:
-    [−8, 7] → 0b1111_0000. 6 bits: four codes in three bytes. 8 bits: the codes as they are.
-    """
-    if bits == 8:
-        return codes
-    codes = codes.long() + 2 ** (bits - 1)
-    size = math.ceil(codes.shape[-1] * bits / 8)
-    words = F.pad(codes, (0, -codes.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    words = (words << (bits * torch.arange(8, device=codes.device))).sum(dim=-1, keepdim=True)
-    packed = (words >> (8 * torch.arange(bits, device=codes.device))) & 255
-    return packed.flatten(-2)[..., :size].to(torch.uint8)
-
-
-def unpack_bits(packed, bits, count):
-    """The inverse of `pack_bits`: bytes (..., ⌈count · bits / 8⌉) → codes (..., count), int8."""
-    if bits == 8:
-        return packed
-    if bits == 4:  # the low and the high half of each byte: the same, quicker
-        codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)[..., :count]
-        return codes.view(torch.int8) - 8
-    packed = F.pad(packed, (0, -packed.shape[-1] % bits)).unflatten(-1, (-1, bits)).long()
-    words = (packed << (8 * torch.arange(bits, device=packed.device))).sum(dim=-1, keepdim=True)
-    codes = (words >> (bits * torch.arange(8, device=packed.device))) & (2**bits - 1)
-    return (codes.flatten(-2)[..., :count] - 2 ** (bits - 1)).to(torch.int8)
-
-
-class QuantizedLatentCache:
-    """A `LatentCache` of packed integers and two BF16 scales a token: latent and rotary key apart.
-
-    Attention reads dequantised numbers, those of the newest token included. V2-sized, 6 bits: 576
-    numbers in 432 + 4 bytes. Codes and scales have a `store` each.
-    """
-
-    def __init__(self, store=RowStore, *, bits, latent_width):
-        self.bits, self.latent_width = bits, latent_width
-        self.codes, self.scales = store(), store()
-
-    @property
-    def length(self):
-        return self.codes.length
-
-    def append(self, memory):
-        """(B, new, C + R) → all so far, dequantised, (B, S, C + R)."""
-        width = memory.shape[-1]
-        widths = [part for part in (self.latent_width, width - self.latent_width) if part]
-        parts = [round_nearest(part, self.bits) for part in memory.split(widths, dim=-1)]
-        codes, scales = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
-        codes = unpack_bits(self.codes.append(pack_bits(codes, self.bits)), self.bits, width)
-        scales = self.scales.append(scales).to(memory.dtype)
-        repeats = torch.tensor(widths, device=memory.device)
-        return codes * scales.repeat_interleave(repeats, dim=-1, output_size=width)
-
-    def truncate(self, length):
-        self.codes.truncate(length)
-        self.scales.truncate(length)
-
-    def used_bytes(self):
-        return self.codes.used_bytes() + self.scales.used_bytes()
-
-
-# %% Training with rounded weights
+# %% Part 2, a model. Layers that hold rounded weights and nothing else
 def straight_through(exact, rounded):
-    """`rounded` in the forward pass; in the backward pass the gradient goes to `exact`."""
+    """`rounded` in the forward pass; in the backward pass the gradient goes to `exact`.
+
+    Rounding is a staircase: its gradient is zero almost everywhere, and nothing would be learnt.
+    """
     return exact + (rounded - exact).detach()
 
 
+class QuantizedLinear(surgery.TypesKept):
+    """y = (x / input_scale) Ŵᵀ + bias, (..., in) → (..., out). The subclasses say what Ŵ is.
+
+    `input_scale` is the smoothing σ, not a grid's step, or None. `weight` is the FP32 matrix that
+    the layer stands for, worked out at each call: MLA's absorption reads it and sees what the layer
+    does. A cast changes neither codes nor scales.
+    """
+
+    def __init__(self, in_features, out_features, bias=False, scaled_input=False):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("bias", torch.zeros(out_features) if bias else None)
+        smoothing = torch.ones(in_features, dtype=torch.bfloat16) if scaled_input else None
+        self.register_buffer("input_scale", smoothing)
+
+    def rounded_weight(self):
+        """Ŵ (out, in), FP32."""
+        raise NotImplementedError
+
+    def product(self, rows):
+        """(M, in) → (M, out), without smoothing and bias: dequantise, then multiply."""
+        return F.linear(rows, self.rounded_weight().to(rows.dtype))
+
+    @property
+    def weight(self):
+        rounded = self.rounded_weight()
+        return rounded if self.input_scale is None else rounded / self.input_scale
+
+    def forward(self, x):
+        if not x.numel():  # an expert without tokens
+            return x.new_zeros(*x.shape[:-1], self.out_features)
+        rows = x.reshape(-1, self.in_features)
+        if self.input_scale is not None:
+            rows = (rows / self.input_scale).to(x.dtype)
+        output = self.product(rows.detach()).to(x.dtype)
+        if rows.requires_grad:
+            exact = F.linear(rows, self.rounded_weight().to(x.dtype))
+            output = straight_through(exact, output)
+        if self.bias is not None:
+            output = output + self.bias.to(x.dtype)
+        return output.view(*x.shape[:-1], self.out_features)
+
+    def weight_bytes(self):
+        """What stands for the matrix: codes, scales and smoothing."""
+        return sum(b.nbytes for name, b in self.named_buffers() if name != "bias")
+
+
+class IntegerLinear(QuantizedLinear):
+    """Weights in 2 to 8 bits, one BF16 scale a row or group; inputs stay as they are.
+
+    A scale for 128 weights adds an eighth of a bit to each: INT4 takes 4.125 bits a weight.
+    Codes and scales are dequantised, then multiplied. pipeline/fast has kernels for 8 and 4 bits
+    that read the codes as they are: half the point of fewer bits is that fewer bytes are read.
+    """
+
+    def __init__(
+        self, in_features, out_features, bias=False, scaled_input=False, bits=8, group_size=None
+    ):
+        super().__init__(in_features, out_features, bias, scaled_input)
+        self.bits, self.group_size = bits, group_size or in_features
+        codes, scale = round_nearest(torch.zeros(out_features, in_features), bits, group_size)
+        self.register_buffer("codes", pack_bits(codes, bits))
+        self.register_buffer("scale", scale)
+
+    def fill(self, codes, scale, smoothing=None):
+        """codes (out, in), int8; scale (out, groups), BF16; smoothing (in,), BF16."""
+        rows, width = self.out_features, self.in_features
+        got = tuple(codes.shape), tuple(scale.shape)
+        want = (rows, width), (rows, width // self.group_size)
+        require(got == want, f"codes and scale must be {want[0]} and {want[1]}, got {got}")
+        self.codes = pack_bits(codes, self.bits)
+        self.scale, self.input_scale = scale, smoothing
+        return self
+
+    def fill_nearest(self, weight):
+        """weight (out, in), rounded to nearest."""
+        return self.fill(*round_nearest(weight, self.bits, self.group_size))
+
+    def codes_and_scale(self):
+        """codes (out, in), int8, and scale (out, groups), BF16."""
+        return unpack_bits(self.codes, self.bits, self.in_features), self.scale
+
+    def rounded_weight(self):
+        return dequantize(*self.codes_and_scale())
+
+
+class W8A8Linear(IntegerLinear):
+    """INT8 rows of weights times INT8 rows of inputs; with `outlier_threshold`, LLM.int8()."""
+
+    def __init__(self, *sizes, outlier_threshold=None, **options):
+        super().__init__(*sizes, **options)
+        self.outlier_threshold = outlier_threshold
+
+    def product(self, rows):
+        if self.outlier_threshold is None:
+            return w8a8_product(rows, self.codes, self.scale)
+        return llm_int8_product(rows, self.codes, self.scale, self.outlier_threshold)
+
+
+class Fp8Linear(QuantizedLinear):
+    """E4M3 weights in blocks of 128×128, inputs rounded to E4M3 in tiles of 1×128 (V3, 3.3).
+
+    V3 multiplies FP8 by FP8 and adds up 128 products at a time in FP32, since its GPUs keep fewer
+    bits of a longer sum; here both are dequantised first and all sums are FP32.
+    `rounds_input=False` leaves the inputs alone.
+    """
+
+    def __init__(self, in_features, out_features, bias=False, rounds_input=True):
+        super().__init__(in_features, out_features, bias)
+        self.rounds_input = rounds_input
+        codes, scale = block_quantize(torch.zeros(out_features, in_features), 128)
+        self.register_buffer("codes", codes)
+        self.register_buffer("weight_scale_inv", scale)
+
+    def fill_nearest(self, weight):
+        """weight (out, in), rounded in its blocks."""
+        self.codes, self.weight_scale_inv = block_quantize(weight, 128)
+        return self
+
+    def rounded_weight(self):
+        return block_dequantize(self.codes, self.weight_scale_inv, 128)
+
+    def product(self, rows):
+        return super().product(tile_rounded(rows).to(rows.dtype) if self.rounds_input else rows)
+
+
+# %% Schemes: what is done to every matrix of a model
+LAYERS = ("weights", "w8a8", "llm_int8", "fp8")
+METHODS = {"nearest": LAYERS, "smooth": ("w8a8",), "gptq": ("weights",), "awq": ("weights",)}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What `quantize_model` does to every matrix.
+
+    layer: what is rounded, and the layer that holds it.
+
+        "weights"   the weights; inputs stay as they are         `IntegerLinear`
+        "w8a8"      the inputs, too, a scale a row               `W8A8Linear`
+        "llm_int8"  all but the columns with large inputs        `W8A8Linear` with a threshold
+        "fp8"       weights in blocks and inputs in tiles        `Fp8Linear`
+
+    bits: of the weights. group_size: numbers of a row that share a scale; None: the row; "auto":
+    128, 64 or 32, the largest that divides the row, or else the row. method: how weights are
+    rounded, each for some of the layers.
+    """
+
+    layer: str = setting("weights", choices=LAYERS)
+    bits: int = 8
+    group_size: int | str | None = None
+    method: str = setting("nearest", choices=METHODS)
+
+    def __post_init__(self):
+        check_settings(self)
+        largest_code(self.bits)
+        size, fitting = self.group_size, METHODS[self.method]
+        fits = size in (None, "auto") or (type(size) is int and size >= 1)
+        require(fits, f"group_size={size!r} must be a number above 0, None or 'auto'")
+        fits = self.layer == "weights" or (self.bits, size) == (8, None)
+        require(fits, f"layer={self.layer!r} takes bits=8 and group_size=None")
+        require(self.layer in fitting, f"method={self.method!r} is for layer={fitting[0]!r}")
+
+    def groups(self, width):
+        """Numbers that share a scale in rows of `width`; "auto": 256 → 128, 96 → 32, 100 → 100."""
+        if self.group_size == "auto":
+            return next((size for size in (128, 64, 32) if width % size == 0), width)
+        return self.group_size or width
+
+
+SCHEMES = {
+    "int8": Scheme(),
+    "llm_int8": Scheme("llm_int8"),
+    "w8a8": Scheme("w8a8"),
+    "smoothquant": Scheme("w8a8", method="smooth"),
+    "int4": Scheme(bits=4, group_size="auto"),
+    "gptq4": Scheme(bits=4, group_size="auto", method="gptq"),
+    "awq4": Scheme(bits=4, group_size="auto", method="awq"),
+    "fp8": Scheme("fp8"),
+}
+
+
+def scheme_of(scheme):
+    """The `Scheme` of that name, or the `Scheme` itself."""
+    found = SCHEMES.get(str(scheme), scheme)
+    require(isinstance(found, Scheme), f"scheme={scheme!r} must be one of {', '.join(SCHEMES)}")
+    return found
+
+
+# %% From a model to its quantised copy: every `nn.Linear` gives way to its layer
+def quantize_model(model, scheme, calibration=None):
+    """A quantised copy for inference; the argument is untouched.
+
+    Rounded are the matrices of attention and of dense, shared and routed feed-forward, also those
+    in the blocks of the MTP modules. Embedding, head, router, norms and `eh_proj` stay as they are.
+    Each matrix is the weight of an `nn.Linear`: block by block they give way to rounded layers.
+
+    model: a `CausalLM` that is neither quantised nor prepared for QAT. scheme: a name in `SCHEMES`
+    or a `Scheme`. calibration: token ids (B, T), for methods that look at inputs: each block is
+    rounded to the inputs that it gets from the rounded blocks before it.
+    """
+    scheme = scheme_of(scheme)
+    quantized = listed_experts(unrounded_copy(model)).eval().requires_grad_(False)
+    calibrates = scheme.method != "nearest"
+    if calibrates:
+        needed = f"method {scheme.method!r} needs calibration: calibration must be token ids"
+        require_shape(calibration, needed, B=1, T=len(model.mtp) + 1)
+    for number, block in enumerate(quantized.blocks()):
+        linears, statistics = linears_of(block), {}
+        if calibrates:  # by what the rounded blocks before it will really compute
+            statistics = input_statistics(quantized.prepared(), calibration, linears)
+        for name, linear in linears.items():
+            full_name, seen = f"block {number} {name}", statistics.get(name)
+            block.set_submodule(name, quantized_linear(linear, scheme, full_name, seen))
+    quantized.quantization = asdict(scheme)
+    return quantized.prepared()
+
+
+def unrounded_copy(model):
+    """A copy to change; ValueError for a model that is rounded already."""
+    qat = "prepared for QAT: convert_qat makes it integer"
+    refused = {QuantizedLinear: "quantised already", FakeQuantize: qat}
+    surgery.check_parts(model, CausalLM, refused)
+    return model.copy()
+
+
+class ExpertList(Experts):
+    """`Experts` with an `nn.Linear` for each expert's matrix.
+
+    Every expert is rounded for itself: it has its own large weights, and sees only the inputs that
+    the router sends it, so GPTQ, AWQ and SmoothQuant find another answer for each.
+    """
+
+    def expert(self, e, x):
+        gate, up = self.gate_up_proj[e](x).chunk(2, dim=-1)
+        return self.down_proj[e](F.silu(gate) * up)
+
+    grouped = Experts.loop
+
+
+def listed_experts(model):
+    """The model itself, its experts now an `ExpertList` in the same memory."""
+    for moe in model.moe_layers().values():
+        if not isinstance(moe.experts, ExpertList):
+            surgery.matrices_apart(moe.experts).__class__ = ExpertList
+    return model
+
+
+def linears_of(block):
+    """{name: `nn.Linear`} of attention, dense, shared and (listed) routed feed-forward."""
+    return {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
+
+
+@torch.no_grad()
+def input_statistics(model, calibration, linears, batch_size=8):
+    """{name: `InputStatistics`} of {name: linear} while the model reads calibration ids (B, T)."""
+    statistics = {name: InputStatistics(linear.in_features, linear.weight.device)
+                  for name, linear in linears.items()}
+    with surgery.inputs_watched({linears[name]: seen.add for name, seen in statistics.items()}):
+        for ids in calibration.split(batch_size):
+            model.mtp_hidden_states(model.hidden_states(ids), ids)
+    for name, seen in statistics.items():
+        finite = seen.hessian.isfinite().all()
+        require(finite, f"{name}: NaN or infinite inputs while reading the calibration text")
+    return statistics
+
+
+def quantized_linear(linear, scheme, name, statistics=None):
+    """The layer that replaces `linear`, filled; `statistics` of its inputs, if the method asks.
+
+    Rounding to nearest and GPTQ give codes at once; AWQ and SmoothQuant first find a σ that the
+    weights are multiplied by and the inputs will be divided by.
+    """
+    weight, width = linear.weight.detach().float(), linear.in_features
+    require(weight.isfinite().all(), f"{name}: the weights hold NaN or infinite numbers")
+    require(width % scheme.groups(width) == 0,
+            f"{name}: group_size={scheme.group_size} must divide {width}")
+    layer = empty_layer(linear, scheme, name)
+    if linear.bias is not None:
+        layer.bias = linear.bias.detach()
+    if scheme.method == "gptq":
+        return layer.fill(*gptq(weight, statistics.hessian, layer.bits, layer.group_size))
+    if layer.input_scale is None:
+        return layer.fill_nearest(weight)
+    if scheme.method == "smooth":
+        smoothing = smoothquant_smoothing(weight, statistics.largest)
+    else:
+        smoothing = awq_smoothing(weight, statistics, layer.bits, layer.group_size)
+    smoothing = smoothing.bfloat16()
+    rounded = round_nearest(weight * smoothing, layer.bits, layer.group_size)
+    return layer.fill(*rounded, smoothing)
+
+
+def empty_layer(linear, scheme, name):
+    """The layer that replaces the `linear` of this name, yet to be filled.
+
+    MLA's absorbed path feeds `kv_b_proj` other inputs than the expanded path; rounding them would
+    make the two disagree. So only its weights are rounded, never its inputs.
+    """
+    sizes = linear.in_features, linear.out_features, linear.bias is not None
+    absorbed = name.endswith("kv_b_proj")
+    if scheme.layer == "fp8":
+        return Fp8Linear(*sizes, rounds_input=not absorbed)
+    if scheme.layer == "weights" or absorbed:
+        return IntegerLinear(*sizes, scaled_input=scheme.method == "awq", bits=scheme.bits,
+                             group_size=scheme.groups(linear.in_features))
+    return W8A8Linear(*sizes, scaled_input=scheme.method == "smooth",
+                      outlier_threshold=6.0 if scheme.layer == "llm_int8" else None)
+
+
+def matrix_bytes(model):
+    """(bytes of the quantised matrices with all their scales, bytes of the same in FP32)."""
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    numbers = sum(layer.in_features * layer.out_features for layer in layers)
+    return sum(layer.weight_bytes() for layer in layers), 4 * numbers
+
+
+# %% Training with rounded weights
 class FakeQuantize(nn.Module):
-    """Weights (..., out, in) → the same as the integer layer will hold them."""
+    """Weights (..., out, in) → the same as the integer layer will hold them.
+
+    What training moves stays exact: many small steps add up until a weight falls on the next code.
+    """
 
     def __init__(self, scheme):
         super().__init__()
@@ -423,6 +729,28 @@ class FakeQuantize(nn.Module):
         groups = self.scheme.groups(weight.shape[-1])
         rounded = dequantize(*round_nearest(weight, self.scheme.bits, groups))
         return straight_through(weight, rounded.to(weight.dtype))
+
+
+def prepare_qat(model, scheme):
+    """A copy that trains with rounded weights: `int8`, `int4` or another that rounds to nearest.
+
+    Whoever reads a weight, be it MLA's absorption, gets it rounded; the optimizer moves the number
+    behind it.
+    """
+    scheme = scheme_of(scheme)
+    fits = (scheme.layer, scheme.method) == ("weights", "nearest")
+    require(fits, "QAT is for schemes that round weights to nearest: int8 and int4")
+    model = unrounded_copy(model)
+    for block in model.blocks():
+        surgery.read_matrices_through(FakeQuantize(scheme), block, (nn.Linear, Experts))
+    return model
+
+
+def convert_qat(model):
+    """The integer model (a copy) that `prepare_qat`'s model has been trained to be."""
+    schemes = [module.scheme for module in model.modules() if isinstance(module, FakeQuantize)]
+    require(schemes, "the model was not prepared by prepare_qat")
+    return quantize_model(surgery.without_parametrizations(model.copy()), schemes[0])
 
 
 # %% A training step in FP8
@@ -457,397 +785,55 @@ class Fp8TrainingLinear(nn.Linear):
         return output if self.bias is None else output + self.bias
 
 
-# %% Layers that hold rounded weights and nothing else
-class QuantizedLinear(nn.Module):
-    """y = (x / input_scale) Ŵᵀ + bias, (..., in) → (..., out). The subclasses say what Ŵ is.
-
-    `input_scale` is the smoothing σ, not a grid's step, or None. `weight` is the FP32 matrix that
-    the layer stands for, worked out at each call: MLA's absorption reads it and sees what the layer
-    does.
-    """
-
-    def __init__(self, in_features, out_features, bias=False, scaled_input=False):
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.register_buffer("bias", torch.zeros(out_features) if bias else None)
-        smoothing = torch.ones(in_features, dtype=torch.bfloat16) if scaled_input else None
-        self.register_buffer("input_scale", smoothing)
-
-    def rounded_weight(self):
-        """Ŵ (out, in), FP32."""
-        raise NotImplementedError
-
-    def product(self, rows):
-        """(M, in) → (M, out), without smoothing and bias: the reference."""
-        return F.linear(rows, self.rounded_weight().to(rows.dtype))
-
-    @property
-    def weight(self):
-        rounded = self.rounded_weight()
-        return rounded if self.input_scale is None else rounded / self.input_scale
-
-    def forward(self, x):
-        rows = x.reshape(-1, self.in_features).contiguous()
-        if not len(rows):  # an expert without tokens
-            return x.new_zeros(*x.shape[:-1], self.out_features)
-        if self.input_scale is not None:
-            rows = (rows / self.input_scale).to(x.dtype)
-        output = self.product(rows.detach()).to(x.dtype)
-        if rows.requires_grad:
-            exact = F.linear(rows, self.rounded_weight().to(x.dtype))
-            output = straight_through(exact, output)
-        if self.bias is not None:
-            output = output + self.bias.to(x.dtype)
-        return output.view(*x.shape[:-1], self.out_features)
-
-    def weight_bytes(self):
-        """What stands for the matrix: codes, scales and smoothing."""
-        return sum(b.nbytes for name, b in self.named_buffers() if name != "bias")
-
-    def _apply(self, function, recurse=True):
-        """Moves to another device and keeps the types: a cast must not touch codes and scales."""
-        for name, buffer in self.named_buffers():
-            setattr(self, name, buffer.to(function(buffer[:0]).device))
-        return self
-
-
-class IntegerLinear(QuantizedLinear):
-    """Weights in 2 to 8 bits, one BF16 scale a row or group; inputs stay as they are.
-
-    Codes and scales are dequantised, then multiplied: the reference. `kernel=True` takes PyTorch's
-    product for 8 bits on a CPU, which reads the codes as they are and computes in BF16 (inputs,
-    outputs and scales; sums in FP32); the two differ by the rounding of BF16.
-    """
-
-    def __init__(
-        self, in_features, out_features, bias=False, scaled_input=False, bits=8, group_size=None,
-        kernel=True,
-    ):
-        super().__init__(in_features, out_features, bias, scaled_input)
-        self.bits, self.group_size, self.kernel = bits, group_size or in_features, kernel
-        codes, scale = round_nearest(torch.zeros(out_features, in_features), bits, group_size)
-        self.register_buffer("codes", pack_bits(codes, bits))
-        self.register_buffer("scale", scale)
-
-    def fill(self, codes, scale, smoothing=None):
-        """codes (out, in), int8; scale (out, groups), BF16; smoothing (in,), BF16."""
-        rows, width = self.out_features, self.in_features
-        got = tuple(codes.shape), tuple(scale.shape)
-        want = (rows, width), (rows, width // self.group_size)
-        require(got == want, f"codes and scale must be {want[0]} and {want[1]}, got {got}")
-        self.codes = pack_bits(codes, self.bits)
-        self.scale, self.input_scale = scale, smoothing
-        return self
-
-    def fill_nearest(self, weight):
-        """weight (out, in), rounded to nearest."""
-        return self.fill(*round_nearest(weight, self.bits, self.group_size))
-
-    def codes_and_scale(self):
-        """codes (out, in), int8, and scale (out, groups), BF16."""
-        return unpack_bits(self.codes, self.bits, self.in_features), self.scale
-
-    def rounded_weight(self):
-        return dequantize(*self.codes_and_scale())
-
-    def product(self, rows):
-        # The kernel reads 16 numbers at a time, past the end of rows of other widths.
-        fits = self.bits == 8 and self.group_size == self.in_features and self.in_features % 16 == 0
-        if self.kernel and fits and rows.device.type == "cpu" and rows.dtype != torch.float64:
-            return torch._weight_int8pack_mm(rows.bfloat16(), self.codes, self.scale[:, 0])
-        return super().product(rows)
-
-
-class W8A8Linear(IntegerLinear):
-    """INT8 rows of weights times INT8 rows of inputs; with `outlier_threshold`, LLM.int8()."""
-
-    def __init__(self, *sizes, outlier_threshold=None, **options):
-        super().__init__(*sizes, **options)
-        self.outlier_threshold = outlier_threshold
-
-    def product(self, rows):
-        operands, threshold = (rows, self.codes, self.scale), self.outlier_threshold
-        if threshold is None:
-            return w8a8_product(*operands, kernel=self.kernel)
-        return llm_int8_product(*operands, threshold, kernel=self.kernel)
-
-
-class Fp8Linear(QuantizedLinear):
-    """E4M3 weights in blocks of 128×128, inputs rounded to E4M3 in tiles of 1×128 (V3, 3.3).
-
-    V3 multiplies FP8 by FP8 and adds up 128 products at a time in FP32, since its GPUs keep fewer
-    bits of a longer sum; here both are dequantised first and all sums are FP32.
-    `rounds_input=False` leaves the inputs alone.
-    """
-
-    def __init__(self, in_features, out_features, bias=False, rounds_input=True):
-        super().__init__(in_features, out_features, bias)
-        self.rounds_input = rounds_input
-        blocks = math.ceil(out_features / 128), math.ceil(in_features / 128)
-        codes = torch.zeros(out_features, in_features, dtype=torch.float8_e4m3fn)
-        self.register_buffer("codes", codes)
-        self.register_buffer("weight_scale_inv", torch.ones(blocks))
-
-    def fill_nearest(self, weight):
-        """weight (out, in), rounded in its blocks."""
-        self.codes, self.weight_scale_inv = block_quantize(weight, 128)
-        return self
-
-    def rounded_weight(self):
-        return block_dequantize(self.codes, self.weight_scale_inv, 128)
-
-    def product(self, rows):
-        return super().product(tile_rounded(rows).to(rows.dtype) if self.rounds_input else rows)
-
-
-# %% Schemes: what is done to every matrix of a model
-LAYERS = ("weights", "w8a8", "llm_int8", "fp8")
-METHODS = {"nearest": LAYERS, "smooth": ("w8a8",), "gptq": ("weights",), "awq": ("weights",)}
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """What `quantize_model` does to every matrix.
-
-    layer: "weights" (inputs stay as they are), "w8a8", "llm_int8" or "fp8". bits: of the weights.
-    group_size: numbers of a row that share a scale; None: the row; "auto": 128, 64 or 32, the
-    largest that divides the row, or else the row. method: how weights are rounded, each for some
-    of the layers.
-    """
-
-    layer: str = setting("weights", choices=LAYERS)
-    bits: int = 8
-    group_size: int | str | None = None
-    method: str = setting("nearest", choices=METHODS)
-
-    def __post_init__(self):
-        check_settings(self)
-        largest_code(self.bits)
-        size, fitting = self.group_size, METHODS[self.method]
-        fits = size in (None, "auto") or (type(size) is int and size >= 1)
-        require(fits, f"group_size={size!r} must be a number above 0, None or 'auto'")
-        fits = self.layer == "weights" or (self.bits, size) == (8, None)
-        require(fits, f"layer={self.layer!r} takes bits=8 and group_size=None")
-        require(self.layer in fitting, f"method={self.method!r} is for layer={fitting[0]!r}")
-
-    def groups(self, width):
-        """Numbers that share a scale in rows of `width`."""
-        if self.group_size == "auto":
-            return next((size for size in (128, 64, 32) if width % size == 0), width)
-        return self.group_size or width
-
-
-SCHEMES = {
-    "int8": Scheme(),
-    "llm_int8": Scheme("llm_int8"),
-    "w8a8": Scheme("w8a8"),
-    "smoothquant": Scheme("w8a8", method="smooth"),
-    "int4": Scheme(bits=4, group_size="auto"),
-    "gptq4": Scheme(bits=4, group_size="auto", method="gptq"),
-    "awq4": Scheme(bits=4, group_size="auto", method="awq"),
-    "fp8": Scheme("fp8"),
-}
-
-
-def scheme_of(scheme):
-    """The `Scheme` of that name, or the `Scheme` itself."""
-    found = SCHEMES.get(str(scheme), scheme)
-    require(isinstance(found, Scheme), f"scheme={scheme!r} must be one of {', '.join(SCHEMES)}")
-    return found
-
-
-# %% From a model to its quantised copy, block by block
-def quantize_model(model, scheme, calibration=None):
-    """A quantised copy for inference; the argument is untouched.
-
-    Rounded are the matrices of attention and of dense, shared and routed feed-forward, also those
-    in the blocks of the MTP modules. Embedding, head, router, norms and `eh_proj` stay as they are.
-    The absorbed path feeds `kv_b_proj` other inputs than the expanded path; rounding them would
-    make the two disagree. So its inputs are never rounded, and it takes no BF16 kernel.
-
-    model: a `CausalLM` that is neither quantised nor prepared for QAT. scheme: a name in `SCHEMES`
-    or a `Scheme`. calibration: token ids (B, T), for methods that look at inputs: each block is
-    rounded to the inputs that it gets from the rounded blocks before it.
-    """
-    scheme = scheme_of(scheme)
-    check_model(model)
-    calibrates = scheme.method != "nearest"
-    if calibrates:
-        needed = f"method {scheme.method!r} needs calibration: calibration must be token ids"
-        require_shape(calibration, needed, B=1, T=len(model.mtp) + 1)
-    quantized = listed_experts(model.copy().eval().requires_grad_(False))
-    for number, block in enumerate(quantized.blocks()):
-        linears, statistics = linears_of(block), {}
-        if calibrates:  # by what the rounded blocks before it will really compute
-            statistics = input_statistics(quantized.prepared(), calibration, linears)
-        for name, linear in linears.items():
-            full_name, seen = f"block {number} {name}", statistics.get(name)
-            block.set_submodule(name, quantized_linear(linear, scheme, full_name, seen))
-    quantized.quantization = asdict(scheme)
-    return quantized.prepared()
-
-
-def quantized_linear(linear, scheme, name, statistics=None):
-    """The layer that replaces `linear`, filled; `statistics` of its inputs, if the method asks."""
-    weight, width = linear.weight.detach().float(), linear.in_features
-    require(weight.isfinite().all(), f"{name}: the weights hold NaN or infinite numbers")
-    require(width % scheme.groups(width) == 0,
-            f"{name}: group_size={scheme.group_size} must divide {width}")
-    layer = empty_layer(linear, scheme, name)
-    if linear.bias is not None:
-        layer.bias = linear.bias.detach()
-    if scheme.method == "gptq":
-        return layer.fill(*gptq(weight, statistics.hessian, layer.bits, layer.group_size))
-    if layer.input_scale is None:
-        return layer.fill_nearest(weight)
-    if scheme.method == "smooth":
-        smoothing = smoothquant_smoothing(weight, statistics.largest)
-    else:
-        smoothing = awq_smoothing(weight, statistics, layer.bits, layer.group_size)
-    smoothing = smoothing.bfloat16()
-    rounded = round_nearest(weight * smoothing, layer.bits, layer.group_size)
-    return layer.fill(*rounded, smoothing)
-
-
-def empty_layer(linear, scheme, name):
-    """The layer that replaces the `linear` of this name, yet to be filled."""
-    sizes = linear.in_features, linear.out_features, linear.bias is not None
-    absorbed = name.endswith("kv_b_proj")
-    if scheme.layer == "fp8":
-        return Fp8Linear(*sizes, rounds_input=not absorbed)
-    if scheme.layer == "weights" or absorbed:
-        return IntegerLinear(*sizes, scaled_input=scheme.method == "awq", bits=scheme.bits,
-                             group_size=scheme.groups(linear.in_features), kernel=not absorbed)
-    return W8A8Linear(*sizes, scaled_input=scheme.method == "smooth",
-                      outlier_threshold=6.0 if scheme.layer == "llm_int8" else None)
-
-
-@torch.no_grad()
-def input_statistics(model, calibration, linears, batch_size=8):
-    """{name: `InputStatistics`} of {name: linear} while the model reads calibration ids (B, T)."""
-    statistics, hooks = {}, []
-    for name, linear in linears.items():
-        statistics[name] = seen = InputStatistics(linear.in_features, linear.weight.device)
-        hook = linear.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.add(inputs[0]))
-        hooks.append(hook)
-    for ids in calibration.split(batch_size):
-        model.mtp_hidden_states(model.hidden_states(ids), ids)
-    for hook in hooks:
-        hook.remove()
-    for name, seen in statistics.items():
-        finite = seen.hessian.isfinite().all()
-        require(finite, f"{name}: NaN or infinite inputs while reading the calibration text")
-    return statistics
-
-
-def matrix_bytes(model):
-    """(bytes of the quantised matrices with all their scales, bytes of the same in FP32)."""
-    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
-    numbers = sum(layer.in_features * layer.out_features for layer in layers)
-    return sum(layer.weight_bytes() for layer in layers), 4 * numbers
-
-
-# %% Around it: an expert's matrices as layers, one check
-class ExpertList(Experts):
-    """`Experts` with a layer of its own for every expert's matrix: one by one they are rounded."""
-
-    def __init__(self, experts):
-        nn.Module.__init__(self)
-        self.gate_up_proj = nn.ModuleList(map(linear_holding, experts.gate_up_proj))
-        self.down_proj = nn.ModuleList(map(linear_holding, experts.down_proj))
-
-    def expert(self, e, x):
-        gate, up = self.gate_up_proj[e](x).chunk(2, dim=-1)
-        return self.down_proj[e](F.silu(gate) * up)
-
-    grouped = Experts.loop
-
-
-def linear_holding(weight):
-    """An `nn.Linear` around the very memory of a weight (out, in)."""
-    linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
-    return linear
-
-
-def listed_experts(model):
-    """The model itself, each expert now in layers of its own (an `ExpertList`)."""
-    for moe in model.moe_layers().values():
-        if not isinstance(moe.experts, ExpertList):
-            moe.experts = ExpertList(moe.experts)
-    return model
-
-
-def linears_of(block):
-    """{name: `nn.Linear`} of attention, dense, shared and (listed) routed feed-forward."""
-    return {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
-
-
-def check_model(model):
-    require(isinstance(model, CausalLM),
-            f"the model must be a CausalLM, got {type(model).__name__}")
-    for module in model.modules():
-        require(not isinstance(module, QuantizedLinear), "the model is quantised already")
-        require(not parametrize.is_parametrized(module),
-                "the model is prepared for QAT: convert_qat makes it integer")
-
-
-# %% A model for training with rounded weights, in FP8, or with a smaller cache
-def prepare_qat(model, scheme):
-    """A copy that trains with rounded weights: `int8`, `int4` or another that rounds to nearest.
-
-    Every reader of a weight gets it rounded; the optimizer moves the number behind it.
-    """
-    scheme = scheme_of(scheme)
-    fits = (scheme.layer, scheme.method) == ("weights", "nearest")
-    require(fits, "QAT is for schemes that round weights to nearest: int8 and int4")
-    check_model(model)
-    model = model.copy()
-    for module in [module for block in model.blocks() for module in block.modules()]:
-        names = ["weight"] if isinstance(module, nn.Linear) else []
-        if isinstance(module, Experts) and not isinstance(module, ExpertList):
-            names = ["gate_up_proj", "down_proj"]
-        for name in names:
-            parametrize.register_parametrization(module, name, FakeQuantize(scheme))
-    return model
-
-
-def convert_qat(model):
-    """The integer model (a copy) that `prepare_qat`'s model has been trained to be."""
-    model, scheme = model.copy(), None
-    for module in filter(parametrize.is_parametrized, list(model.modules())):
-        found = dict(module.parametrizations.items())
-        # remove_parametrizations would change the class, which the copy shares with its original.
-        module.__class__ = parametrize.type_before_parametrizations(module)
-        del module.parametrizations
-        for name, parametrization in found.items():
-            scheme = parametrization[0].scheme
-            module.register_parameter(name, parametrization.original)
-    require(scheme is not None, "the model was not prepared by prepare_qat")
-    return quantize_model(model, scheme)
-
-
 def prepare_fp8_training(model):
     """A copy that trains in simulated FP8; embedding, head, router and norms do not.
 
     Neither does the attention operator, as in V3; the projections around it do.
     """
-    check_model(model)
-    model = listed_experts(model.copy())
+    model = listed_experts(unrounded_copy(model))
     for block in model.blocks():
         for linear in linears_of(block).values():
             linear.__class__ = Fp8TrainingLinear
     return model
 
 
+# %% The latent cache in fewer than 8 bits, no bit wasted
+class QuantizedLatentCache(LatentCache):
+    """A `LatentCache` of packed integers and two BF16 scales a token: latent and rotary key apart.
+
+    Attention reads dequantised numbers, those of the newest token included. V2-sized, 6 bits: 576
+    numbers in 432 + 4 bytes, which are one row of the store.
+    """
+
+    def __init__(self, store=RowStore, *, bits, latent_width):
+        super().__init__(store)
+        self.bits, self.latent_width = bits, latent_width
+
+    def append(self, memory):
+        """(B, new, C + R) → all so far, dequantised, (B, S, C + R)."""
+        width, C = memory.shape[-1], self.latent_width
+        widths = [C, width - C] if width > C else [C]
+        parts = memory.detach().split(widths, dim=-1)
+        rounded = [round_nearest(part, self.bits) for part in parts]
+        codes, scales = (torch.cat(part, dim=-1) for part in zip(*rounded, strict=True))
+        packed, scales = pack_bits(codes, self.bits).view(torch.uint8), scales.view(torch.uint8)
+        sizes = packed.shape[-1], scales.shape[-1]
+        rows = self.rows.append(torch.cat([packed, scales], dim=-1))
+        packed, scales = rows.split(sizes, dim=-1)
+        codes = unpack_bits(packed, self.bits, width).split(widths, dim=-1)
+        scales = scales.contiguous().view(torch.bfloat16).split(1, dim=-1)
+        parts = [code * scale.to(memory.dtype) for code, scale in zip(codes, scales, strict=True)]
+        return torch.cat(parts, dim=-1)
+
+
 def quantize_cache(model, bits):
     """The model itself, from now on with latent caches of `bits` (2 to 8; None: as they were)."""
     if bits is not None:
         largest_code(bits)
-    for block in model.blocks():
-        width = block.self_attn.kv_lora_rank
-        smaller = functools.partial(QuantizedLatentCache, bits=bits, latent_width=width)
-        block.self_attn.cache_type = LatentCache if bits is None else smaller
+    for attention in (block.self_attn for block in model.blocks()):
+        options = dict(bits=bits, latent_width=attention.kv_lora_rank)
+        smaller = functools.partial(QuantizedLatentCache, **options)
+        attention.cache_type = LatentCache if bits is None else smaller
     model.cache_bits = bits
     return model
 
@@ -978,6 +964,12 @@ def small_quantizable_model(width=64):
     return model
 
 
+def trained_small_model(demo, steps):
+    model = small_quantizable_model().to(demo.device)
+    train_small(model, steps, 0.0, demo.device, seed=demo.seed)
+    return model.eval()
+
+
 @torch.no_grad()
 def held_out_loss(model, caches=False):
     """Nats per token on text of the same language; `caches`: through the model's own caches."""
@@ -986,16 +978,20 @@ def held_out_loss(model, caches=False):
 
 
 def show_layers(demo):
-    """PyTorch's kernels against the reference, and the bytes of a matrix."""
+    """What one layer of each kind keeps of a product, and in how many bytes."""
     weight = torch.randn(96, 256, device=demo.device) / 16
     x = torch.randn(5, 256, device=demo.device)
-    for name, kind in (("INT8", IntegerLinear), ("W8A8", W8A8Linear)):
-        layer = kind(256, 96).fill_nearest(weight)
-        with_kernel, share = layer(x), layer.weight_bytes() / 4 / 96 / 256
-        layer.kernel = False
-        error = relative_error(with_kernel, layer(x))
-        demo.check(f"{name}: kernel = reference", "(M, in) → (M, out)",
-                   f"difference {error:.1e}, {share:.4f} × FP32's bytes", error < 4e-3)
+    layers = {"INT8": IntegerLinear(256, 96), "INT4": IntegerLinear(256, 96, bits=4),
+              "W8A8": W8A8Linear(256, 96), "FP8": Fp8Linear(256, 96)}
+    for name, layer in layers.items():
+        share = layer.fill_nearest(weight).weight_bytes() / weight.nbytes
+        error = relative_error(layer(x), F.linear(x, weight))
+        demo.check(f"{name} layer", "(M, in) → (M, out)",
+                   f"error {error:.4f}, {share:.4f} × FP32's bytes",
+                   error < (0.2 if name == "INT4" else 0.06))
+    (codes, scale), w8a8 = absmax_quantize(x, dim=-1), layers["W8A8"]
+    demo.same("W8A8: integers in the sum = dequantised factors", "(M, in) → (M, out)", w8a8(x),
+              F.linear(codes * scale, w8a8.weight))
 
 
 def show_schemes(demo, model, bits, steps):
@@ -1015,6 +1011,9 @@ def show_schemes(demo, model, bits, steps):
     demo.check("INT8 and FP8 lose next to nothing", "nats a token",
                f"{losses['int8'] - base:+.5f}, {losses['fp8'] - base:+.5f}",
                max(abs(losses[name] / base - 1) for name in ("int8", "fp8")) < 0.005)
+    quantized, ids = quantize_model(model, "int4"), calibration[:2]
+    demo.same("INT4: absorbed attention reads the same matrices", "(B, T, W)",
+              quantized(ids, path="absorbed"), quantized(ids), tolerance=1e-3)
     nearest, by_gptq = (losses[f"{bits} bits a row, {name}"] - base for name in ("nearest", "gptq"))
     beyond_noise = bits < 4 and steps >= 50
     demo.check(f"GPTQ loses less than rounding at {bits} bits", "nats a token",
@@ -1074,14 +1073,11 @@ def show_fp8_training(demo, steps):
 def main(demo, arguments):
     bits, steps = arguments.bits, arguments.steps
     require(bits <= 4, f"--bits={bits} must be from 2 to 4")
-    show_shared_scales(demo)
-    show_formats(demo)
-    show_outliers(demo)
+    for show in (show_shared_scales, show_formats, show_outliers, show_layers):
+        show(demo)
     show_methods(demo, bits)
-    show_layers(demo)
-    model = small_quantizable_model().to(demo.device)
-    train_small(model, steps, 0.0, demo.device, seed=demo.seed)
-    show_schemes(demo, model.eval(), bits, steps)
+    model = trained_small_model(demo, steps)
+    show_schemes(demo, model, bits, steps)
     show_caches(demo, model)
     show_qat(demo, model, bits, steps)
     show_fp8_training(demo, steps)

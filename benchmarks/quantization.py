@@ -22,7 +22,7 @@ import deepseek_full_model as full
 from deepseek_full_model import DeepSeekConfig, DeepSeekModel
 from lesson import one_line_errors, picture
 from pipeline import corpus
-from pipeline.fast import pack_int4
+from pipeline.fast import pack_int4, quick_int8
 from pipeline.quantizing import calibration_ids
 from pipeline.released import load_with_tokenizer
 from pipeline.run import learning_rate, training_record
@@ -60,7 +60,8 @@ def kernels(repeats, size, count):
         "W8A8": lambda: W8A8Linear(size, size),
     }
     layers = {
-        name: [pack_int4(make().fill_nearest(w)) for w in weights] for name, make in kinds.items()
+        name: [pack_int4(quick_int8(make().fill_nearest(w))) for w in weights]
+        for name, make in kinds.items()
     }
     # INT4 takes an eighth of the bytes: more copies, so that these come from memory, too.
     layers["INT4 weights"] += [copy.deepcopy(layer) for layer in layers["INT4 weights"]]

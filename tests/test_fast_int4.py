@@ -28,8 +28,8 @@ from quantization_coded import (
 INT4_SCHEMES = pytest.mark.parametrize("scheme", ["int4", "gptq4", "awq4"])
 
 
-def layer_of(width=64, out=48, group_size=32, packed=True, **options):
-    layer = IntegerLinear(width, out, bits=4, group_size=group_size, **options)
+def layer_of(width=64, out=48, group_size=32, packed=True):
+    layer = IntegerLinear(width, out, bits=4, group_size=group_size)
     layer.fill_nearest(torch.randn(out, width))
     return pack_int4(layer) if packed else layer
 
@@ -79,7 +79,7 @@ def test_packed_and_plain_give_the_same(group_size, out, rows):
 
 @pytest.mark.parametrize(
     "options",
-    [dict(out=40), dict(kernel=False), dict(width=96, group_size=96), dict(group_size=16)],
+    [dict(out=40), dict(width=96, group_size=96), dict(group_size=16)],
 )
 def test_layers_that_the_kernel_cannot_take_stay_plain(options):
     layer = layer_of(**options)
@@ -207,7 +207,7 @@ def test_a_packed_model_is_its_plain_twin(scheme):
     assert torch.equal(speed_up(packed.copy())(ids), packed(ids))
     reference = packed.copy()
     for layer in packed_layers(reference):
-        layer.kernel = False
+        layer.unpack()
     torch.testing.assert_close(reference(ids), exact, rtol=1e-4, atol=1e-5)
 
 

@@ -1,6 +1,7 @@
 """The room below the lessons: checks, flags, settings, one-line errors, pictures."""
 
 import argparse
+import copy
 import dataclasses
 import sys
 import types
@@ -8,6 +9,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from lesson import (
     Demonstration,
@@ -27,6 +29,7 @@ from lesson import (
     require,
     require_shapes,
     setting,
+    surgery,
 )
 
 
@@ -344,3 +347,57 @@ def test_a_drawing_that_fails_leaves_no_picture_and_no_open_figure(tmp_path):
     with pytest.raises(RuntimeError), picture(tmp_path / "picture.png"):
         raise RuntimeError
     assert not list(tmp_path.iterdir()) and not pyplot.get_fignums()
+
+
+# Surgery
+def test_a_linear_around_a_weight_shares_its_memory():
+    weight = torch.randn(3, 5)
+    linear = surgery.linear_around(weight)
+    assert linear.weight.data_ptr() == weight.data_ptr() and not linear.weight.requires_grad
+    torch.testing.assert_close(linear(torch.eye(5)), weight.T)
+
+
+def test_stacked_matrices_become_linears_in_the_same_memory():
+    module = nn.Module()
+    module.stack = nn.Parameter(torch.randn(3, 2, 5))
+    stack = module.stack
+    assert surgery.matrices_apart(module) is module
+    names = [name for name, _ in module.named_parameters()]
+    assert names == ["stack.0.weight", "stack.1.weight", "stack.2.weight"]
+    for linear, matrix in zip(module.stack, stack, strict=True):
+        assert linear.weight.data_ptr() == matrix.data_ptr() and linear.weight.requires_grad
+
+
+def test_inputs_are_watched_within_the_block_only():
+    linear, seen, x = nn.Linear(2, 2), [], torch.randn(1, 2)
+    with pytest.raises(ZeroDivisionError), surgery.inputs_watched({linear: seen.append}):
+        linear(x)
+        raise ZeroDivisionError
+    linear(x)
+    assert len(seen) == 1 and seen[0] is x
+
+
+def test_taking_a_parametrization_from_a_copy_leaves_its_original_alone():
+    linear = nn.Linear(2, 2)
+    nn.utils.parametrize.register_parametrization(linear, "weight", nn.Tanh())
+    plain = surgery.without_parametrizations(copy.deepcopy(linear))
+    assert type(plain) is nn.Linear
+    assert torch.equal(plain.weight, linear.parametrizations.weight.original)
+    assert torch.equal(linear.weight, plain.weight.tanh())
+
+
+def test_a_cast_moves_buffers_and_keeps_their_types():
+    module = surgery.TypesKept()
+    module.register_buffer("codes", torch.ones(2, dtype=torch.int8))
+    module.register_buffer("scale", torch.ones(2))
+    module.bfloat16().to("meta")
+    assert module.codes.dtype == torch.int8 and module.scale.dtype == torch.float32
+    assert module.codes.is_meta and module.scale.is_meta
+
+
+def test_models_of_the_wrong_kind_or_with_refused_parts_are_named():
+    surgery.check_parts(nn.Linear(2, 2), nn.Module, {nn.Embedding: "embedded"})
+    with pytest.raises(ValueError, match="the model must be a Embedding, got Linear"):
+        surgery.check_parts(nn.Linear(2, 2), nn.Embedding, {})
+    with pytest.raises(ValueError, match="the model is linear"):
+        surgery.check_parts(nn.Sequential(nn.Linear(2, 2)), nn.Module, {nn.Linear: "linear"})

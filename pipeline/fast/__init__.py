@@ -16,6 +16,7 @@ from pipeline.fast.experts import QuickExpertList, QuickExperts, grouped_linear
 from pipeline.fast.few_rows import QuickLinear, QuickNorm, shared_linear
 from pipeline.fast.head import ChunkedHeadLoss, decoding_head, head_loss
 from pipeline.fast.int4 import pack_int4
+from pipeline.fast.int8 import quick_int8
 from pipeline.fast.rotary import QuickRotary
 from quantization_coded import ExpertList
 from rope_coded import RotaryEmbedding
@@ -33,6 +34,7 @@ __all__ = [
     "head_loss",
     "pack_int4",
     "product_attention",
+    "quick_int8",
     "quickest_attention",
     "shared_linear",
     "speed_up",
@@ -52,10 +54,10 @@ def speed_up(model):
     """The model itself with quicker layers; it may be called again, on the meta device, on copies.
 
     model: a `CausalLM`. Logits, gradients and texts in FP32 stay the same to 1e-5;
-    INT4 weights go through a kernel that rounds to BF16.
+    INT8 and INT4 weights go through kernels that round to BF16.
     """
     for module in model.modules():
         module.__class__ = QUICKER.get(type(module), type(module))
         if isinstance(module, MultiHeadLatentAttention):
             module.attend = quickest_attention
-    return pack_int4(model)
+    return pack_int4(quick_int8(model))

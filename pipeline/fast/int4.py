@@ -9,7 +9,10 @@ times 4,096 × 4,096: 11 times as fast as FP32 (benchmarks/quantization.py).
 
 import torch
 
+from pipeline.fast.int8 import may_round
 from quantization_coded import IntegerLinear, pack_bits, unpack_bits
+
+GROUPS = (32, 64, 128, 256)  # numbers that share a scale, as the kernel takes them
 
 
 def pack_int4(model):
@@ -18,18 +21,13 @@ def pack_int4(model):
     May be called again, for instance after layers got new codes; on the meta device, a layer is
     packed once it is loaded.
     """
-    for layer in model.modules():
-        if type(layer) is IntegerLinear and fits(layer):
+    for layer in may_round(model):
+        if layer.bits == 4 and layer.out_features % 16 == 0 and layer.group_size in GROUPS:
             layer.__class__ = PackedInt4Linear
+    for layer in model.modules():
         if isinstance(layer, PackedInt4Linear):
             layer.pack()
     return model
-
-
-def fits(layer):
-    """Whether the kernel takes the layer's widths, and the layer the kernel's rounding."""
-    widths = layer.out_features % 16 == 0 and layer.group_size in (32, 64, 128, 256)
-    return layer.kernel and layer.bits == 4 and widths
 
 
 class PackedInt4Linear(IntegerLinear):
@@ -70,8 +68,8 @@ class PackedInt4Linear(IntegerLinear):
         return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.codes, self.group_size, pairs)
 
     def product(self, rows):
-        if self.kernel and self.is_packed() and rows.dtype != torch.float64:
-            return self.kernel_product(rows.bfloat16(), self.scale)
+        if self.is_packed() and rows.dtype != torch.float64:
+            return self.kernel_product(rows.bfloat16().contiguous(), self.scale)
         return super().product(rows)
 
     def _apply(self, function, recurse=True):

@@ -1,0 +1,76 @@
+"""Changing the parts of a finished module: PyTorch's mechanics, for lessons that replace layers."""
+
+import contextlib
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from lesson.checks import require
+
+
+def linear_around(weight):
+    """An `nn.Linear` around the very memory of a weight (out, in)."""
+    linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
+    return linear
+
+
+def matrices_apart(module):
+    """The module itself: each parameter (E, out, in) is now a list of E `nn.Linear`s, its views."""
+    for name, matrices in list(module.named_parameters(recurse=False)):
+        delattr(module, name)
+        setattr(module, name, nn.ModuleList(map(linear_around, matrices)))
+    return module
+
+
+@contextlib.contextmanager
+def inputs_watched(watchers):
+    """Within the block, each module of {module: function} hands its function the inputs it gets."""
+    hooks = [
+        module.register_forward_pre_hook(lambda _, inputs, watch=watch: watch(inputs[0]))
+        for module, watch in watchers.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def read_matrices_through(function, model, kinds):
+    """The model's modules of these kinds: whoever reads a matrix gets what a module makes of it."""
+    for module in list(model.modules()):
+        if isinstance(module, kinds):
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if parameter.dim() > 1:  # not a bias
+                    parametrize.register_parametrization(module, name, function)
+
+
+def without_parametrizations(model):
+    """The model itself with its original parameters in the place of parametrised ones."""
+    for module in filter(parametrize.is_parametrized, list(model.modules())):
+        found = dict(module.parametrizations.items())
+        # remove_parametrizations would change the class, which a copy shares with its original.
+        module.__class__ = parametrize.type_before_parametrizations(module)
+        del module.parametrizations
+        for name, parametrization in found.items():
+            module.register_parameter(name, parametrization.original)
+    return model
+
+
+class TypesKept(nn.Module):
+    """A module whose buffers move to other devices but keep their types, whatever the cast."""
+
+    def _apply(self, function, recurse=True):
+        for name, buffer in self.named_buffers():
+            setattr(self, name, buffer.to(function(buffer[:0]).device))
+        return self
+
+
+def check_parts(model, kind, refused):
+    """ValueError unless the model is of a kind and has no part of {class: what it would be}."""
+    got = type(model).__name__
+    require(isinstance(model, kind), f"the model must be a {kind.__name__}, got {got}")
+    for module in model.modules():
+        for part, what in refused.items():
+            require(not isinstance(module, part), f"the model is {what}")
