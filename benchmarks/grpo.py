@@ -24,10 +24,10 @@ from grpo_coded import (
     Task,
     addition_prompts,
     decode,
+    encode,
     exact_match,
     fixed_logprobs,
     judged,
-    prompt_source,
     rate_of,
     roll_out,
     sampled_accuracy,
@@ -155,7 +155,7 @@ def routing_report(trainer, gamma=0.01):
     """
     s, generator = trainer.settings, trainer.generator(15)
     policy = trainer.policy.copy().eval()
-    prompts = trainer.draw_prompts(s.prompts, generator)
+    prompts = trainer.task.draw(s.prompts, generator)
     rollout = roll_out(policy, prompts, s.group_size, s.max_new_tokens, trainer.task.eos_token_id,
                        s.temperature, generator)
     mask, drawn, figures = rollout.mask, decoding_routing(policy, rollout), {}
@@ -212,7 +212,7 @@ def main(argv=None):
     supervised = warm_up(policy, prompts, watched, arguments.seed, 40 if quick else 400)
     print(f"warmed up by {supervised} supervised steps of 128 sums: "
           f"{sampled_accuracy(policy, held_out):.1%} of the held-out sums right")
-    task = Task(exact_match, prompt_source(prompts), decode, END)
+    task = Task(exact_match, [encode(prompt) for prompt in prompts], decode, END)
     trainer = GRPOTrainer(policy, task, settings)
     results = {}
     if both or arguments.routing:

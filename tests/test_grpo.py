@@ -34,7 +34,6 @@ from grpo_coded import (
     naive_grpo_loss,
     overlong_penalty,
     policy_optimizer,
-    prompt_source,
     rate_of,
     reinforce_loss,
     roll_out,
@@ -46,6 +45,7 @@ from grpo_coded import (
     update,
     warm_up,
 )
+from lesson.batches import stacked
 from moe_coded import MixtureOfExperts, Routed, Routing, SwitchRouter
 from mtp_coded import Sampling
 from pipeline.trainer import GRPOTrainer, checked_rewards
@@ -494,9 +494,9 @@ def test_generation_gives_the_logprobs_of_what_it_drew(policy):
 
 def test_joined_rollouts_keep_their_rows(policy):
     parts = [roll_out(policy, [encode(text)], 2, 3, END) for text in ("1+2=", "12+34=")]
-    for part in parts:
-        part.rewards = part.advantages = torch.arange(2.0)
-    both = Rollout.joined(parts)
+    parts = [part._replace(rewards=torch.arange(2.0), advantages=torch.ones(2)) for part in parts]
+    both = Rollout(*map(stacked, zip(*parts, strict=True)))
+    assert both.rewards.tolist() == [0, 1, 0, 1]
     assert both.ids.shape == (4, 9) and both.prompt_length == 6
     for i, part in enumerate(parts):
         rows = both.rows(torch.arange(2 * i, 2 * i + 2))
@@ -535,15 +535,22 @@ def test_the_three_parts_of_the_sums_do_not_meet():
     parts = addition_prompts()
     assert [len(part) for part in parts] == [8000, 1000, 1000]
     assert len(set().union(*parts)) == 10_000
-    drawn = prompt_source(parts[0])(500, torch.Generator().manual_seed(0))
-    assert {decode(ids) for ids in drawn} <= set(parts[0])
+
+
+def test_a_task_draws_its_prompts_and_each_as_often():
+    task = Task(exact_match, [encode(text) for text in ("1+2=", "3+4=")], decode, END)
+    drawn = [decode(ids) for ids in task.draw(500, torch.Generator().manual_seed(0))]
+    assert set(drawn) == {"1+2=", "3+4="} and 200 < drawn.count("1+2=") < 300
+    assert task.draw(5, torch.Generator().manual_seed(1)) != task.draw(
+        5, torch.Generator().manual_seed(2)
+    )
 
 
 # The trainer
 def trainer_for(policy, reward=exact_match, prompts=("1+2=", "12+34=", "7+10="), **settings):
     settings = Settings(**{**dict(prompts=4, group_size=4, minibatches=1), **settings})
     torch.manual_seed(0)
-    task = Task(reward, prompt_source(list(prompts)), decode, END)
+    task = Task(reward, [encode(prompt) for prompt in prompts], decode, END)
     return GRPOTrainer(policy, task, settings)
 
 
@@ -662,7 +669,7 @@ def test_step_and_trainer_equal_the_step_that_is_written_out(variant, passes):
     for step in range(3):
         generator = trainer.generator()
         mean_reward = plain_step(
-            plain, reference, optimizers[0], task.draw_prompts(settings.prompts, generator),
+            plain, reference, optimizers[0], task.draw(settings.prompts, generator),
             reward=reward, generator=generator, settings=settings,
         )
         figures = grpo_step(stepped, reference, optimizers[1], task, settings, step)
@@ -776,7 +783,7 @@ def test_dapo_draws_groups_without_signal_again():
 
     settings = Settings(variant="dapo", prompts=4, group_size=4, minibatches=1, resamplings=8,
                         max_new_tokens=6)
-    task = Task(reward, prompt_source(["1+2=", "12+34="]), decode, END)
+    task = Task(reward, [encode("1+2="), encode("12+34=")], decode, END)
     trainer = GRPOTrainer(small_policy(32, 2), task, settings)
     rollout, drawn = collected(trainer)
     assert len(rollout.ids) == 16 and len(drawn.ids) > 16
@@ -909,9 +916,13 @@ def test_a_step_without_any_signal_leaves_the_policy(variant, kl_coef):
     [("", "prompt 0 is empty"), ("1+1+1+1+1+1+", r"prompt 0, '1\+1.*, has 12 tokens: with 5 new")],
 )
 def test_prompts_that_cannot_be_are_named(prompt, message):
-    trainer = trainer_for(small_policy(32, 2), prompts=(prompt,))
     with pytest.raises(ValueError, match=message):
-        trainer.step()
+        trainer_for(small_policy(32, 2), prompts=(prompt,))
+
+
+def test_a_task_without_prompts_is_named():
+    with pytest.raises(ValueError, match="there are no prompts"):
+        trainer_for(small_policy(32, 2), prompts=())
 
 
 @pytest.mark.parametrize(
@@ -925,6 +936,7 @@ def test_prompts_that_cannot_be_are_named(prompt, message):
         (dict(momentum=1.0), "momentum=1.0"),
         (dict(resamplings=15), "resamplings=15"),
         (dict(kl_coef=math.inf), "kl_coef=inf"),
+        (dict(variant="dapo", overlong_buffer=6), "overlong_buffer=6 must be from 1 to 5"),
     ],
 )
 def test_wrong_settings_are_named(settings, message):
