@@ -259,56 +259,17 @@ def mean_of(values, mask):
     return averaged(values, mask, "token").item()
 
 
-# %% Which tokens count, and how likely a policy finds them
-def completion_mask(completions, eos_token_id):
-    """(B, L) ids → (B, L) bool: True up to and including the first end-of-sequence token.
-
-    By position, not by value: padding may be the end-of-sequence token itself.
-    """
-    is_end_BL = completions == eos_token_id
-    return is_end_BL.long().cumsum(dim=1) - is_end_BL.long() == 0
-
-
-def token_logprobs(
-    policy, ids, attention_mask, prompt_length, temperature=1.0, precision=torch.float32,
-    routed=None,
-):
-    """Prompts and completions (B, T) → log π of the completions' tokens (B, T − prompt_length).
-
-    A token is predicted at the position before it: the first by the prompt's last. FP32 result.
-    routed: a list that gets a `Routed` of each mixture of experts.
-    """
-    with torch.autocast(ids.device.type, precision, enabled=precision != torch.float32):
-        hidden = policy.hidden_states(ids, attention_mask, routed=routed)
-        logits_BLW = policy.lm_head(hidden[:, prompt_length - 1 : -1])
-    logits = logits_BLW.flatten(0, 1).float() / temperature
-    completions = ids[:, prompt_length:]
-    loss = F.cross_entropy(logits, completions.flatten(), reduction="none")
-    return -loss.view(completions.shape)
-
-
 # %% The rollout: G completions a prompt, by cached generation
 class Rollout(NamedTuple):
     """Completions of a step, a row each; rows of one prompt are neighbours."""
 
-    ids: torch.Tensor  # (B, P + L): prompts padded on the left, then completions
-    attention_mask: torch.Tensor  # (B, P + L): False for padding
-    logp: torch.Tensor  # (B, L): of the cached decoding
+    prompt_ids: torch.Tensor  # (B, P), padded on the left
+    prompt_mask: torch.Tensor  # (B, P): False for padding
+    completions: torch.Tensor  # (B, L) ids
+    mask: torch.Tensor  # (B, L): True for the tokens that count
+    logp: torch.Tensor | None = None  # (B, L): of the cached decoding
     rewards: torch.Tensor | None = None  # (B,), once judged
     advantages: torch.Tensor | None = None  # (B,), once judged
-
-    @property
-    def prompt_length(self):
-        return self.ids.shape[1] - self.logp.shape[1]
-
-    @property
-    def completions(self):
-        return self.ids[:, self.prompt_length :]
-
-    @property
-    def mask(self):
-        """(B, L): the tokens that count."""
-        return self.attention_mask[:, self.prompt_length :]
 
     def texts(self, decode):
         """Completions as `decode` writes them, an end-of-sequence token that was drawn included."""
@@ -331,8 +292,36 @@ def roll_out(
         attention_mask=None if bool(real_BP.all()) else real_BP,
         eos_token_id=eos_token_id, pad_token_id=eos_token_id,
     )
-    mask_BL = completion_mask(drawn.ids[:, prompt_ids_BP.shape[1] :], eos_token_id)
-    return Rollout(drawn.ids, torch.cat([real_BP, mask_BL], dim=1), drawn.logprobs)
+    completions_BL = drawn.ids[:, prompt_ids_BP.shape[1] :]
+    mask_BL = completion_mask(completions_BL, eos_token_id)
+    return Rollout(prompt_ids_BP, real_BP, completions_BL, mask_BL, drawn.logprobs)
+
+
+def completion_mask(completions, eos_token_id):
+    """(B, L) ids → (B, L) bool: True up to and including the first end-of-sequence token.
+
+    By position, not by value: padding may be the end-of-sequence token itself. With 9 as the end,
+    1 9 3 9 gives True True False False.
+    """
+    is_end_BL = completions == eos_token_id
+    return is_end_BL.long().cumsum(dim=1) - is_end_BL.long() == 0
+
+
+def token_logprobs(policy, rollout, temperature=1.0, precision="float32", routed=None):
+    """log π (B, L) of a rollout's completions, all tokens in one pass; FP32.
+
+    A token is predicted at the position before it: the first by the prompt's last.
+    precision: of the products. routed: a list that gets a `Routed` of each mixture of experts.
+    """
+    prompt_ids_BP, prompt_mask_BP, completions_BL, mask_BL = rollout[:4]
+    ids_BT = torch.cat([prompt_ids_BP, completions_BL], dim=1)
+    real_BT = torch.cat([prompt_mask_BP, mask_BL], dim=1)
+    with torch.autocast(ids_BT.device.type, getattr(torch, precision), precision != "float32"):
+        hidden_BTD = policy.hidden_states(ids_BT, real_BT, routed=routed)
+        logits_BLW = policy.lm_head(hidden_BTD[:, prompt_ids_BP.shape[1] - 1 : -1])
+    logits = logits_BLW.flatten(0, 1).float() / temperature
+    loss = F.cross_entropy(logits, completions_BL.flatten(), reduction="none")
+    return -loss.view(completions_BL.shape)
 
 
 # %% The judgement: a reward for each completion, an advantage for each reward
@@ -360,7 +349,7 @@ def judged(policy, prompts, task, settings, generator):
     for i, prompt in enumerate(prompts):
         group = texts[i * s.group_size : (i + 1) * s.group_size]
         rewards += task.reward(task.decode(prompt), group)
-    rewards = shaped = torch.tensor(rewards, device=rollout.ids.device)
+    rewards = shaped = torch.tensor(rewards, device=rollout.mask.device)
     if variant.overlong:
         lengths = rollout.mask.sum(dim=1)
         shaped = rewards + overlong_penalty(lengths, s.max_new_tokens, s.overlong_buffer)
@@ -377,7 +366,7 @@ def collect(policy, task, settings, step):
         drawn.append(judged(policy, task.draw(wanted, generator), task, s, generator))
         signal = has_signal(drawn[-1].rewards, s.group_size)
         kept.append(drawn[-1].rows(signal) if resample else drawn[-1])
-        wanted -= len(kept[-1].ids) // s.group_size
+        wanted -= len(kept[-1].mask) // s.group_size
         if wanted == 0:
             break
     return [Rollout(*map(stacked, zip(*parts, strict=True))) for parts in (kept, drawn)]
@@ -399,7 +388,7 @@ def grpo_step(policy, reference, optimizer, task, settings, step):
         "entropy": mean_of(-drawn.logp, drawn.mask),
         "length": drawn.mask.sum(dim=1).float().mean().item(),
         "signal": has_signal(drawn.rewards, settings.group_size).float().mean().item(),
-        "completions": len(drawn.ids),
+        "completions": len(drawn.mask),
     }
     figures |= update(policy, optimizer, rollout, ref_logp, settings, step)
     refresh = settings.refresh_reference
@@ -423,7 +412,7 @@ def update(policy, optimizer, rollout, ref_logp, settings, step):
         old_logp = fixed_logprobs(policy, rollout, s, parts[: s.minibatches])
     for rows in parts:
         minibatch, routed = rollout.rows(rows), []
-        logp = logprobs_of(policy, minibatch, s, routed)
+        logp = token_logprobs(policy, minibatch, s.temperature, s.precision, routed)
         loss, figures = grpo_loss(
             logp, logp.detach() if old_logp is None else old_logp[rows], ref_logp[rows],
             minibatch.advantages, minibatch.mask, kl_coef=s.kl_coef, max_length=s.max_new_tokens,
@@ -459,16 +448,8 @@ def fixed_logprobs(policy, rollout, settings, parts=None):
     logp, s = torch.zeros_like(rollout.logp), settings
     size = math.ceil(s.prompts * s.group_size / s.minibatches)
     for rows in parts or [slice(i, i + size) for i in range(0, len(logp), size)]:
-        logp[rows] = logprobs_of(policy, rollout.rows(rows), s)
+        logp[rows] = token_logprobs(policy, rollout.rows(rows), s.temperature, s.precision)
     return logp
-
-
-def logprobs_of(policy, rollout, settings, routed=None):
-    """log π (B, L) of a rollout's completions by the training forward."""
-    return token_logprobs(
-        policy, rollout.ids, rollout.attention_mask, rollout.prompt_length, settings.temperature,
-        getattr(torch, settings.precision), routed,
-    )
 
 
 def descend(optimizer, loss):
@@ -600,15 +581,13 @@ def warm_up(policy, prompts, watched, seed, most_steps=400, target=0.25, batch=1
         for step in range(1, most_steps + 1):
             policy.train()
             optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, step / 20)
-            chosen = source.sample(prompts, batch)
+            chosen, routed = source.sample(prompts, batch), []
             sums = [encode(sum_of(prompt)) + [END] for prompt in chosen]
-            prompt_ids, real = padded([encode(prompt) for prompt in chosen], END, device)
-            sum_ids, counted = padded(sums, END, device, side="right")
-            ids, real = torch.cat([prompt_ids, sum_ids], 1), torch.cat([real, counted], 1)
-            routed = []
-            logp = token_logprobs(policy, ids, real, prompt_ids.shape[1], routed=routed)
+            written = Rollout(*padded([encode(prompt) for prompt in chosen], END, device),
+                              *padded(sums, END, device, side="right"))
+            logp = token_logprobs(policy, written, routed=routed)
             balance_loss = sum(layer.balance_loss() for layer in routed)
-            descend(optimizer, -logp[counted].mean() + balance_loss)
+            descend(optimizer, -logp[written.mask].mean() + balance_loss)
             bar.update()
             if step % 5 == 0 and step >= 100 and sampled_accuracy(policy, watched) >= target:
                 break

@@ -17,6 +17,7 @@ import pathlib
 
 import measure
 import torch
+import torch.nn.functional as F
 
 from grpo_coded import (
     END,
@@ -109,13 +110,12 @@ def chosen_experts(routed, batch):
 
 
 @torch.no_grad()
-def training_routing(policy, rollout, temperature=1.0, precision=torch.float32):
+def training_routing(policy, rollout, temperature=1.0, precision="float32"):
     """By the training forward: log π (B, L); experts of completion tokens (layers, B, L − 1, A)."""
     routed = []
-    logp = token_logprobs(policy, rollout.ids, rollout.attention_mask, rollout.prompt_length,
-                          temperature, precision, routed)
-    chosen = chosen_experts(routed, len(rollout.ids))
-    return logp, chosen[:, :, rollout.prompt_length : -1]
+    logp = token_logprobs(policy, rollout, temperature, precision, routed)
+    chosen = chosen_experts(routed, len(rollout.mask))
+    return logp, chosen[:, :, rollout.prompt_ids.shape[1] : -1]
 
 
 @torch.no_grad()
@@ -125,17 +125,15 @@ def decoding_routing(policy, rollout):
     The rollout is decoded once more as it was drawn: the prompts in one pass, then token by token
     through the cache.
     """
-    caches, start = policy.new_caches(), rollout.prompt_length
-    policy.hidden_states(rollout.ids[:, :start], rollout.attention_mask[:, :start], caches)
-    passes = []
-    real = rollout.attention_mask.clone()
-    real[:, start:] = True  # as in decoding, where a row's padding is cut off only at the end
-    for t in range(start, rollout.ids.shape[1] - 1):
-        routed = []
+    caches = policy.new_caches()
+    policy.hidden_states(rollout.prompt_ids, rollout.prompt_mask, caches)
+    passes, real = [], rollout.prompt_mask
+    for t in range(rollout.mask.shape[1] - 1):
+        routed, real = [], F.pad(real, (0, 1), value=True)  # as in decoding, which cuts padding at the end
         policy.hidden_states(
-            rollout.ids[:, t : t + 1], real[:, : t + 1], caches, path="absorbed", routed=routed
+            rollout.completions[:, t : t + 1], real, caches, path="absorbed", routed=routed
         )
-        passes.append(chosen_experts(routed, len(rollout.ids)))
+        passes.append(chosen_experts(routed, len(real)))
     require(passes, "there is no routing to compare: no token was decoded")
     return torch.cat(passes, dim=2)
 
@@ -160,7 +158,7 @@ def routing_report(trainer, gamma=0.01):
                        s.temperature, generator)
     mask, drawn, figures = rollout.mask, decoding_routing(policy, rollout), {}
 
-    def compare(name, policy, old_logp, old_routing, precision=torch.float32):
+    def compare(name, policy, old_logp, old_routing, precision="float32"):
         logp, routing = training_routing(policy, rollout, s.temperature, precision)
         moved = (logp - old_logp).abs().masked_fill(~mask, 0.0)
         mean, largest = (moved.sum() / mask.sum()).item(), moved.max().item()
@@ -169,7 +167,7 @@ def routing_report(trainer, gamma=0.01):
 
     forward = "cached rollout → training forward"
     before = compare(f"{forward}, FP32", policy, rollout.logp, drawn)
-    compare(f"{forward}, BF16", policy, rollout.logp, drawn, torch.bfloat16)
+    compare(f"{forward}, BF16", policy, rollout.logp, drawn, "bfloat16")
     for moe in policy.moe_layers().values():
         bias = moe.gate.e_score_correction_bias
         bias += gamma * torch.randn(bias.shape, generator=generator, device=bias.device).sign()

@@ -29,7 +29,6 @@ from grpo_coded import (
     grpo_step,
     judged,
     k3,
-    logprobs_of,
     move_routing_bias,
     naive_grpo_loss,
     overlong_penalty,
@@ -462,7 +461,7 @@ def test_logprobs_are_those_of_each_sequence_alone(policy):
     policy.eval()
     prompts = [encode("7+8="), encode("12+34="), encode("1+10=")]
     rollout = roll_out(policy, prompts, 2, 5, END, generator=torch.Generator().manual_seed(1))
-    logp = token_logprobs(policy, rollout.ids, rollout.attention_mask, rollout.prompt_length)
+    logp = token_logprobs(policy, rollout)
     assert logp.shape == rollout.mask.shape == (6, 5)
     for i in range(6):
         length = int(rollout.mask[i].sum())
@@ -478,9 +477,10 @@ def test_logprobs_are_those_of_each_sequence_alone(policy):
 
 def test_temperature_enters_logprobs(policy):
     ids, mask = torch.randint(0, END, (2, 7)), torch.ones(2, 7, dtype=torch.bool)
+    written = Rollout(ids[:, :4], mask[:, :4], ids[:, 4:], mask[:, 4:])
     log_p = (policy(ids)[:, 3:-1] / 0.5).log_softmax(dim=-1)
     wanted = log_p.gather(2, ids[:, 4:, None]).squeeze(2)
-    torch.testing.assert_close(token_logprobs(policy, ids, mask, 4, temperature=0.5), wanted)
+    torch.testing.assert_close(token_logprobs(policy, written, temperature=0.5), wanted)
 
 
 def test_generation_gives_the_logprobs_of_what_it_drew(policy):
@@ -497,13 +497,13 @@ def test_joined_rollouts_keep_their_rows(policy):
     parts = [part._replace(rewards=torch.arange(2.0), advantages=torch.ones(2)) for part in parts]
     both = Rollout(*map(stacked, zip(*parts, strict=True)))
     assert both.rewards.tolist() == [0, 1, 0, 1]
-    assert both.ids.shape == (4, 9) and both.prompt_length == 6
+    assert both.prompt_ids.shape == (4, 6) and both.completions.shape == (4, 3)
     for i, part in enumerate(parts):
         rows = both.rows(torch.arange(2 * i, 2 * i + 2))
         assert torch.equal(rows.completions, part.completions)
         assert torch.equal(rows.mask, part.mask) and torch.equal(rows.logp, part.logp)
         one, other = (
-            token_logprobs(policy, r.ids, r.attention_mask, r.prompt_length) for r in (rows, part)
+            token_logprobs(policy, r) for r in (rows, part)
         )
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
@@ -627,12 +627,12 @@ def plain_step(policy, reference, optimizer, prompts, *, reward, generator, sett
     shaped = rewards + penalty if variant.overlong else rewards
     advantages = group_advantages(shaped, s.group_size, variant.normalize_std)
     with torch.no_grad():  # before the first update, the policy is still the one that drew
-        old_logp, ref_logp = (logprobs_of(model, rollout, s) for model in (policy, reference))
+        old_logp, ref_logp = (token_logprobs(model, rollout) for model in (policy, reference))
     policy.train()
     loads = {}
     for _ in range(s.passes):
         routed = []
-        logp = logprobs_of(policy, rollout, s, routed)
+        logp = token_logprobs(policy, rollout, routed=routed)
         loss, _ = grpo_loss(
             logp, old_logp, ref_logp, advantages, rollout.mask, kl_coef=s.kl_coef,
             max_length=s.max_new_tokens, variant=s.variant,
@@ -746,7 +746,7 @@ def test_rows_without_advantage_are_left_out_but_counted(variant):
         for moe in trainer.policy.moe_layers().values():  # its loss is over all rows
             moe.balance_loss = None
         rollout, _ = collected(trainer)
-        assert 0 < (rollout.advantages != 0).sum() < len(rollout.ids)
+        assert 0 < (rollout.advantages != 0).sum() < len(rollout.mask)
         updated(trainer, rollout)
         return [p.grad for p in trainer.policy.parameters()]
 
@@ -767,7 +767,7 @@ def test_rows_without_signal_cost_no_training_pass():
             lambda m, i, output: rows.append(len(output))
         )
         updated(trainer, rollout)
-        return sum(rows), int((rollout.advantages != 0).sum()), len(rollout.ids)
+        return sum(rows), int((rollout.advantages != 0).sum()), len(rollout.mask)
 
     trained, with_signal, _ = rows_trained(kl_coef=0.0)
     assert trained == with_signal
@@ -786,10 +786,10 @@ def test_dapo_draws_groups_without_signal_again():
     task = Task(reward, [encode("1+2="), encode("12+34=")], decode, END)
     trainer = GRPOTrainer(small_policy(32, 2), task, settings)
     rollout, drawn = collected(trainer)
-    assert len(rollout.ids) == 16 and len(drawn.ids) > 16
+    assert len(rollout.mask) == 16 and len(drawn.mask) > 16
     grpo = trainer_for(small_policy(32, 2), reward, prompts=("1+2=", "12+34="))
     rollout, drawn = collected(grpo)
-    assert len(rollout.ids) == len(drawn.ids) == 16
+    assert len(rollout.mask) == len(drawn.mask) == 16
 
 
 def test_dapo_punishes_completions_that_run_out_of_room():
@@ -811,7 +811,7 @@ def test_dapo_does_not_learn_from_length_alone():
                           resamplings=1)
     rollout, drawn = collected(trainer)
     assert (drawn.advantages != 0).any()  # lengths differ
-    assert len(rollout.ids) == 0 and len(drawn.ids) == 32
+    assert len(rollout.mask) == 0 and len(drawn.mask) == 32
     assert trainer.step()["signal"] == 0
 
 
