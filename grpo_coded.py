@@ -49,7 +49,7 @@ import torch.nn.functional as F
 
 import lesson
 from lesson import check_settings, demonstration, flag, require, setting
-from lesson.batches import grouped, padded, shuffled_parts, stacked, step_generator
+from lesson.batches import drawn_from, grouped, padded, shuffled_parts, stacked, step_generator
 from lesson.checks import check_ranges, check_rows
 from moe_coded import MixtureOfExperts, TopKRouter, TransformerBlock, balance_within_sequences
 from mtp_coded import CausalLM, Sampling
@@ -91,7 +91,11 @@ def has_signal(rewards, group_size):
 
 # %% Rung 3: several updates from one rollout. The ratio corrects for it, the clip bounds it
 def clipped_gain(ratio, advantages, clip_low, clip_high):
-    """min{ρ Â, clip(ρ) Â}: flat, so without gradient, once ρ has moved far enough Â's way."""
+    """min{ρ Â, clip(ρ) Â}: flat, so without gradient, once ρ has moved far enough Â's way.
+
+    ε = 0.2: with Â = 1, the ratios 1.5 and 0.5 give 1.2, which is clipped, and 0.5; with Â = −1
+    they give −1.5 and −0.8, which is clipped. A step that went the wrong way keeps its gradient.
+    """
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     return torch.minimum(ratio * advantages, clipped * advantages)
 
@@ -114,6 +118,8 @@ def averaged(values, mask, how="completion", max_length=None):
     choice: a token of a long answer counts less, so the gradient is not that of E[r] any more.
     Dr. GRPO removes it, "constant": each completion's sum over `max_length` (default L), then the
     mean. DAPO's choice is "token": the mean of all tokens.
+    Values 1, 2, 3 of one completion and 5 of another, max_length = 4: (2 + 5) / 2, (6 + 5) / 8
+    and 11 / 4.
     """
     values_BL = values.masked_fill(~mask, 0.0)
     if how == "completion":
@@ -127,6 +133,7 @@ def averaged(values, mask, how="completion", max_length=None):
 def k3(logp, ref_logp):
     """π_ref/π − log(π_ref/π) − 1: never negative, its mean over tokens drawn from π is the KL.
 
+    Where π is twice π_ref, 1/2 − log(1/2) − 1 = 0.19; where it is half of it, 2 − log 2 − 1 = 0.31.
     From the second update on, the tokens are those of π_old, and the mean is the KL only nearly.
     """
     log_odds = ref_logp.detach() - logp
@@ -161,7 +168,10 @@ VARIANTS = {
 
 
 def overlong_penalty(lengths, max_length, buffer):
-    """DAPO, equation 13: 0 up to max_length − buffer tokens, then linearly down to −1."""
+    """DAPO, equation 13: 0 up to max_length − buffer tokens, then linearly down to −1.
+
+    max_length 10, buffer 4: the lengths 6, 7, 8 and 10 give 0, −0.25, −0.5 and −1.
+    """
     check_ranges(buffer=(1, buffer, max_length))
     return -((lengths - (max_length - buffer)) / buffer).clamp(0.0, 1.0)
 
@@ -333,12 +343,6 @@ class Task(NamedTuple):
     decode: Callable  # ids → text
     eos_token_id: int
 
-    def draw(self, count, generator):
-        """So many prompts at random; one may come twice."""
-        numbers = torch.randint(len(self.prompts), (count,), generator=generator,
-                                device=generator.device)
-        return [self.prompts[i] for i in numbers.tolist()]
-
 
 def judged(policy, prompts, task, settings, generator):
     """The rollout of `prompts`, lists of ids, with its rewards and advantages."""
@@ -363,7 +367,8 @@ def collect(policy, task, settings, step):
     drawn, kept, wanted = [], [], s.prompts
     for attempt in range(1 + s.resamplings if resample else 1):
         generator = step_generator(s.seed, step, attempt, policy.lm_head.weight.device)
-        drawn.append(judged(policy, task.draw(wanted, generator), task, s, generator))
+        prompts = drawn_from(task.prompts, wanted, generator)
+        drawn.append(judged(policy, prompts, task, s, generator))
         signal = has_signal(drawn[-1].rewards, s.group_size)
         kept.append(drawn[-1].rows(signal) if resample else drawn[-1])
         wanted -= len(kept[-1].mask) // s.group_size
@@ -577,20 +582,19 @@ def warm_up(policy, prompts, watched, seed, most_steps=400, target=0.25, batch=1
     """
     device, source = policy.lm_head.weight.device, random.Random(seed)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-3, betas=(0.0, 0.99), weight_decay=0.0)
-    with lesson.progress_bar(most_steps, "warm-up") as bar:
-        for step in range(1, most_steps + 1):
-            policy.train()
-            optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, step / 20)
-            chosen, routed = source.sample(prompts, batch), []
-            sums = [encode(sum_of(prompt)) + [END] for prompt in chosen]
-            written = Rollout(*padded([encode(prompt) for prompt in chosen], END, device),
-                              *padded(sums, END, device, side="right"))
-            logp = token_logprobs(policy, written, routed=routed)
-            balance_loss = sum(layer.balance_loss() for layer in routed)
-            descend(optimizer, -logp[written.mask].mean() + balance_loss)
-            bar.update()
-            if step % 5 == 0 and step >= 100 and sampled_accuracy(policy, watched) >= target:
-                break
+    steps = range(1, most_steps + 1)
+    for step in lesson.progress_bar(most_steps, "warm-up", iterable=steps):
+        policy.train()
+        optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, step / 20)
+        chosen, routed = source.sample(prompts, batch), []
+        sums = [encode(sum_of(prompt)) + [END] for prompt in chosen]
+        written = Rollout(*padded([encode(prompt) for prompt in chosen], END, device),
+                          *padded(sums, END, device, side="right"))
+        logp = token_logprobs(policy, written, routed=routed)
+        balance_loss = sum(layer.balance_loss() for layer in routed)
+        descend(optimizer, -logp[written.mask].mean() + balance_loss)
+        if step % 5 == 0 and step >= 100 and sampled_accuracy(policy, watched) >= target:
+            break
     return step
 
 
@@ -619,12 +623,11 @@ def train(policy, task, settings, steps):
     """Returns the figures of every step. The policy as it is now becomes the reference."""
     reference = policy.copy().eval().requires_grad_(False)
     optimizer, history = policy_optimizer(policy, settings), []
-    with lesson.progress_bar(steps, settings.variant) as bar:
-        for step in range(steps):
-            optimizer.param_groups[0]["lr"] = rate_of(settings, step, step / steps)
-            history.append(grpo_step(policy, reference, optimizer, task, settings, step))
-            bar.set_postfix_str(f"reward {history[-1]['reward']:.2f}", refresh=False)
-            bar.update()
+    bar = lesson.progress_bar(steps, settings.variant, iterable=range(steps))
+    for step in bar:
+        optimizer.param_groups[0]["lr"] = rate_of(settings, step, step / steps)
+        history.append(grpo_step(policy, reference, optimizer, task, settings, step))
+        bar.set_postfix_str(f"reward {history[-1]['reward']:.2f}", refresh=False)
     return history
 
 
@@ -705,7 +708,8 @@ def check_loss(demo):
 def check_cached_logprobs(demo, policy, task, settings):
     """Decoding one token after another gives the log-probabilities of the training forward."""
     one, other = (step_generator(settings.seed, 0, 15, demo.device) for _ in range(2))
-    rollout = judged(policy, task.draw(settings.prompts, one), task, settings, other)
+    prompts = drawn_from(task.prompts, settings.prompts, one)
+    rollout = judged(policy, prompts, task, settings, other)
     logp = fixed_logprobs(policy, rollout, settings)
     off = (logp - rollout.logp)[rollout.mask].abs().max()
     demo.check("π_old from the cache: nearly the training one", "(B, L)",

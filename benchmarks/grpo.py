@@ -38,6 +38,7 @@ from grpo_coded import (
     warm_up,
 )
 from lesson import one_line_errors, progress_bar, require
+from lesson.batches import drawn_from
 from pipeline.trainer import GRPOTrainer
 
 # %% The variants, with as many completions each
@@ -129,7 +130,8 @@ def decoding_routing(policy, rollout):
     policy.hidden_states(rollout.prompt_ids, rollout.prompt_mask, caches)
     passes, real = [], rollout.prompt_mask
     for t in range(rollout.mask.shape[1] - 1):
-        routed, real = [], F.pad(real, (0, 1), value=True)  # as in decoding, which cuts padding at the end
+        # Decoding, too, cuts a row's padding off only at its end.
+        routed, real = [], F.pad(real, (0, 1), value=True)
         policy.hidden_states(
             rollout.completions[:, t : t + 1], real, caches, path="absorbed", routed=routed
         )
@@ -153,7 +155,7 @@ def routing_report(trainer, gamma=0.01):
     """
     s, generator = trainer.settings, trainer.generator(15)
     policy = trainer.policy.copy().eval()
-    prompts = trainer.task.draw(s.prompts, generator)
+    prompts = drawn_from(trainer.task.prompts, s.prompts, generator)
     rollout = roll_out(policy, prompts, s.group_size, s.max_new_tokens, trainer.task.eos_token_id,
                        s.temperature, generator)
     mask, drawn, figures = rollout.mask, decoding_routing(policy, rollout), {}

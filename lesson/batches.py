@@ -41,6 +41,12 @@ def grouped(numbers, size, what="numbers", size_name="size"):
     return numbers.view(-1, size)
 
 
+def drawn_from(rows, count, generator):
+    """A list of so many of the rows at random, on any device; one may come twice."""
+    numbers = torch.randint(len(rows), (count,), generator=generator, device=generator.device)
+    return [rows[i] for i in numbers.tolist()]
+
+
 def shuffled_parts(rows, count, seed):
     """Row numbers (B,) in random order, in at most `count` parts, none empty.
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lesson.batches import grouped, padded, shuffled_parts, stacked, step_generator
+from lesson.batches import drawn_from, grouped, padded, shuffled_parts, stacked, step_generator
 from lesson.checks import check_ranges, check_rows
 
 
@@ -30,6 +30,13 @@ def test_groups_are_rows_of_floats():
     assert grouped(torch.ones(4, dtype=torch.float64), 4).dtype == torch.float64
     with pytest.raises(ValueError, match="4 prizes must be divisible by number=3"):
         grouped(torch.ones(4), 3, "prizes", "number")
+
+
+def test_rows_are_drawn_with_replacement_and_each_as_often():
+    drawn = drawn_from(["a", "b"], 500, torch.Generator().manual_seed(0))
+    assert set(drawn) == {"a", "b"} and 200 < drawn.count("a") < 300
+    one, other = (drawn_from(range(99), 9, torch.Generator().manual_seed(s)) for s in (1, 2))
+    assert one != other
 
 
 def test_parts_hold_every_row_once_and_none_is_empty():

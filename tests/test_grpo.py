@@ -16,6 +16,7 @@ from grpo_coded import (
     add_loads,
     addition_prompts,
     averaged,
+    clipped_gain,
     clipped_loss,
     collect,
     completion_mask,
@@ -44,7 +45,7 @@ from grpo_coded import (
     update,
     warm_up,
 )
-from lesson.batches import stacked
+from lesson.batches import drawn_from, stacked
 from moe_coded import MixtureOfExperts, Routed, Routing, SwitchRouter
 from mtp_coded import Sampling
 from pipeline.trainer import GRPOTrainer, checked_rewards
@@ -194,6 +195,11 @@ def test_k3_is_never_negative_and_zero_for_equals():
     assert grpo_loss(logp, logp, logp, torch.zeros(4), mask)[1]["kl"] == 0
 
 
+def test_k3_of_twice_and_half_the_reference():
+    logp = torch.tensor([2.0, 0.5]).log()
+    assert k3(logp, torch.zeros(2)).tolist() == pytest.approx([0.19, 0.31], abs=0.005)
+
+
 @pytest.mark.comparison
 def test_mean_k3_is_pytorchs_kl_divergence():
     """Σ_x π(x) k3(x) = KL(π ‖ π_ref), over all tokens of a small vocabulary."""
@@ -279,6 +285,14 @@ def test_each_rung_is_the_one_below_where_its_change_does_nothing():
     torch.testing.assert_close(by_length[0] / lengths, by_length[1])
     with_kl, _ = grpo_loss(logp, old_logp, ref_logp, advantages, mask, kl_coef=0.1)
     torch.testing.assert_close(plain + 0.1 * averaged(k3(logp, ref_logp), mask), with_kl)
+
+
+def test_clipped_gain_by_hand():
+    ratio = torch.tensor([1.5, 0.5])
+    for advantage, wanted in ((1.0, [1.2, 0.5]), (-1.0, [-1.5, -0.8])):
+        assert clipped_gain(ratio, advantage * torch.ones(2), 0.2, 0.2).tolist() == pytest.approx(
+            wanted
+        )
 
 
 def test_clip_takes_the_gradient_away_on_one_side_only():
@@ -537,15 +551,6 @@ def test_the_three_parts_of_the_sums_do_not_meet():
     assert len(set().union(*parts)) == 10_000
 
 
-def test_a_task_draws_its_prompts_and_each_as_often():
-    task = Task(exact_match, [encode(text) for text in ("1+2=", "3+4=")], decode, END)
-    drawn = [decode(ids) for ids in task.draw(500, torch.Generator().manual_seed(0))]
-    assert set(drawn) == {"1+2=", "3+4="} and 200 < drawn.count("1+2=") < 300
-    assert task.draw(5, torch.Generator().manual_seed(1)) != task.draw(
-        5, torch.Generator().manual_seed(2)
-    )
-
-
 # The trainer
 def trainer_for(policy, reward=exact_match, prompts=("1+2=", "12+34=", "7+10="), **settings):
     settings = Settings(**{**dict(prompts=4, group_size=4, minibatches=1), **settings})
@@ -669,7 +674,7 @@ def test_step_and_trainer_equal_the_step_that_is_written_out(variant, passes):
     for step in range(3):
         generator = trainer.generator()
         mean_reward = plain_step(
-            plain, reference, optimizers[0], task.draw(settings.prompts, generator),
+            plain, reference, optimizers[0], drawn_from(task.prompts, settings.prompts, generator),
             reward=reward, generator=generator, settings=settings,
         )
         figures = grpo_step(stepped, reference, optimizers[1], task, settings, step)
