@@ -84,7 +84,10 @@ def group_advantages(rewards, group_size, normalize_std=True):
 
 
 def has_signal(rewards, group_size):
-    """(B,) bool: whether the row's group has rewards that differ (DAPO, section 3.2)."""
+    """(B,) bool: whether the row's group has rewards that differ (DAPO, section 3.2).
+
+    Rewards 1, 0, 2, 2 in groups of two give True, True, False, False.
+    """
     groups = rewards.view(-1, group_size)
     return (groups.amin(dim=1) != groups.amax(dim=1)).repeat_interleave(group_size)
 
@@ -320,7 +323,8 @@ def completion_mask(completions, eos_token_id):
 def token_logprobs(policy, rollout, temperature=1.0, precision="float32", routed=None):
     """log π (B, L) of a rollout's completions, all tokens in one pass; FP32.
 
-    A token is predicted at the position before it: the first by the prompt's last.
+    A token is predicted at the position before it: the first by the prompt's last. After a prompt
+    of 4 tokens, positions 3 … T − 2 predict tokens 4 … T − 1.
     precision: of the products. routed: a list that gets a `Routed` of each mixture of experts.
     """
     prompt_ids_BP, prompt_mask_BP, completions_BL, mask_BL = rollout[:4]
@@ -443,8 +447,8 @@ def minibatches(rollout, settings, step):
     counts = lengths if VARIANTS[s.variant].average == "token" else torch.ones_like(lengths)
     rows = ((rollout.advantages != 0) | (s.kl_coef > 0)).nonzero().squeeze(1)
     weight = (counts[rows].sum() / counts.sum().clamp(min=1)).item()
-    seeds = [s.seed * 1_000_003 + step * 64 + number for number in range(s.passes)]
-    return [part for seed in seeds for part in shuffled_parts(rows, s.minibatches, seed)], weight
+    seed = s.seed * 1_000_003 + step * 64
+    return shuffled_parts(rows, s.minibatches, seed, s.passes), weight
 
 
 @torch.no_grad()
@@ -488,8 +492,8 @@ class Settings:
     variant: str = setting("grpo", "which loss", choices=tuple(VARIANTS))
     prompts: int = setting(128, "prompts a step", at_least=1)
     group_size: int = setting(8, "completions of each prompt", at_least=1)
-    max_new_tokens: int = setting(5, "longest completion", at_least=1)
-    temperature: float = setting(1.0, "of the completions drawn", above=0)
+    max_new_tokens: int = setting(5, at_least=1)  # the longest completion
+    temperature: float = setting(1.0, above=0)  # of the completions drawn
     minibatches: int = setting(2, "updates in one pass over a rollout", at_least=1)
     passes: int = setting(1, "passes over a rollout", at_least=1)
     learning_rate: float = setting(4e-4, "its highest value", above=0)
@@ -498,8 +502,8 @@ class Settings:
     refresh_reference: int = setting(0, "steps until it is the policy, 0: never", at_least=0)
     rollout_logprobs: bool = setting(False, "π_old from the rollout, not from a training pass")
     gamma: float = setting(0.0, "how far the routing bias moves after a step", at_least=0)
-    resamplings: int = setting(2, "how often dapo may draw again", at_least=0, below=15)
-    overlong_buffer: int = setting(1, "tokens before the end that dapo punishes", at_least=1)
+    resamplings: int = setting(2, at_least=0, below=15)  # how often dapo may draw again
+    overlong_buffer: int = setting(1, at_least=1)  # tokens before the end that dapo punishes
     precision: str = "float32"  # of the training forward
     seed: int = setting(0, at_least=0)
 
@@ -724,10 +728,7 @@ CURVES = dict(reward="mean reward", kl="KL to the reference (nats per token)",
 @demonstration(
     __doc__, flag("steps", 300, "GRPO steps", at_least=1),
     flag("picture", "pictures/grpo.png", "where to draw the run", endings=(".png", ".pdf", ".svg")),
-    settings=Settings,
-    names=("variant", "prompts", "group_size", "minibatches", "passes", "learning_rate", "momentum",
-           "kl_coef", "refresh_reference", "rollout_logprobs", "gamma"),
-    quick="a smoke test of a few seconds",
+    settings=Settings, quick="a smoke test of a few seconds",
 )
 def main(demo, arguments):
     settings, steps = arguments.settings, arguments.steps

@@ -47,15 +47,18 @@ def drawn_from(rows, count, generator):
     return [rows[i] for i in numbers.tolist()]
 
 
-def shuffled_parts(rows, count, seed):
-    """Row numbers (B,) in random order, in at most `count` parts, none empty.
+def shuffled_parts(rows, count, seed, passes=1):
+    """Row numbers (B,) in random order, in at most `count` parts, none empty; again for each pass.
 
     A single part stays in its order.
     """
-    if count > 1:
-        generator = torch.Generator().manual_seed(seed % 2**63)
-        rows = rows[torch.randperm(len(rows), generator=generator).to(rows.device)]
-    return [part for part in rows.tensor_split(count) if len(part)]
+    parts, order = [], rows
+    for number in range(passes):
+        if count > 1:
+            generator = torch.Generator().manual_seed((seed + number) % 2**63)
+            order = rows[torch.randperm(len(rows), generator=generator).to(rows.device)]
+        parts += [part for part in order.tensor_split(count) if len(part)]
+    return parts
 
 
 def step_generator(seed, step, purpose, device):

@@ -46,6 +46,9 @@ def test_parts_hold_every_row_once_and_none_is_empty():
     assert sorted(torch.cat(parts).tolist()) == rows.tolist() != torch.cat(parts).tolist()
     assert len(shuffled_parts(rows[:2], 3, seed=0)) == 2 and shuffled_parts(rows[:0], 3, 0) == []
     assert torch.equal(shuffled_parts(rows, 1, seed=0)[0], rows)
+    two_passes = shuffled_parts(rows, 3, 0, passes=2)
+    assert torch.equal(torch.cat(two_passes[:3]), torch.cat(parts)) and len(two_passes) == 6
+    assert torch.equal(torch.cat(two_passes[3:]), torch.cat(shuffled_parts(rows, 3, 1)))
     again, other = (torch.cat(shuffled_parts(rows, 3, seed)) for seed in (0, 1))
     assert torch.equal(torch.cat(parts), again) and not torch.equal(again, other)
 

@@ -28,6 +28,7 @@ from grpo_coded import (
     group_advantages,
     grpo_loss,
     grpo_step,
+    has_signal,
     judged,
     k3,
     move_routing_bias,
@@ -82,6 +83,11 @@ def test_shifting_and_scaling_rewards_changes_nothing():
     torch.testing.assert_close(group_advantages(5 * rewards, 4), advantages, rtol=1e-4, atol=0)
     plain = group_advantages(rewards, 4, normalize_std=False)
     torch.testing.assert_close(group_advantages(rewards - 3, 4, normalize_std=False), plain)
+
+
+def test_signal_by_hand():
+    rewards = torch.tensor([1.0, 0.0, 2.0, 2.0])
+    assert has_signal(rewards, 2).tolist() == [True, True, False, False]
 
 
 def test_integer_and_list_rewards_are_taken():
