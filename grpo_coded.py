@@ -15,8 +15,9 @@ The script climbs to this loss in rungs, one change at a time:
     4  mean over tokens 1/|o_i| Σ_t in place of Σ_t: GRPO's choice, no longer an estimate of ∇ E[r]
     5  KL penalty       − β k3,  k3_i,t = π_ref/π − log(π_ref/π) − 1   ≥ 0, estimates KL(π ‖ π_ref)
     6  variants         dr_grpo  Â without std; a constant length instead of |o_i|, as in rung 3
-                        dapo     ε 0.2 below, 0.28 above; mean over all tokens; groups without
-                                 signal drawn again; answers that run out of room are punished
+                        dapo     ε 0.2 below, 0.28 above; mean over all tokens; new prompts in
+                                 place of those whose group has no signal; answers that run out
+                                 of room are punished
                         gspo     ρ of the whole answer, (π(o)/π_old(o))^(1/|o|); ε 0.0003 below,
                                  0.0004 above
 
@@ -47,7 +48,9 @@ import torch
 import torch.nn.functional as F
 
 import lesson
-from lesson import check_settings, demonstration, flag, require, require_shapes, setting
+from lesson import check_settings, demonstration, flag, require, setting
+from lesson.batches import drawn_from, grouped, padded, shuffled_parts, stacked, step_generator
+from lesson.checks import check_ranges, check_rows
 from moe_coded import MixtureOfExperts, TopKRouter, TransformerBlock, sequence_balance_loss
 from mtp_coded import CausalLM, Sampling
 from rope_coded import RotaryEmbedding, RotaryLatentAttention
@@ -72,29 +75,30 @@ def group_advantages(rewards, group_size, normalize_std=True):
     all rewards of a group are equal, a group of one included.
     Raises: ValueError for rewards that are not (B,) or not finite, or a B that G does not divide.
     """
-    rewards = torch.as_tensor(rewards)
-    rewards = rewards if rewards.is_floating_point() else rewards.float()
-    require(rewards.dim() == 1, f"rewards must be (B,), got {tuple(rewards.shape)}")
-    require(group_size >= 1 and len(rewards) % group_size == 0,
-            f"{len(rewards)} rewards must be divisible by group_size={group_size}")
-    require(rewards.isfinite().all(), f"rewards must be finite, got {rewards.tolist()}")
-    groups = rewards.view(-1, group_size)
+    groups = grouped(rewards, group_size, "rewards", "group_size")
     advantages = groups - groups.mean(dim=1, keepdim=True)
     if normalize_std and group_size > 1:
         advantages = advantages / (groups.std(dim=1, keepdim=True) + 1e-6)
     # A mean of equals may differ from them in its last bit: over a std near 0 that would count.
-    return advantages.flatten().masked_fill(~has_signal(rewards, group_size), 0.0)
+    return advantages.flatten().masked_fill(~has_signal(groups.flatten(), group_size), 0.0)
 
 
 def has_signal(rewards, group_size):
-    """(B,) bool: whether the row's group has rewards that differ (DAPO, section 3.2)."""
+    """(B,) bool: whether the row's group has rewards that differ (DAPO, section 3.2).
+
+    Rewards 1, 0, 2, 2 in groups of two give True, True, False, False.
+    """
     groups = rewards.view(-1, group_size)
     return (groups.amin(dim=1) != groups.amax(dim=1)).repeat_interleave(group_size)
 
 
 # %% Rung 3: several updates from one rollout. The ratio corrects for it, the clip bounds it
 def clipped_gain(ratio, advantages, clip_low, clip_high):
-    """min{ρ Â, clip(ρ) Â}: flat, so without gradient, once ρ has moved far enough Â's way."""
+    """min{ρ Â, clip(ρ) Â}: flat, so without gradient, once ρ has moved far enough Â's way.
+
+    ε = 0.2: with Â = 1, the ratios 1.5 and 0.5 give 1.2, which is clipped, and 0.5; with Â = −1
+    they give −1.5 and −0.8, which is clipped. A step that went the wrong way keeps its gradient.
+    """
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     return torch.minimum(ratio * advantages, clipped * advantages)
 
@@ -115,14 +119,16 @@ def averaged(values, mask, how="completion", max_length=None):
 
     "completion": the mean of each completion's tokens, then of the completions. This is GRPO's
     choice: a token of a long answer counts less, so the gradient is not that of E[r] any more.
-    Dr. GRPO removes it, "constant": each completion's sum over `max_length`, then the mean.
-    DAPO's choice is "token": the mean of all tokens.
+    Dr. GRPO removes it, "constant": each completion's sum over `max_length` (default L), then the
+    mean. DAPO's choice is "token": the mean of all tokens.
+    Values 1, 2, 3 of one completion and 5 of another, max_length = 4: (2 + 5) / 2, (6 + 5) / 8
+    and 11 / 4.
     """
     values_BL = values.masked_fill(~mask, 0.0)
     if how == "completion":
         return (values_BL.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean()
     if how == "constant":
-        return values_BL.sum() / (len(mask) * max_length)
+        return values_BL.sum() / (len(mask) * (max_length or mask.shape[1]))
     return values_BL.sum() / mask.sum().clamp(min=1)
 
 
@@ -130,6 +136,7 @@ def averaged(values, mask, how="completion", max_length=None):
 def k3(logp, ref_logp):
     """π_ref/π − log(π_ref/π) − 1: never negative, its mean over tokens drawn from π is the KL.
 
+    Where π is twice π_ref, 1/2 − log(1/2) − 1 = 0.19; where it is half of it, 2 − log 2 − 1 = 0.31.
     From the second update on, the tokens are those of π_old, and the mean is the KL only nearly.
     """
     log_odds = ref_logp.detach() - logp
@@ -141,8 +148,9 @@ def k3(logp, ref_logp):
 class Variant:
     """ε below and above 1, and what a variant does in its own way.
 
-    `average`: as `averaged` calls it. `sequence_ratio`: one ρ a completion. `resample`: groups
-    without signal are drawn again. `overlong`: completions that run out of room are punished.
+    `average`: as `averaged` calls it. `sequence_ratio`: one ρ a completion. `resample`: new
+    prompts are drawn in place of those whose group has no signal. `overlong`: completions that
+    run out of room are punished.
     """
 
     clip_low: float = 0.2
@@ -163,8 +171,11 @@ VARIANTS = {
 
 
 def overlong_penalty(lengths, max_length, buffer):
-    """DAPO, equation 13: 0 up to max_length − buffer tokens, then linearly down to −1."""
-    require(1 <= buffer <= max_length, f"buffer={buffer} must be from 1 to max_length={max_length}")
+    """DAPO, equation 13: 0 up to max_length − buffer tokens, then linearly down to −1.
+
+    max_length 10, buffer 4: the lengths 6, 7, 8 and 10 give 0, −0.25, −0.5 and −1.
+    """
+    check_ranges(buffer=(1, buffer, max_length))
     return -((lengths - (max_length - buffer)) / buffer).clamp(0.0, 1.0)
 
 
@@ -201,7 +212,7 @@ def grpo_loss(
     logp, old_logp, ref_logp, advantages, mask, *, clip_low=None, clip_high=None, kl_coef=0.0,
     max_length=None, variant="grpo",
 ):
-    """−J: (B, L) log-probabilities and (B,) advantages → (loss, figures).
+    """−J: (B, L) log-probabilities and (B,) advantages → (loss, `loss_figures`).
 
     Args:
         logp: of the completions' tokens by the policy that learns; the only one with a gradient.
@@ -210,48 +221,50 @@ def grpo_loss(
             included, changes nothing.
         clip_low, clip_high: how far ρ may move below and above 1; None: as the variant published.
         kl_coef: β. max_length: the constant length of dr_grpo, default L.
-    Returns: the loss, a scalar, and a dict of floats. `ratio`: mean ρ; `clip_low`, `clip_high`:
-        shares of tokens (gspo: completions) whose gradient the clip has taken away; `kl`: mean k3,
-        None without ref_logp; `entropy`: mean −log π of the tokens drawn, in nats.
     Raises: ValueError for wrong shapes, an unknown variant, or settings out of range.
     """
     require(variant in VARIANTS, f"variant={variant!r} must be one of {', '.join(VARIANTS)}")
-    require(0 <= kl_coef < math.inf, f"kl_coef={kl_coef} must be a number of at least 0")
     require(ref_logp is not None or not kl_coef, f"kl_coef={kl_coef} needs ref_logp")
-    require(logp.dim() == 2 and logp.numel(), f"logp must be (B, L), got {tuple(logp.shape)}")
-    require_shapes(logp.shape, old_logp=old_logp, ref_logp=ref_logp, mask=mask)
-    require_shapes(logp.shape[:1], advantages=advantages)
-    chosen = VARIANTS[variant]
-    clip_low = chosen.clip_low if clip_low is None else clip_low
-    clip_high = chosen.clip_high if clip_high is None else clip_high
-    max_length = logp.shape[1] if max_length is None else max_length
-    require(0 <= clip_low <= 1, f"clip_low={clip_low} must be from 0 to 1")
-    require(0 <= clip_high < math.inf, f"clip_high={clip_high} must be at least 0")
-    require(max_length >= 1, f"max_length={max_length} must be at least 1")
-    mask, advantages_B1 = mask.bool(), advantages.detach().unsqueeze(1)
+    check_rows("(B, L)", dict(advantages=advantages),
+               logp=logp, old_logp=old_logp, ref_logp=ref_logp, mask=mask)
+    check_ranges(clip_low=(0, clip_low, 1), clip_high=(0, clip_high, math.inf),
+                 kl_coef=(0, kl_coef, math.inf), max_length=(1, max_length, math.inf))
+    chosen, mask, advantages_B1 = VARIANTS[variant], mask.bool(), advantages.detach().unsqueeze(1)
+    low = chosen.clip_low if clip_low is None else clip_low
+    high = chosen.clip_high if clip_high is None else clip_high
+
     log_ratio_BL = (logp - old_logp.detach()).masked_fill(~mask, 0.0)
     log_ratio_BL = log_ratio_BL.clamp(-20, 20)  # e^88 is too large for FP32
     if chosen.sequence_ratio:
         lengths_B1 = mask.sum(dim=1, keepdim=True).clamp(min=1)
         log_ratio_BL = (log_ratio_BL.sum(dim=1, keepdim=True) / lengths_B1).expand_as(mask)
-    ratio_BL, k3_BL = log_ratio_BL.exp(), None
-    gain_BL = clipped_gain(ratio_BL, advantages_B1, clip_low, clip_high)
-    if ref_logp is not None:
-        k3_BL = k3(*(x.masked_fill(~mask, 0.0) for x in (logp, ref_logp)))
+    ratio_BL = log_ratio_BL.exp()
+    gain_BL = clipped_gain(ratio_BL, advantages_B1, low, high)
     if kl_coef:
-        gain_BL = gain_BL - kl_coef * k3_BL
-    with torch.no_grad():
-        # A ratio of a whole completion counts once.
-        counted = mask.any(dim=1, keepdim=True) if chosen.sequence_ratio else mask
-        ratio_BL = ratio_BL[:, : counted.shape[1]]
-        figures = {
-            "ratio": mean_of(ratio_BL, counted),
-            "clip_low": mean_of((ratio_BL < 1 - clip_low) & (advantages_B1 < 0), counted),
-            "clip_high": mean_of((ratio_BL > 1 + clip_high) & (advantages_B1 > 0), counted),
-            "kl": None if k3_BL is None else mean_of(k3_BL, mask),
-            "entropy": mean_of(-logp, mask),
-        }
-    return -averaged(gain_BL, mask, chosen.average, max_length), figures
+        gain_BL = gain_BL - kl_coef * k3(*(x.masked_fill(~mask, 0.0) for x in (logp, ref_logp)))
+    loss = -averaged(gain_BL, mask, chosen.average, max_length)
+
+    if chosen.sequence_ratio:  # the ratio of a whole completion counts once
+        ratio_BL = ratio_BL[:, :1]
+    return loss, loss_figures(ratio_BL, logp, ref_logp, advantages_B1, mask, low, high)
+
+
+@torch.no_grad()
+def loss_figures(ratio, logp, ref_logp, advantages, mask, clip_low, clip_high):
+    """What to watch while it learns; ratio (B, L), or (B, 1) for whole completions → floats.
+
+    `ratio`: mean ρ. `clip_low`, `clip_high`: shares of tokens (gspo: completions) whose gradient
+    the clip has taken away. `kl`: mean k3, None without ref_logp. `entropy`: mean −log π of the
+    tokens drawn, in nats.
+    """
+    counted = mask if ratio.shape == mask.shape else mask.any(dim=1, keepdim=True)
+    return {
+        "ratio": mean_of(ratio, counted),
+        "clip_low": mean_of((ratio < 1 - clip_low) & (advantages < 0), counted),
+        "clip_high": mean_of((ratio > 1 + clip_high) & (advantages > 0), counted),
+        "kl": None if ref_logp is None else mean_of(k3(logp, ref_logp), mask),
+        "entropy": mean_of(-logp, mask),
+    }
 
 
 def mean_of(values, mask):
@@ -259,58 +272,17 @@ def mean_of(values, mask):
     return averaged(values, mask, "token").item()
 
 
-# %% Which tokens count, and how likely a policy finds them
-def completion_mask(completions, eos_token_id):
-    """(B, L) ids → (B, L) bool: True up to and including the first end-of-sequence token.
-
-    By position, not by value: padding may be the end-of-sequence token itself.
-    """
-    is_end_BL = completions == eos_token_id
-    return is_end_BL.long().cumsum(dim=1) - is_end_BL.long() == 0
-
-
-def token_logprobs(
-    policy, ids, attention_mask, prompt_length, temperature=1.0, precision=torch.float32,
-    routed=None,
-):
-    """Prompts and completions (B, T) → log π of the completions' tokens (B, T − prompt_length).
-
-    A token is predicted at the position before it: the first by the prompt's last. FP32 result.
-    routed: a list that gets a `Routed` of each mixture of experts.
-    """
-    with torch.autocast(ids.device.type, precision, enabled=precision != torch.float32):
-        hidden = policy.hidden_states(ids, attention_mask, routed=routed)
-        logits_BLW = policy.lm_head(hidden[:, prompt_length - 1 : -1])
-    logits = logits_BLW.flatten(0, 1).float() / temperature
-    completions = ids[:, prompt_length:]
-    loss = F.cross_entropy(logits, completions.flatten(), reduction="none")
-    return -loss.view(completions.shape)
-
-
 # %% The rollout: G completions a prompt, by cached generation
-@dataclass
-class Rollout:
-    """Completions of a step, a row each; rows of one prompt are neighbours.
+class Rollout(NamedTuple):
+    """Completions of a step, a row each; rows of one prompt are neighbours."""
 
-    ids (B, P + L): prompts padded on the left, then completions. attention_mask (B, P + L): False
-    for padding. logp (B, L): of the cached decoding. rewards (B,), advantages (B,): once judged.
-    """
-
-    ids: torch.Tensor
-    attention_mask: torch.Tensor
-    prompt_length: int
-    logp: torch.Tensor
-    rewards: torch.Tensor = None
-    advantages: torch.Tensor = None
-
-    @property
-    def completions(self):
-        return self.ids[:, self.prompt_length :]
-
-    @property
-    def mask(self):
-        """(B, L): the tokens that count."""
-        return self.attention_mask[:, self.prompt_length :]
+    prompt_ids: torch.Tensor  # (B, P), padded on the left
+    prompt_mask: torch.Tensor  # (B, P): False for padding
+    completions: torch.Tensor  # (B, L) ids
+    mask: torch.Tensor  # (B, L): True for the tokens that count
+    logp: torch.Tensor | None = None  # (B, L): of the cached decoding
+    rewards: torch.Tensor | None = None  # (B,), once judged
+    advantages: torch.Tensor | None = None  # (B,), once judged
 
     def texts(self, decode):
         """Completions as `decode` writes them, an end-of-sequence token that was drawn included."""
@@ -318,46 +290,52 @@ class Rollout:
         return [decode(row[counted].tolist()) for row, counted in rows]
 
     def rows(self, chosen):
-        """The rollout of some rows; `chosen` indexes (B,)."""
-        return replace(self, **{n: x[chosen] for n, x in vars(self).items() if torch.is_tensor(x)})
-
-    @staticmethod
-    def joined(rollouts):
-        """One rollout of several; prompts are padded to the longest."""
-        longest, parts = max(r.prompt_length for r in rollouts), []
-        for r in rollouts:
-            wider = (F.pad(x, (longest - r.prompt_length, 0)) for x in (r.ids, r.attention_mask))
-            parts.append((*wider, r.logp, r.rewards, r.advantages))
-        ids, attention_mask, *rest = map(torch.cat, zip(*parts, strict=True))
-        return Rollout(ids, attention_mask, longest, *rest)
-
-
-def left_padded(prompts, fill, device=None):
-    """Lists of ids → ids (B, P) with `fill` before the shorter ones, and (B, P) bool: not fill."""
-    longest = max(map(len, prompts))
-    ids = [[fill] * (longest - len(prompt)) + prompt for prompt in prompts]
-    starts = [[longest - len(prompt)] for prompt in prompts]
-    real = torch.arange(longest, device=device) >= torch.tensor(starts, device=device)
-    return torch.tensor(ids, device=device), real
+        """Some rows of a judged rollout; `chosen` indexes (B,)."""
+        return Rollout(*(tensor[chosen] for tensor in self))
 
 
 def roll_out(
     policy, prompts, group_size, max_new_tokens, eos_token_id, temperature=1.0, generator=None
 ):
     """Draws `group_size` completions of each prompt (a list of lists of ids) → `Rollout`."""
-    device = policy.lm_head.weight.device
-    prompt_ids_BP, real_BP = (
-        part.repeat_interleave(group_size, dim=0)
-        for part in left_padded(prompts, eos_token_id, device)
-    )
+    once = padded(prompts, eos_token_id, policy.lm_head.weight.device)
+    prompt_ids_BP, real_BP = (each.repeat_interleave(group_size, dim=0) for each in once)
     drawn = policy.complete(
         prompt_ids_BP, max_new_tokens, Sampling(temperature, generator=generator),
         attention_mask=None if bool(real_BP.all()) else real_BP,
         eos_token_id=eos_token_id, pad_token_id=eos_token_id,
     )
-    mask_BL = completion_mask(drawn.ids[:, prompt_ids_BP.shape[1] :], eos_token_id)
-    attention_mask = torch.cat([real_BP, mask_BL], dim=1)
-    return Rollout(drawn.ids, attention_mask, prompt_ids_BP.shape[1], drawn.logprobs)
+    completions_BL = drawn.ids[:, prompt_ids_BP.shape[1] :]
+    mask_BL = completion_mask(completions_BL, eos_token_id)
+    return Rollout(prompt_ids_BP, real_BP, completions_BL, mask_BL, drawn.logprobs)
+
+
+def completion_mask(completions, eos_token_id):
+    """(B, L) ids → (B, L) bool: True up to and including the first end-of-sequence token.
+
+    By position, not by value: padding may be the end-of-sequence token itself. With 9 as the end,
+    1 9 3 9 gives True True False False.
+    """
+    is_end_BL = completions == eos_token_id
+    return is_end_BL.long().cumsum(dim=1) - is_end_BL.long() == 0
+
+
+def token_logprobs(policy, rollout, temperature=1.0, precision="float32", routed=None):
+    """log π (B, L) of a rollout's completions, all tokens in one pass; FP32.
+
+    A token is predicted at the position before it: the first by the prompt's last. After a prompt
+    of 4 tokens, positions 3 … T − 2 predict tokens 4 … T − 1.
+    precision: of the products. routed: a list that gets a `Routed` of each mixture of experts.
+    """
+    prompt_ids_BP, prompt_mask_BP, completions_BL, mask_BL = rollout[:4]
+    ids_BT = torch.cat([prompt_ids_BP, completions_BL], dim=1)
+    real_BT = torch.cat([prompt_mask_BP, mask_BL], dim=1)
+    with torch.autocast(ids_BT.device.type, getattr(torch, precision), precision != "float32"):
+        hidden_BTD = policy.hidden_states(ids_BT, real_BT, routed=routed)
+        logits_BLW = policy.lm_head(hidden_BTD[:, prompt_ids_BP.shape[1] - 1 : -1])
+    logits = logits_BLW.flatten(0, 1).float() / temperature
+    loss = F.cross_entropy(logits, completions_BL.flatten(), reduction="none")
+    return -loss.view(completions_BL.shape)
 
 
 # %% The judgement: a reward for each completion, an advantage for each reward
@@ -365,7 +343,7 @@ class Task(NamedTuple):
     """What a policy learns, and how its token ids are read."""
 
     reward: Callable  # (prompt, completions of one group), all texts → a number for each
-    draw_prompts: Callable  # (count, generator) → lists of ids
+    prompts: list  # of lists of ids
     decode: Callable  # ids → text
     eos_token_id: int
 
@@ -379,34 +357,28 @@ def judged(policy, prompts, task, settings, generator):
     for i, prompt in enumerate(prompts):
         group = texts[i * s.group_size : (i + 1) * s.group_size]
         rewards += task.reward(task.decode(prompt), group)
-    rollout.rewards = shaped = torch.tensor(rewards, device=rollout.ids.device)
+    rewards = shaped = torch.tensor(rewards, device=rollout.mask.device)
     if variant.overlong:
         lengths = rollout.mask.sum(dim=1)
-        shaped = shaped + overlong_penalty(lengths, s.max_new_tokens, s.overlong_buffer)
-    rollout.advantages = group_advantages(shaped, s.group_size, variant.normalize_std)
-    return rollout
+        shaped = rewards + overlong_penalty(lengths, s.max_new_tokens, s.overlong_buffer)
+    advantages = group_advantages(shaped, s.group_size, variant.normalize_std)
+    return rollout._replace(rewards=rewards, advantages=advantages)
 
 
 def collect(policy, task, settings, step):
-    """(the rollout to learn from, all that was drawn): they differ where dapo draws again."""
+    """(the rollout to learn from, all that was drawn): they differ where dapo draws new prompts."""
     s, resample = settings, VARIANTS[settings.variant].resample
     drawn, kept, wanted = [], [], s.prompts
     for attempt in range(1 + s.resamplings if resample else 1):
-        generator = generator_of(s, step, attempt, policy.lm_head.weight.device)
-        rollout = judged(policy, task.draw_prompts(wanted, generator), task, s, generator)
-        drawn.append(rollout)
-        signal = has_signal(rollout.rewards, s.group_size)
-        kept.append(rollout.rows(signal) if resample else rollout)
-        wanted -= len(kept[-1].ids) // s.group_size
+        generator = step_generator(s.seed, step, attempt, policy.lm_head.weight.device)
+        prompts = drawn_from(task.prompts, wanted, generator)
+        drawn.append(judged(policy, prompts, task, s, generator))
+        signal = has_signal(drawn[-1].rewards, s.group_size)
+        kept.append(drawn[-1].rows(signal) if resample else drawn[-1])
+        wanted -= len(kept[-1].mask) // s.group_size
         if wanted == 0:
             break
-    return Rollout.joined(kept), Rollout.joined(drawn)
-
-
-def generator_of(settings, step, purpose, device):
-    """A step's randomness depends on seed and step number alone: so a run can be taken up again."""
-    number = (settings.seed * 1_000_003 + step) * 16 + purpose
-    return torch.Generator(device).manual_seed(number % 2**63)
+    return [Rollout(*map(stacked, zip(*parts, strict=True))) for parts in (kept, drawn)]
 
 
 # %% One step, whole: draw, judge, update
@@ -425,7 +397,7 @@ def grpo_step(policy, reference, optimizer, task, settings, step):
         "entropy": mean_of(-drawn.logp, drawn.mask),
         "length": drawn.mask.sum(dim=1).float().mean().item(),
         "signal": has_signal(drawn.rewards, settings.group_size).float().mean().item(),
-        "completions": len(drawn.ids),
+        "completions": len(drawn.mask),
     }
     figures |= update(policy, optimizer, rollout, ref_logp, settings, step)
     refresh = settings.refresh_reference
@@ -435,14 +407,21 @@ def grpo_step(policy, reference, optimizer, task, settings, step):
 
 
 def update(policy, optimizer, rollout, ref_logp, settings, step):
-    """An update for each minibatch, then the routing bias; returns the mean figures."""
+    """An update for each minibatch, then the routing bias; returns the mean figures.
+
+    With several minibatches, the step of dapo follows a mean of their means over tokens.
+    """
     s, loads, history = settings, {}, []
     policy.train()
     parts, weight = minibatches(rollout, s, step)
-    old_logp = old_logprobs(policy, rollout, s, parts)
+    # log π_old before the first update, in the same minibatches: so the first ratio is exactly 1.
+    # Before a single update, the policy itself is still π_old.
+    old_logp = rollout.logp if s.rollout_logprobs else None
+    if old_logp is None and len(parts) > 1:
+        old_logp = fixed_logprobs(policy, rollout, s, parts[: s.minibatches])
     for rows in parts:
         minibatch, routed = rollout.rows(rows), []
-        logp = logprobs_of(policy, minibatch, s, routed)
+        logp = token_logprobs(policy, minibatch, s.temperature, s.precision, routed)
         loss, figures = grpo_loss(
             logp, logp.detach() if old_logp is None else old_logp[rows], ref_logp[rows],
             minibatch.advantages, minibatch.mask, kl_coef=s.kl_coef, max_length=s.max_new_tokens,
@@ -462,55 +441,24 @@ def minibatches(rollout, settings, step):
 
     Without a KL term, a completion with zero advantage has zero gradient: it is skipped, and
     `weight`, the share of the completions (or tokens) that are left, counts it in the average.
+    The balance loss and the experts' load do not see what is skipped.
     """
-    s, rows = settings, torch.arange(len(rollout.ids), device=rollout.ids.device)
-    per_token = VARIANTS[s.variant].average == "token"
-    counts = rollout.mask.sum(dim=1) if per_token else torch.ones_like(rows)
-    if not s.kl_coef:
-        rows = rows[rollout.advantages != 0]
+    s, lengths = settings, rollout.mask.sum(dim=1)
+    counts = lengths if VARIANTS[s.variant].average == "token" else torch.ones_like(lengths)
+    rows = ((rollout.advantages != 0) | (s.kl_coef > 0)).nonzero().squeeze(1)
     weight = (counts[rows].sum() / counts.sum().clamp(min=1)).item()
-    parts = []
-    for number in range(s.passes):
-        order = torch.arange(len(rows))
-        if s.minibatches > 1:
-            seed = s.seed * 1_000_003 + step * 64 + number
-            generator = torch.Generator().manual_seed(seed % 2**63)
-            order = torch.randperm(len(rows), generator=generator)
-        parts += rows[order.to(rows.device)].tensor_split(s.minibatches)
-    return [part for part in parts if len(part)], weight
-
-
-def old_logprobs(policy, rollout, settings, parts):
-    """log π_old (B, L), all of it before the first update; None where π itself is π_old.
-
-    In the same minibatches as the updates, so that the first ratio is exactly 1.
-    """
-    if settings.rollout_logprobs:
-        return rollout.logp
-    if len(parts) < 2:  # the only update starts from the policy that drew
-        return None
-    return fixed_logprobs(policy, rollout, settings, parts[: settings.minibatches])
+    seed = s.seed * 1_000_003 + step * 64
+    return shuffled_parts(rows, s.minibatches, seed, s.passes), weight
 
 
 @torch.no_grad()
 def fixed_logprobs(policy, rollout, settings, parts=None):
-    """log π (B, L) without gradient, one part of the rows after the other."""
+    """log π (B, L) without gradient; `parts`: of which rows, default: all, part by part."""
     logp, s = torch.zeros_like(rollout.logp), settings
-    if parts is None:
-        size = math.ceil(s.prompts * s.group_size / s.minibatches)
-        parts = torch.arange(len(logp), device=logp.device).split(size)
-    for rows in parts:
-        if len(rows):  # dapo may keep none
-            logp[rows] = logprobs_of(policy, rollout.rows(rows), s)
+    size = math.ceil(s.prompts * s.group_size / s.minibatches)
+    for rows in parts or [slice(i, i + size) for i in range(0, len(logp), size)]:
+        logp[rows] = token_logprobs(policy, rollout.rows(rows), s.temperature, s.precision)
     return logp
-
-
-def logprobs_of(policy, rollout, settings, routed=None):
-    """log π (B, L) of a rollout's completions by the training forward."""
-    return token_logprobs(
-        policy, rollout.ids, rollout.attention_mask, rollout.prompt_length, settings.temperature,
-        getattr(torch, settings.precision), routed,
-    )
 
 
 def descend(optimizer, loss):
@@ -544,8 +492,8 @@ class Settings:
     variant: str = setting("grpo", "which loss", choices=tuple(VARIANTS))
     prompts: int = setting(128, "prompts a step", at_least=1)
     group_size: int = setting(8, "completions of each prompt", at_least=1)
-    max_new_tokens: int = setting(5, "longest completion", at_least=1)
-    temperature: float = setting(1.0, "of the completions drawn", above=0)
+    max_new_tokens: int = setting(5, at_least=1)  # the longest completion
+    temperature: float = setting(1.0, above=0)  # of the completions drawn
     minibatches: int = setting(2, "updates in one pass over a rollout", at_least=1)
     passes: int = setting(1, "passes over a rollout", at_least=1)
     learning_rate: float = setting(4e-4, "its highest value", above=0)
@@ -554,13 +502,15 @@ class Settings:
     refresh_reference: int = setting(0, "steps until it is the policy, 0: never", at_least=0)
     rollout_logprobs: bool = setting(False, "π_old from the rollout, not from a training pass")
     gamma: float = setting(0.0, "how far the routing bias moves after a step", at_least=0)
-    resamplings: int = setting(2, "how often dapo may draw again", at_least=0, below=15)
-    overlong_buffer: int = setting(1, "tokens before the end that dapo punishes", at_least=1)
+    resamplings: int = setting(2, at_least=0, below=15)  # how often dapo may draw again
+    overlong_buffer: int = setting(1, at_least=1)  # tokens before the end that dapo punishes
     precision: str = "float32"  # of the training forward
     seed: int = setting(0, at_least=0)
 
     def __post_init__(self):
         check_settings(self)
+        if VARIANTS[self.variant].overlong:
+            check_ranges(overlong_buffer=(1, self.overlong_buffer, self.max_new_tokens))
         completions = self.prompts * self.group_size
         require(self.minibatches <= completions,
                 f"minibatches={self.minibatches} exceed the {completions} completions of a step")
@@ -608,17 +558,6 @@ def addition_prompts():
     return prompts[2000:], prompts[1000:2000], prompts[:1000]
 
 
-def prompt_source(prompts):
-    """draw(count, generator) → ids of so many prompts, for a `Task`."""
-
-    def draw(count, generator):
-        numbers = torch.randint(len(prompts), (count,), generator=generator,
-                                device=generator.device)
-        return [encode(prompts[i]) for i in numbers.tolist()]
-
-    return draw
-
-
 # %% A policy that knows a little: GRPO needs answers that are right now and then
 def small_policy(width=96, layers=3):
     """Phases 4 to 7 in small: rotary latent attention; two of four experts run, one is shared."""
@@ -647,30 +586,20 @@ def warm_up(policy, prompts, watched, seed, most_steps=400, target=0.25, batch=1
     """
     device, source = policy.lm_head.weight.device, random.Random(seed)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-3, betas=(0.0, 0.99), weight_decay=0.0)
-    with lesson.progress_bar(most_steps, "warm-up") as bar:
-        for step in range(1, most_steps + 1):
-            policy.train()
-            optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, step / 20)
-            ids, real, prompt_length = with_answers(source.sample(prompts, batch), device)
-            routed = []
-            logp = token_logprobs(policy, ids, real, prompt_length, routed=routed)
-            balance_loss = sum(layer.balance_loss() for layer in routed)
-            descend(optimizer, -logp[real[:, prompt_length:]].mean() + balance_loss)
-            bar.update()
-            if step % 5 == 0 and step >= 100 and sampled_accuracy(policy, watched) >= target:
-                break
+    steps = range(1, most_steps + 1)
+    for step in lesson.progress_bar(most_steps, "warm-up", iterable=steps):
+        policy.train()
+        optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, step / 20)
+        chosen, routed = source.sample(prompts, batch), []
+        sums = [encode(sum_of(prompt)) + [END] for prompt in chosen]
+        written = Rollout(*padded([encode(prompt) for prompt in chosen], END, device),
+                          *padded(sums, END, device, side="right"))
+        logp = token_logprobs(policy, written, routed=routed)
+        balance_loss = sum(layer.balance_loss() for layer in routed)
+        descend(optimizer, -logp[written.mask].mean() + balance_loss)
+        if step % 5 == 0 and step >= 100 and sampled_accuracy(policy, watched) >= target:
+            break
     return step
-
-
-def with_answers(prompts, device):
-    """Prompts and their sums, as a rollout has them: ids (B, T), real (B, T), prompt length."""
-    ids, real = left_padded([encode(prompt) for prompt in prompts], END, device)
-    sums = [sum_of(prompt) for prompt in prompts]
-    longest = max(map(len, sums)) + 1  # with its end
-    padded = [encode(text) + [END] * (longest - len(text)) for text in sums]
-    answer_ids = torch.tensor(padded, device=device)
-    real = torch.cat([real, completion_mask(answer_ids, END)], dim=1)
-    return torch.cat([ids, answer_ids], dim=1), real, ids.shape[1]
 
 
 def answers(policy, prompts, temperature=1.0, seed=0):
@@ -698,12 +627,11 @@ def train(policy, task, settings, steps):
     """Returns the figures of every step. The policy as it is now becomes the reference."""
     reference = policy.copy().eval().requires_grad_(False)
     optimizer, history = policy_optimizer(policy, settings), []
-    with lesson.progress_bar(steps, settings.variant) as bar:
-        for step in range(steps):
-            optimizer.param_groups[0]["lr"] = rate_of(settings, step, step / steps)
-            history.append(grpo_step(policy, reference, optimizer, task, settings, step))
-            bar.set_postfix_str(f"reward {history[-1]['reward']:.2f}", refresh=False)
-            bar.update()
+    bar = lesson.progress_bar(steps, settings.variant, iterable=range(steps))
+    for step in bar:
+        optimizer.param_groups[0]["lr"] = rate_of(settings, step, step / steps)
+        history.append(grpo_step(policy, reference, optimizer, task, settings, step))
+        bar.set_postfix_str(f"reward {history[-1]['reward']:.2f}", refresh=False)
     return history
 
 
@@ -783,8 +711,9 @@ def check_loss(demo):
 
 def check_cached_logprobs(demo, policy, task, settings):
     """Decoding one token after another gives the log-probabilities of the training forward."""
-    prompts = task.draw_prompts(settings.prompts, generator_of(settings, 0, 15, demo.device))
-    rollout = judged(policy, prompts, task, settings, generator_of(settings, 0, 15, demo.device))
+    one, other = (step_generator(settings.seed, 0, 15, demo.device) for _ in range(2))
+    prompts = drawn_from(task.prompts, settings.prompts, one)
+    rollout = judged(policy, prompts, task, settings, other)
     logp = fixed_logprobs(policy, rollout, settings)
     off = (logp - rollout.logp)[rollout.mask].abs().max()
     demo.check("π_old from the cache: nearly the training one", "(B, L)",
@@ -799,10 +728,7 @@ CURVES = dict(reward="mean reward", kl="KL to the reference (nats per token)",
 @demonstration(
     __doc__, flag("steps", 300, "GRPO steps", at_least=1),
     flag("picture", "pictures/grpo.png", "where to draw the run", endings=(".png", ".pdf", ".svg")),
-    settings=Settings,
-    names=("variant", "prompts", "group_size", "minibatches", "passes", "learning_rate", "momentum",
-           "kl_coef", "refresh_reference", "rollout_logprobs", "gamma"),
-    quick="a smoke test of a few seconds",
+    settings=Settings, quick="a smoke test of a few seconds",
 )
 def main(demo, arguments):
     settings, steps = arguments.settings, arguments.steps
@@ -817,7 +743,7 @@ def main(demo, arguments):
     policy = small_policy().to(demo.device)
     supervised = warm_up(policy, prompts, watched, demo.seed, 40 if arguments.quick else 400)
     demo.note(f"warmed up by {supervised} supervised steps of 128 sums")
-    task = Task(exact_match, prompt_source(prompts), decode, END)
+    task = Task(exact_match, [encode(prompt) for prompt in prompts], decode, END)
     check_cached_logprobs(demo, policy, task, settings)
     start, before = sampled_accuracy(policy, held_out), answers(policy, held_out[:6])
     history = train(policy, task, settings, steps)

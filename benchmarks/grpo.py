@@ -17,6 +17,7 @@ import pathlib
 
 import measure
 import torch
+import torch.nn.functional as F
 
 from grpo_coded import (
     END,
@@ -24,10 +25,10 @@ from grpo_coded import (
     Task,
     addition_prompts,
     decode,
+    encode,
     exact_match,
     fixed_logprobs,
     judged,
-    prompt_source,
     rate_of,
     roll_out,
     sampled_accuracy,
@@ -37,6 +38,7 @@ from grpo_coded import (
     warm_up,
 )
 from lesson import one_line_errors, progress_bar, require
+from lesson.batches import drawn_from
 from pipeline.trainer import GRPOTrainer
 
 # %% The variants, with as many completions each
@@ -109,13 +111,12 @@ def chosen_experts(routed, batch):
 
 
 @torch.no_grad()
-def training_routing(policy, rollout, temperature=1.0, precision=torch.float32):
+def training_routing(policy, rollout, temperature=1.0, precision="float32"):
     """By the training forward: log π (B, L); experts of completion tokens (layers, B, L − 1, A)."""
     routed = []
-    logp = token_logprobs(policy, rollout.ids, rollout.attention_mask, rollout.prompt_length,
-                          temperature, precision, routed)
-    chosen = chosen_experts(routed, len(rollout.ids))
-    return logp, chosen[:, :, rollout.prompt_length : -1]
+    logp = token_logprobs(policy, rollout, temperature, precision, routed)
+    chosen = chosen_experts(routed, len(rollout.mask))
+    return logp, chosen[:, :, rollout.prompt_ids.shape[1] : -1]
 
 
 @torch.no_grad()
@@ -125,17 +126,16 @@ def decoding_routing(policy, rollout):
     The rollout is decoded once more as it was drawn: the prompts in one pass, then token by token
     through the cache.
     """
-    caches, start = policy.new_caches(), rollout.prompt_length
-    policy.hidden_states(rollout.ids[:, :start], rollout.attention_mask[:, :start], caches)
-    passes = []
-    real = rollout.attention_mask.clone()
-    real[:, start:] = True  # as in decoding, where a row's padding is cut off only at the end
-    for t in range(start, rollout.ids.shape[1] - 1):
-        routed = []
+    caches = policy.new_caches()
+    policy.hidden_states(rollout.prompt_ids, rollout.prompt_mask, caches)
+    passes, real = [], rollout.prompt_mask
+    for t in range(rollout.mask.shape[1] - 1):
+        # Decoding, too, cuts a row's padding off only at its end.
+        routed, real = [], F.pad(real, (0, 1), value=True)
         policy.hidden_states(
-            rollout.ids[:, t : t + 1], real[:, : t + 1], caches, path="absorbed", routed=routed
+            rollout.completions[:, t : t + 1], real, caches, path="absorbed", routed=routed
         )
-        passes.append(chosen_experts(routed, len(rollout.ids)))
+        passes.append(chosen_experts(routed, len(real)))
     require(passes, "there is no routing to compare: no token was decoded")
     return torch.cat(passes, dim=2)
 
@@ -155,12 +155,12 @@ def routing_report(trainer, gamma=0.01):
     """
     s, generator = trainer.settings, trainer.generator(15)
     policy = trainer.policy.copy().eval()
-    prompts = trainer.draw_prompts(s.prompts, generator)
+    prompts = drawn_from(trainer.task.prompts, s.prompts, generator)
     rollout = roll_out(policy, prompts, s.group_size, s.max_new_tokens, trainer.task.eos_token_id,
                        s.temperature, generator)
     mask, drawn, figures = rollout.mask, decoding_routing(policy, rollout), {}
 
-    def compare(name, policy, old_logp, old_routing, precision=torch.float32):
+    def compare(name, policy, old_logp, old_routing, precision="float32"):
         logp, routing = training_routing(policy, rollout, s.temperature, precision)
         moved = (logp - old_logp).abs().masked_fill(~mask, 0.0)
         mean, largest = (moved.sum() / mask.sum()).item(), moved.max().item()
@@ -169,7 +169,7 @@ def routing_report(trainer, gamma=0.01):
 
     forward = "cached rollout → training forward"
     before = compare(f"{forward}, FP32", policy, rollout.logp, drawn)
-    compare(f"{forward}, BF16", policy, rollout.logp, drawn, torch.bfloat16)
+    compare(f"{forward}, BF16", policy, rollout.logp, drawn, "bfloat16")
     for moe in policy.moe_layers().values():
         bias = moe.gate.e_score_correction_bias
         bias += gamma * torch.randn(bias.shape, generator=generator, device=bias.device).sign()
@@ -212,7 +212,7 @@ def main(argv=None):
     supervised = warm_up(policy, prompts, watched, arguments.seed, 40 if quick else 400)
     print(f"warmed up by {supervised} supervised steps of 128 sums: "
           f"{sampled_accuracy(policy, held_out):.1%} of the held-out sums right")
-    task = Task(exact_match, prompt_source(prompts), decode, END)
+    task = Task(exact_match, [encode(prompt) for prompt in prompts], decode, END)
     trainer = GRPOTrainer(policy, task, settings)
     results = {}
     if both or arguments.routing:

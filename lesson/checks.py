@@ -215,3 +215,27 @@ def check_up_to(most, of, **numbers):
     """Every named number must be from 1 to `most`, which the message calls `of`."""
     for name, number in numbers.items():
         require(1 <= number <= most, f"{name}={number} must be from 1 to {of}")
+
+
+def check_ranges(**bounded):
+    """`check_ranges(clip=(0, clip, 1))`: ValueError unless 0 ≤ clip ≤ 1. None is not checked.
+
+    An upper bound of infinity leaves infinity out.
+    """
+    for name, (low, value, high) in bounded.items():
+        open_end = high == float("inf")
+        fits = value is None or low <= value <= high and not (open_end and value == high)
+        wanted = f"a number of at least {low}" if open_end else f"from {low} to {high}"
+        require(fits, f"{name}={value} must be {wanted}")
+
+
+def check_rows(letters, rows=None, **tensors):
+    """All tensors must be of one shape, which `letters` name, such as "(B, L)", and not empty.
+
+    rows: {name: tensor} of one number a row, (B,). None is not checked.
+    """
+    name, first = next(iter(tensors.items()))
+    fits = first.dim() == letters.count(",") + 1 and first.numel()
+    require(fits, f"{name} must be {letters}, got {tuple(first.shape)}")
+    require_shapes(first.shape, **tensors)
+    require_shapes(first.shape[:1], **(rows or {}))

@@ -1,6 +1,7 @@
 """From a command line to a running demonstration: flags, device, one-line errors, progress."""
 
 import argparse
+import dataclasses
 import functools
 import math
 import pathlib
@@ -40,9 +41,9 @@ def demonstration(docstring, *flags, settings=None, names=(), quick=None):
     """Turns `main(demo, arguments)` into a lesson's `main(argv=None)`.
 
     docstring: the module's own, shown by --help. Every lesson has --seed and --device; `flags` come
-    on top, then a flag for each of the fields `names` of the dataclass `settings`, of which
-    `arguments.settings` is then one, made from all flags that were given; then --quick, whose help
-    is `quick`.
+    on top, then a flag for each of the fields `names` (default: all with a help text) of the
+    dataclass `settings`, of which `arguments.settings` is then one, made from all flags that were
+    given; then --quick, whose help is `quick`.
     """
 
     def decorate(function):
@@ -52,7 +53,8 @@ def demonstration(docstring, *flags, settings=None, names=(), quick=None):
         def main(argv=None):
             parser = demonstration_parser(docstring, flags)
             if settings:
-                add_flags(parser, settings, names)
+                helped = [f.name for f in dataclasses.fields(settings) if f.metadata.get("help")]
+                add_flags(parser, settings, names or helped)
             if quick:
                 parser.add_argument("--quick", action="store_true", help=quick)
             arguments = parse_arguments(parser, argv)

@@ -106,7 +106,7 @@ class AlignmentRun(Run):
         self.separator = self.tokenizer.token_to_id(corpus.SEPARATOR)
         self.prompts, self.held_out = self.find_prompts(model.max_positions)
         self.reward = compiler.CompilerReward(memory=options.once)
-        task = Task(self.reward, self.draw, self.decode, self.separator)
+        task = Task(self.reward, self.prompts, self.decode, self.separator)
         self.trainer = GRPOTrainer(model, task, options.settings())
         if resume:
             self.restore()
@@ -145,12 +145,6 @@ class AlignmentRun(Run):
                 "out are Python that ends at a line's end: want at least one of each"
             )
         return prompts, compiler.sample_of(held_out, HELD_OUT_PROMPTS)
-
-    def draw(self, count, generator):
-        numbers = torch.randint(
-            len(self.prompts), (count,), generator=generator, device=generator.device
-        )
-        return [self.prompts[i] for i in numbers.tolist()]
 
     def decode(self, ids):
         """Whole lines; all of a text that ended by itself. The separator before a prompt goes."""

@@ -1,7 +1,10 @@
 """A trainer around phase 9's step: what a run holds between steps, and the checks at its door."""
 
-from grpo_coded import generator_of, grpo_step, policy_optimizer
+import functools
+
+from grpo_coded import grpo_step, policy_optimizer
 from lesson import require
+from lesson.batches import step_generator
 
 
 class GRPOTrainer:
@@ -14,7 +17,8 @@ class GRPOTrainer:
 
     def __init__(self, policy, task, settings):
         self.policy, self.settings, self.given = policy, settings, task
-        self.task = task._replace(draw_prompts=self.draw_prompts, reward=self.reward)
+        check_task(task, settings.max_new_tokens, policy.max_positions)
+        self.task = task._replace(reward=functools.partial(checked_rewards, task.reward))
         self.device = policy.lm_head.weight.device
         self.reference = policy.copy().eval().requires_grad_(False)
         self.optimizer = policy_optimizer(policy, settings)
@@ -32,23 +36,20 @@ class GRPOTrainer:
 
     def generator(self, purpose=0):
         """A generator of this step's own; on the policy's device."""
-        return generator_of(self.settings, self.steps_done, purpose, self.device)
+        return step_generator(self.settings.seed, self.steps_done, purpose, self.device)
 
-    def draw_prompts(self, count, generator):
-        """Lists of ids, each with room for a completion."""
-        prompts, decode = self.given.draw_prompts(count, generator), self.given.decode
-        new_tokens, context = self.settings.max_new_tokens, self.policy.max_positions
-        require(prompts, "there are no prompts")
-        for i, prompt in enumerate(prompts):
-            T = len(prompt)
-            require(T, f"prompt {i} is empty: a completion needs a token to follow")
-            require(context is None or T + new_tokens <= context,
-                    f"prompt {i}, {decode(prompt)!r}, has {T} tokens: with {new_tokens} new ones "
-                    f"it exceeds the context of {context}")
-        return prompts
 
-    def reward(self, prompt, completions):
-        return checked_rewards(self.given.reward, prompt, completions)
+def check_task(task, new_tokens, context):
+    """ValueError unless there are prompts, and each is followed by room for a completion."""
+    require(task.prompts, "there are no prompts")
+    for i, prompt in enumerate(task.prompts):
+        T = len(prompt)
+        require(T, f"prompt {i} is empty: a completion needs a token to follow")
+        if context is not None and T + new_tokens > context:
+            raise ValueError(
+                f"prompt {i}, {task.decode(prompt)!r}, has {T} tokens: with {new_tokens} new ones "
+                f"it exceeds the context of {context}"
+            )
 
 
 def checked_rewards(reward, prompt, completions):

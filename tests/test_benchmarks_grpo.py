@@ -13,7 +13,6 @@ from grpo_coded import (
     Task,
     decode,
     encode,
-    prompt_source,
     roll_out,
     small_policy,
 )
@@ -44,7 +43,7 @@ def likes_ones(prompt, completions):
 
 def trainer_for(policy, **settings):
     settings = Settings(**{**dict(prompts=4, group_size=4, minibatches=1), **settings})
-    task = Task(likes_ones, prompt_source(["1+2=", "12+34="]), decode, END)
+    task = Task(likes_ones, [encode("1+2="), encode("12+34=")], decode, END)
     return GRPOTrainer(policy, task, settings)
 
 

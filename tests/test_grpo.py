@@ -16,6 +16,7 @@ from grpo_coded import (
     add_loads,
     addition_prompts,
     averaged,
+    clipped_gain,
     clipped_loss,
     collect,
     completion_mask,
@@ -27,14 +28,13 @@ from grpo_coded import (
     group_advantages,
     grpo_loss,
     grpo_step,
+    has_signal,
     judged,
     k3,
-    logprobs_of,
     move_routing_bias,
     naive_grpo_loss,
     overlong_penalty,
     policy_optimizer,
-    prompt_source,
     rate_of,
     reinforce_loss,
     roll_out,
@@ -46,6 +46,7 @@ from grpo_coded import (
     update,
     warm_up,
 )
+from lesson.batches import drawn_from, stacked
 from moe_coded import MixtureOfExperts, Routed, Routing, SwitchRouter
 from mtp_coded import Sampling
 from pipeline.trainer import GRPOTrainer, checked_rewards
@@ -82,6 +83,11 @@ def test_shifting_and_scaling_rewards_changes_nothing():
     torch.testing.assert_close(group_advantages(5 * rewards, 4), advantages, rtol=1e-4, atol=0)
     plain = group_advantages(rewards, 4, normalize_std=False)
     torch.testing.assert_close(group_advantages(rewards - 3, 4, normalize_std=False), plain)
+
+
+def test_signal_by_hand():
+    rewards = torch.tensor([1.0, 0.0, 2.0, 2.0])
+    assert has_signal(rewards, 2).tolist() == [True, True, False, False]
 
 
 def test_integer_and_list_rewards_are_taken():
@@ -195,6 +201,11 @@ def test_k3_is_never_negative_and_zero_for_equals():
     assert grpo_loss(logp, logp, logp, torch.zeros(4), mask)[1]["kl"] == 0
 
 
+def test_k3_of_twice_and_half_the_reference():
+    logp = torch.tensor([2.0, 0.5]).log()
+    assert k3(logp, torch.zeros(2)).tolist() == pytest.approx([0.19, 0.31], abs=0.005)
+
+
 @pytest.mark.comparison
 def test_mean_k3_is_pytorchs_kl_divergence():
     """Σ_x π(x) k3(x) = KL(π ‖ π_ref), over all tokens of a small vocabulary."""
@@ -280,6 +291,14 @@ def test_each_rung_is_the_one_below_where_its_change_does_nothing():
     torch.testing.assert_close(by_length[0] / lengths, by_length[1])
     with_kl, _ = grpo_loss(logp, old_logp, ref_logp, advantages, mask, kl_coef=0.1)
     torch.testing.assert_close(plain + 0.1 * averaged(k3(logp, ref_logp), mask), with_kl)
+
+
+def test_clipped_gain_by_hand():
+    ratio = torch.tensor([1.5, 0.5])
+    for advantage, wanted in ((1.0, [1.2, 0.5]), (-1.0, [-1.5, -0.8])):
+        assert clipped_gain(ratio, advantage * torch.ones(2), 0.2, 0.2).tolist() == pytest.approx(
+            wanted
+        )
 
 
 def test_clip_takes_the_gradient_away_on_one_side_only():
@@ -462,7 +481,7 @@ def test_logprobs_are_those_of_each_sequence_alone(policy):
     policy.eval()
     prompts = [encode("7+8="), encode("12+34="), encode("1+10=")]
     rollout = roll_out(policy, prompts, 2, 5, END, generator=torch.Generator().manual_seed(1))
-    logp = token_logprobs(policy, rollout.ids, rollout.attention_mask, rollout.prompt_length)
+    logp = token_logprobs(policy, rollout)
     assert logp.shape == rollout.mask.shape == (6, 5)
     for i in range(6):
         length = int(rollout.mask[i].sum())
@@ -478,9 +497,10 @@ def test_logprobs_are_those_of_each_sequence_alone(policy):
 
 def test_temperature_enters_logprobs(policy):
     ids, mask = torch.randint(0, END, (2, 7)), torch.ones(2, 7, dtype=torch.bool)
+    written = Rollout(ids[:, :4], mask[:, :4], ids[:, 4:], mask[:, 4:])
     log_p = (policy(ids)[:, 3:-1] / 0.5).log_softmax(dim=-1)
     wanted = log_p.gather(2, ids[:, 4:, None]).squeeze(2)
-    torch.testing.assert_close(token_logprobs(policy, ids, mask, 4, temperature=0.5), wanted)
+    torch.testing.assert_close(token_logprobs(policy, written, temperature=0.5), wanted)
 
 
 def test_generation_gives_the_logprobs_of_what_it_drew(policy):
@@ -494,16 +514,16 @@ def test_generation_gives_the_logprobs_of_what_it_drew(policy):
 
 def test_joined_rollouts_keep_their_rows(policy):
     parts = [roll_out(policy, [encode(text)], 2, 3, END) for text in ("1+2=", "12+34=")]
-    for part in parts:
-        part.rewards = part.advantages = torch.arange(2.0)
-    both = Rollout.joined(parts)
-    assert both.ids.shape == (4, 9) and both.prompt_length == 6
+    parts = [part._replace(rewards=torch.arange(2.0), advantages=torch.ones(2)) for part in parts]
+    both = Rollout(*map(stacked, zip(*parts, strict=True)))
+    assert both.rewards.tolist() == [0, 1, 0, 1]
+    assert both.prompt_ids.shape == (4, 6) and both.completions.shape == (4, 3)
     for i, part in enumerate(parts):
         rows = both.rows(torch.arange(2 * i, 2 * i + 2))
         assert torch.equal(rows.completions, part.completions)
         assert torch.equal(rows.mask, part.mask) and torch.equal(rows.logp, part.logp)
         one, other = (
-            token_logprobs(policy, r.ids, r.attention_mask, r.prompt_length) for r in (rows, part)
+            token_logprobs(policy, r) for r in (rows, part)
         )
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
@@ -535,15 +555,13 @@ def test_the_three_parts_of_the_sums_do_not_meet():
     parts = addition_prompts()
     assert [len(part) for part in parts] == [8000, 1000, 1000]
     assert len(set().union(*parts)) == 10_000
-    drawn = prompt_source(parts[0])(500, torch.Generator().manual_seed(0))
-    assert {decode(ids) for ids in drawn} <= set(parts[0])
 
 
 # The trainer
 def trainer_for(policy, reward=exact_match, prompts=("1+2=", "12+34=", "7+10="), **settings):
     settings = Settings(**{**dict(prompts=4, group_size=4, minibatches=1), **settings})
     torch.manual_seed(0)
-    task = Task(reward, prompt_source(list(prompts)), decode, END)
+    task = Task(reward, [encode(prompt) for prompt in prompts], decode, END)
     return GRPOTrainer(policy, task, settings)
 
 
@@ -620,12 +638,12 @@ def plain_step(policy, reference, optimizer, prompts, *, reward, generator, sett
     shaped = rewards + penalty if variant.overlong else rewards
     advantages = group_advantages(shaped, s.group_size, variant.normalize_std)
     with torch.no_grad():  # before the first update, the policy is still the one that drew
-        old_logp, ref_logp = (logprobs_of(model, rollout, s) for model in (policy, reference))
+        old_logp, ref_logp = (token_logprobs(model, rollout) for model in (policy, reference))
     policy.train()
     loads = {}
     for _ in range(s.passes):
         routed = []
-        logp = logprobs_of(policy, rollout, s, routed)
+        logp = token_logprobs(policy, rollout, routed=routed)
         loss, _ = grpo_loss(
             logp, old_logp, ref_logp, advantages, rollout.mask, kl_coef=s.kl_coef,
             max_length=s.max_new_tokens, variant=s.variant,
@@ -662,7 +680,7 @@ def test_step_and_trainer_equal_the_step_that_is_written_out(variant, passes):
     for step in range(3):
         generator = trainer.generator()
         mean_reward = plain_step(
-            plain, reference, optimizers[0], task.draw_prompts(settings.prompts, generator),
+            plain, reference, optimizers[0], drawn_from(task.prompts, settings.prompts, generator),
             reward=reward, generator=generator, settings=settings,
         )
         figures = grpo_step(stepped, reference, optimizers[1], task, settings, step)
@@ -739,7 +757,7 @@ def test_rows_without_advantage_are_left_out_but_counted(variant):
         for moe in trainer.policy.moe_layers().values():  # its loss is over all rows
             moe.balance_loss = None
         rollout, _ = collected(trainer)
-        assert 0 < (rollout.advantages != 0).sum() < len(rollout.ids)
+        assert 0 < (rollout.advantages != 0).sum() < len(rollout.mask)
         updated(trainer, rollout)
         return [p.grad for p in trainer.policy.parameters()]
 
@@ -760,7 +778,7 @@ def test_rows_without_signal_cost_no_training_pass():
             lambda m, i, output: rows.append(len(output))
         )
         updated(trainer, rollout)
-        return sum(rows), int((rollout.advantages != 0).sum()), len(rollout.ids)
+        return sum(rows), int((rollout.advantages != 0).sum()), len(rollout.mask)
 
     trained, with_signal, _ = rows_trained(kl_coef=0.0)
     assert trained == with_signal
@@ -776,13 +794,13 @@ def test_dapo_draws_groups_without_signal_again():
 
     settings = Settings(variant="dapo", prompts=4, group_size=4, minibatches=1, resamplings=8,
                         max_new_tokens=6)
-    task = Task(reward, prompt_source(["1+2=", "12+34="]), decode, END)
+    task = Task(reward, [encode("1+2="), encode("12+34=")], decode, END)
     trainer = GRPOTrainer(small_policy(32, 2), task, settings)
     rollout, drawn = collected(trainer)
-    assert len(rollout.ids) == 16 and len(drawn.ids) > 16
+    assert len(rollout.mask) == 16 and len(drawn.mask) > 16
     grpo = trainer_for(small_policy(32, 2), reward, prompts=("1+2=", "12+34="))
     rollout, drawn = collected(grpo)
-    assert len(rollout.ids) == len(drawn.ids) == 16
+    assert len(rollout.mask) == len(drawn.mask) == 16
 
 
 def test_dapo_punishes_completions_that_run_out_of_room():
@@ -804,7 +822,7 @@ def test_dapo_does_not_learn_from_length_alone():
                           resamplings=1)
     rollout, drawn = collected(trainer)
     assert (drawn.advantages != 0).any()  # lengths differ
-    assert len(rollout.ids) == 0 and len(drawn.ids) == 32
+    assert len(rollout.mask) == 0 and len(drawn.mask) == 32
     assert trainer.step()["signal"] == 0
 
 
@@ -909,9 +927,13 @@ def test_a_step_without_any_signal_leaves_the_policy(variant, kl_coef):
     [("", "prompt 0 is empty"), ("1+1+1+1+1+1+", r"prompt 0, '1\+1.*, has 12 tokens: with 5 new")],
 )
 def test_prompts_that_cannot_be_are_named(prompt, message):
-    trainer = trainer_for(small_policy(32, 2), prompts=(prompt,))
     with pytest.raises(ValueError, match=message):
-        trainer.step()
+        trainer_for(small_policy(32, 2), prompts=(prompt,))
+
+
+def test_a_task_without_prompts_is_named():
+    with pytest.raises(ValueError, match="there are no prompts"):
+        trainer_for(small_policy(32, 2), prompts=())
 
 
 @pytest.mark.parametrize(
@@ -925,6 +947,7 @@ def test_prompts_that_cannot_be_are_named(prompt, message):
         (dict(momentum=1.0), "momentum=1.0"),
         (dict(resamplings=15), "resamplings=15"),
         (dict(kl_coef=math.inf), "kl_coef=inf"),
+        (dict(variant="dapo", overlong_buffer=6), "overlong_buffer=6 must be from 1 to 5"),
     ],
 )
 def test_wrong_settings_are_named(settings, message):

@@ -1,0 +1,87 @@
+"""Rows for a batch, and two checks of what stands in them."""
+
+import math
+
+import pytest
+import torch
+
+from lesson.batches import drawn_from, grouped, padded, shuffled_parts, stacked, step_generator
+from lesson.checks import check_ranges, check_rows
+
+
+def test_rows_are_padded_on_either_side():
+    ids, real = padded([[1], [2, 3]], 0)
+    assert ids.tolist() == [[0, 1], [2, 3]] and real.tolist() == [[False, True], [True, True]]
+    ids, real = padded([[7], [7, 3]], 7, side="right")  # padding is known by its place alone
+    assert ids.tolist() == [[7, 7], [7, 3]] and real.tolist() == [[True, False], [True, True]]
+
+
+def test_stacked_rows_of_unequal_length_get_zeros_on_the_left():
+    parts = [torch.tensor([[1]]), torch.tensor([[2, 3]]), torch.empty(0, 2, dtype=torch.long)]
+    assert stacked(parts).tolist() == [[0, 1], [2, 3]]
+    assert stacked([torch.tensor([True]), torch.tensor([False])]).tolist() == [True, False]
+    assert stacked([torch.tensor([[True]]), torch.tensor([[True, True]])]).tolist() == [
+        [False, True], [True, True]
+    ]
+
+
+def test_groups_are_rows_of_floats():
+    assert grouped([1, 2, 3, 4], 2).tolist() == [[1.0, 2.0], [3.0, 4.0]]
+    assert grouped(torch.ones(4, dtype=torch.float64), 4).dtype == torch.float64
+    with pytest.raises(ValueError, match="4 prizes must be divisible by number=3"):
+        grouped(torch.ones(4), 3, "prizes", "number")
+
+
+def test_rows_are_drawn_with_replacement_and_each_as_often():
+    drawn = drawn_from(["a", "b"], 500, torch.Generator().manual_seed(0))
+    assert set(drawn) == {"a", "b"} and 200 < drawn.count("a") < 300
+    one, other = (drawn_from(range(99), 9, torch.Generator().manual_seed(s)) for s in (1, 2))
+    assert one != other
+
+
+def test_parts_hold_every_row_once_and_none_is_empty():
+    rows = torch.tensor([2, 3, 5, 7, 11])
+    parts = shuffled_parts(rows, 3, seed=0)
+    assert [len(part) for part in parts] == [2, 2, 1]
+    assert sorted(torch.cat(parts).tolist()) == rows.tolist() != torch.cat(parts).tolist()
+    assert len(shuffled_parts(rows[:2], 3, seed=0)) == 2 and shuffled_parts(rows[:0], 3, 0) == []
+    assert torch.equal(shuffled_parts(rows, 1, seed=0)[0], rows)
+    two_passes = shuffled_parts(rows, 3, 0, passes=2)
+    assert torch.equal(torch.cat(two_passes[:3]), torch.cat(parts)) and len(two_passes) == 6
+    assert torch.equal(torch.cat(two_passes[3:]), torch.cat(shuffled_parts(rows, 3, 1)))
+    again, other = (torch.cat(shuffled_parts(rows, 3, seed)) for seed in (0, 1))
+    assert torch.equal(torch.cat(parts), again) and not torch.equal(again, other)
+
+
+def test_a_steps_random_numbers_depend_on_seed_step_and_purpose():
+    def drawn(*numbers):
+        return torch.rand(3, generator=step_generator(*numbers, "cpu")).tolist()
+
+    assert drawn(1, 2, 3) == drawn(1, 2, 3)
+    assert len({tuple(drawn(*n)) for n in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))}) == 4
+    assert drawn(2**70, 0, 0)  # a seed of any size
+
+
+def test_ranges_are_checked():
+    check_ranges(clip=(0, 0, 1), other=(0, 1, 1), unset=(0, None, 1), open=(0, 9, math.inf))
+    for bounds, message in (
+        ((0, 1.5, 1), "clip=1.5 must be from 0 to 1"),
+        ((0, -1, math.inf), "clip=-1 must be a number of at least 0"),
+        ((0, math.inf, math.inf), "clip=inf must be a number of at least 0"),
+        ((0, math.nan, 1), "clip=nan must be from 0 to 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_ranges(clip=bounds)
+
+
+def test_rows_of_a_table_are_checked():
+    table, column = torch.ones(2, 3), torch.ones(2)
+    check_rows("(B, L)", dict(rewards=column), logp=table, mask=table, unset=None)
+    with pytest.raises(ValueError, match=r"logp must be \(B, L\), got \(2,\)"):
+        check_rows("(B, L)", logp=column)
+    with pytest.raises(ValueError, match=r"logp must be \(B, L\), got \(0, 3\)"):
+        check_rows("(B, L)", logp=table[:0])
+    with pytest.raises(ValueError, match=r"mask must be \(2, 3\), got \(2, 2\)"):
+        check_rows("(B, L)", logp=table, mask=table[:, 1:])
+    with pytest.raises(ValueError, match=r"rewards must be \(2,\), got \(2, 3\)"):
+        check_rows("(B, L)", dict(rewards=table), logp=table)
