@@ -159,6 +159,42 @@ def check_forward(x, width, heads, mask, cache, path, paths):
     expanded_mask(mask, (B, heads, T, T if cache is None else cache.length + T))
 
 
+def check_choice(choices, **named):
+    """Every named value must be one of `choices`."""
+    for name, value in named.items():
+        require(value in choices, f"{name}={value!r} must be one of {choices}")
+
+
+def check_up_to(most, of, **numbers):
+    """Every named number must be from 1 to `most`, which the message calls `of`."""
+    for name, number in numbers.items():
+        require(1 <= number <= most, f"{name}={number} must be from 1 to {of}")
+
+
+def check_ranges(**bounded):
+    """`check_ranges(clip=(0, clip, 1))`: ValueError unless 0 ≤ clip ≤ 1. None is not checked.
+
+    An upper bound of infinity leaves infinity out.
+    """
+    for name, (low, value, high) in bounded.items():
+        open_end = high == float("inf")
+        fits = value is None or low <= value <= high and not (open_end and value == high)
+        wanted = f"a number of at least {low}" if open_end else f"from {low} to {high}"
+        require(fits, f"{name}={value} must be {wanted}")
+
+
+def check_rows(letters, rows=None, **tensors):
+    """All tensors must be of one shape, which `letters` name, such as "(B, L)", and not empty.
+
+    rows: {name: tensor} of one number a row, (B,). None is not checked.
+    """
+    name, first = next(iter(tensors.items()))
+    fits = first.dim() == letters.count(",") + 1 and first.numel()
+    require(fits, f"{name} must be {letters}, got {tuple(first.shape)}")
+    require_shapes(first.shape, **tensors)
+    require_shapes(first.shape[:1], **(rows or {}))
+
+
 class Demonstration:
     """Prints a header, then one line a check; `finish` exits with status 1 if a check failed."""
 
@@ -203,39 +239,3 @@ class Demonstration:
         if self.failures:
             print(f"FAILED: {'; '.join(self.failures)}", file=sys.stderr)
             raise SystemExit(1)
-
-
-def check_choice(choices, **named):
-    """Every named value must be one of `choices`."""
-    for name, value in named.items():
-        require(value in choices, f"{name}={value!r} must be one of {choices}")
-
-
-def check_up_to(most, of, **numbers):
-    """Every named number must be from 1 to `most`, which the message calls `of`."""
-    for name, number in numbers.items():
-        require(1 <= number <= most, f"{name}={number} must be from 1 to {of}")
-
-
-def check_ranges(**bounded):
-    """`check_ranges(clip=(0, clip, 1))`: ValueError unless 0 ≤ clip ≤ 1. None is not checked.
-
-    An upper bound of infinity leaves infinity out.
-    """
-    for name, (low, value, high) in bounded.items():
-        open_end = high == float("inf")
-        fits = value is None or low <= value <= high and not (open_end and value == high)
-        wanted = f"a number of at least {low}" if open_end else f"from {low} to {high}"
-        require(fits, f"{name}={value} must be {wanted}")
-
-
-def check_rows(letters, rows=None, **tensors):
-    """All tensors must be of one shape, which `letters` name, such as "(B, L)", and not empty.
-
-    rows: {name: tensor} of one number a row, (B,). None is not checked.
-    """
-    name, first = next(iter(tensors.items()))
-    fits = first.dim() == letters.count(",") + 1 and first.numel()
-    require(fits, f"{name} must be {letters}, got {tuple(first.shape)}")
-    require_shapes(first.shape, **tensors)
-    require_shapes(first.shape[:1], **(rows or {}))
