@@ -6,8 +6,9 @@ first, and such a head cannot know the first. DeepSeek-V3 chains small modules i
 takes the hidden state of the module before it, joins it with the embedding of the token that really
 came, and passes both through one block. Embedding and output head are those of the main model.
 After training we can drop the modules, or keep them to draft tokens that the main model checks in
-one pass. This is speculative decoding. It changes only speed: greedy text is identical, and sampled
-text has the same distribution.
+one pass. This is speculative decoding. It changes only speed: in exact arithmetic, greedy text is
+identical and sampled text has the same distribution. In FP32, greedy text can differ only where two
+tokens tie up to rounding.
 
     h_k,i = RMSNorm(Block_k( W_k [ RMSNorm(Emb(t_{i+k})) ; RMSNorm(h_{k−1,i}) ] ))
     P_k(t_{i+k+1}) = softmax(Head(h_k,i))
@@ -29,8 +30,7 @@ Dimensions: B batch · T query positions · S key positions · D model width · 
 Run:  python mtp_coded.py [--steps 100] [--depth 2]
 """
 
-import copy
-import math
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -38,11 +38,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lesson import demonstration, flag, require
-from lesson.checks import check_attention_mask, check_prompts, check_token_ids
+from lesson import check_settings, demonstration, flag, require, setting
+from lesson.batches import without_padding
+from lesson.checks import check_prompts, check_token_ids, require_shapes
 from mla_coded import MultiHeadLatentAttention
 from moe_coded import MixtureOfExperts, SwiGLU, TransformerBlock
-from multihead_attention_coded import RowStore
 
 
 # %% The simple idea: independent heads on the same hidden state
@@ -108,17 +108,17 @@ class MultiTokenPredictor(nn.Module):
         return self.norm(self.block(self.join(hidden, future_ids), **options))
 
 
-def mtp_states(modules, hidden, input_ids, padding, **options):
+def mtp_states(modules, hidden, input_ids, attention_mask=None, **options):
     """Hidden states of every module while the future is known, as in training.
 
-    hidden: the main model's (B, T, D) of input_ids (B, T). padding: from `CausalLM.padding`.
+    hidden: the main model's (B, T, D) of input_ids (B, T). attention_mask (B, T): 0 = padding.
     Returns: a list; entry k − 1 is (B, T − k, D): the last k rows have no token k ahead to join.
     """
     states = []
     for k, module in enumerate(modules, start=1):
         hidden, future_ids = hidden[:, :-1], input_ids[:, k:]
-        real = {name: value[..., : hidden.shape[1]] for name, value in padding.items()}
-        states.append(module(hidden, future_ids, **options, **real))
+        padding = without_padding(attention_mask, 0, hidden.shape[1])
+        states.append(module(hidden, future_ids, **options, **padding))
         hidden = states[-1] if module.chained else hidden
     return states
 
@@ -255,20 +255,21 @@ def verify(logits, drafts, draft_chances, sampling):
 
     To accept by confidence, when q(x) or p(x) is above some bound, gives another distribution.
     """
+    rows = torch.arange(len(logits), device=logits.device)
     if sampling.greedy:
         choices = logits.argmax(dim=-1)
         accepted = (choices[:, :-1] == drafts).long().cumprod(dim=1).sum(dim=1)
-        return accepted, choices.gather(1, accepted[:, None]).squeeze(1)
+        return accepted, choices[rows, accepted]
     chances = sampling.probabilities(logits)
     draft_chances = chances[:, :0] if draft_chances is None else draft_chances  # nothing drafted
     p, q = (c.gather(2, drafts[..., None]).squeeze(2) for c in (chances[:, :-1], draft_chances))
     uniform = torch.rand(p.shape, device=p.device, generator=sampling.generator)
     accepted = (uniform * q < p).long().cumprod(dim=1).sum(dim=1)
     # After the last draft nothing was drafted: there q = 0, and the rest is p itself.
-    at = accepted[:, None, None].expand(-1, 1, chances.shape[2])
-    rest = (chances - F.pad(draft_chances, (0, 0, 0, 1))).gather(1, at).squeeze(1).clamp(min=0)
-    equal = rest.sum(dim=-1, keepdim=True) <= 0  # p = q up to rounding
-    return accepted, sampling.draw(torch.where(equal, chances.gather(1, at).squeeze(1), rest))
+    p_BW, q_BW = (c[rows, accepted] for c in (chances, F.pad(draft_chances, (0, 0, 0, 1))))
+    rest_BW = (p_BW - q_BW).clamp(min=0)
+    equal = rest_BW.sum(dim=-1, keepdim=True) <= 0  # p = q up to rounding
+    return accepted, sampling.draw(torch.where(equal, p_BW, rest_BW))
 
 
 def tokens_a_pass(acceptance, modules):
@@ -291,16 +292,13 @@ class Sampling:
         hold `top_p` of the probability. None: no such limit.
     """
 
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
+    temperature: float = setting(0.0, at_least=0)
+    top_k: int | None = setting(None, at_least=1)
+    top_p: float | None = setting(None, above=0, at_most=1)
     generator: torch.Generator | None = None
 
     def __post_init__(self):
-        t, k, p = self.temperature, self.top_k, self.top_p
-        require(0 <= t < math.inf, f"temperature={t} must be a number of at least 0")
-        require(k is None or k >= 1, f"top_k={k} must be at least 1")
-        require(p is None or 0 < p <= 1, f"top_p={p} must be above 0 and at most 1")
+        check_settings(self)
 
     @property
     def greedy(self):
@@ -324,16 +322,15 @@ class Sampling:
     def draw(self, probabilities):
         """(B, W), which need not sum to 1 → (B,).
 
-        A uniform number, one a row, falls between two running sums and so chooses a token.
+        A uniform number, one a row, falls between two running sums and so chooses a token. With
+        .25 .5 .25 the sums are .25 .75 1: a number below .25 gives token 0, .25 or .7 token 1.
         """
         sums = probabilities.cumsum(dim=-1)
         total = sums[:, -1:]
-        drawable = (total.isfinite() & (total > 0)).all()
-        require(drawable, "no token can be drawn: the model's probabilities are not finite")
+        require(((total > 0) & total.isfinite()).all(), "the model's probabilities are not finite")
         place = torch.rand(total.shape, device=sums.device, generator=self.generator) * total
-        # Rounding may reach the total, behind which there is no token.
-        place = torch.minimum(place, torch.nextafter(total, torch.zeros_like(total)))
-        return torch.searchsorted(sums, place, right=True).squeeze(1)
+        below = total.nextafter(torch.zeros_like(total))  # rounding may reach the total itself
+        return torch.searchsorted(sums, place.minimum(below), right=True).squeeze(1)
 
     def choose(self, logits):
         """(B, W) → tokens (B,), log-probabilities (B,) of drawing them: 0 if there is no choice."""
@@ -386,7 +383,9 @@ class CausalLM(nn.Module):
         """
         past = caches[0].length if caches else 0
         check_token_ids(input_ids, past=past, **self.limits)
-        options = dict(path=path, routed=routed, **self.padding(input_ids, attention_mask, past))
+        B, end = len(input_ids), past + input_ids.shape[1]
+        require_shapes((B, end), attention_mask=attention_mask)
+        options = dict(path=path, routed=routed, **without_padding(attention_mask, past, end))
         hidden = self.embed_tokens(input_ids)
         for i, layer in enumerate(self.layers):
             hidden = layer(hidden, cache=caches[i] if caches else None, **options)
@@ -398,23 +397,13 @@ class CausalLM(nn.Module):
 
     def mtp_hidden_states(self, hidden, input_ids, attention_mask=None, **options):
         """`mtp_states` of the model's modules. hidden, options (path, routed): `hidden_states`."""
-        padding = self.padding(input_ids, attention_mask, past=0)
-        return mtp_states(self.mtp, hidden, input_ids, padding, **options)
+        require_shapes(input_ids.shape, attention_mask=attention_mask)
+        return mtp_states(self.mtp, hidden, input_ids, attention_mask, **options)
 
     def mtp_logits(self, hidden, input_ids, attention_mask=None, **options):
         """`mtp_hidden_states` through the head: row i of entry k − 1 predicts token i + k + 1."""
         states = self.mtp_hidden_states(hidden, input_ids, attention_mask, **options)
         return [self.lm_head(state) for state in states]
-
-    def padding(self, input_ids, attention_mask, past):
-        """The options of the blocks that keep padding out; none without an attention_mask."""
-        if attention_mask is None:
-            return {}
-        check_attention_mask(attention_mask, (len(input_ids), past + input_ids.shape[1]))
-        real_BS = attention_mask.bool()
-        positions_BS = (real_BS.long().cumsum(dim=1) - 1).clamp(min=0)
-        mask, real_BT = real_BS[:, None, None, :], real_BS[:, past:]
-        return dict(mask=mask, positions=positions_BS[:, past:], token_mask=real_BT)
 
     # From a prompt to a text
     @torch.no_grad()
@@ -425,8 +414,9 @@ class CausalLM(nn.Module):
         The prompts are read in one pass, then each new token alone: the caches keep the past.
 
         sampling: a `Sampling`. attention_mask: (B, T), 0 = padding, for prompts of unequal length:
-            pad on the left. Greedily and in FP32, each gives what it gives alone. eos_token_id: a
-            sequence stops after it and is filled with `pad_token_id`; None: never.
+            pad on the left. A prompt then has the logits that it has alone, up to rounding, so the
+            greedy text in FP32 is the same, unless two tokens (or two experts) tie up to rounding.
+        eos_token_id: a sequence stops after it and is filled with `pad_token_id`; None: never.
 
         Raises: ValueError if prompt and new tokens exceed the context, before any work is done.
         """
@@ -439,11 +429,10 @@ class CausalLM(nn.Module):
             hidden = self.hidden_states(unread_ids, attention_mask, caches, path)
             chosen, logprobs[:, n] = sampling.choose(self.lm_head(hidden[:, -1]))
             ids = torch.cat([ids, chosen.masked_fill(finished, pad_token_id)[:, None]], dim=1)
-            n += 1
-            if eos_token_id is not None:
-                finished = finished | (chosen == eos_token_id)
+            finished = finished | (chosen == eos_token_id)  # None equals no token
             if attention_mask is not None:  # the new tokens are no padding
                 attention_mask = F.pad(attention_mask, (0, 1), value=1)
+            n += 1
         ids = F.pad(ids, (0, max_new_tokens - n), value=pad_token_id)
         used = sum(cache.used_bytes() for cache in caches)
         return Generation(ids, logprobs, forwards=n, tokens=n, cache_bytes=used)
@@ -455,10 +444,15 @@ class CausalLM(nn.Module):
         return self.complete(input_ids, max_new_tokens, sampling, **options).ids
 
     # The parts, for the phases that change them
-    def new_caches(self, blocks=None, store=RowStore):
-        """An empty cache for each of the blocks (default: the main model's)."""
-        blocks = self.layers if blocks is None else blocks
-        return [block.self_attn.new_cache(store) for block in blocks]
+    copy = deepcopy  # model.copy(): the same model once more, with weights of its own
+
+    def prepared(self):
+        """The model itself. Phase 10 overrides this and makes its layers quicker."""
+        return self
+
+    def new_caches(self):
+        """An empty cache for each block of the main model."""
+        return [block.self_attn.new_cache() for block in self.layers]
 
     def blocks(self):
         """All `TransformerBlock`s, those of the MTP modules last."""
@@ -469,12 +463,6 @@ class CausalLM(nn.Module):
         named = {f"layer {i}": block for i, block in enumerate(self.layers)}
         named |= {f"MTP {k}": module.block for k, module in enumerate(self.mtp, start=1)}
         return {n: b.mlp for n, b in named.items() if isinstance(b.mlp, MixtureOfExperts)}
-
-    def copy(self):
-        return copy.deepcopy(self)
-
-    def prepared(self):  # phase 10 makes the model quicker here
-        return self
 
 
 @dataclass
@@ -534,8 +522,8 @@ def train_small(model, steps, weight, device, seed=0, rate=4e-3, precision=torch
         ids = torch.stack([training_text[start : start + 64] for start in starts]).to(device)
         with torch.autocast(ids.device.type, precision, enabled=precision != torch.float32):
             hidden = model.hidden_states(ids)
-            loss = next_token_loss(model.lm_head(hidden), ids)
-            loss = loss + mtp_loss(model.mtp_logits(hidden, ids), ids, weight).to(device)
+            further_loss = mtp_loss(model.mtp_logits(hidden, ids), ids, weight)
+            loss = next_token_loss(model.lm_head(hidden), ids) + further_loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -1,4 +1,4 @@
-"""Rows for a batch: padded where they are of unequal length, joined, grouped, shuffled."""
+"""Rows for a batch: padded where of unequal length, read so, joined, grouped, shuffled."""
 
 import torch
 
@@ -68,3 +68,18 @@ def step_generator(seed, step, purpose, device):
     """
     number = (seed * 1_000_003 + step) * 16 + purpose
     return torch.Generator(device).manual_seed(number % 2**63)
+
+
+def without_padding(attention_mask, start, end):
+    """Options with which a block that reads tokens start … end − 1 of each row leaves padding out.
+
+    attention_mask: (B, S ≥ end), 0 = padding; None: no options. Padding is not attended to, not
+    counted by experts, and takes no position: 0 0 1 1 1 gives the positions 0 0 0 1 2.
+    """
+    if attention_mask is None:
+        return {}
+    real = attention_mask[:, :end].bool()
+    positions = (real.cumsum(dim=1) - 1).clamp(min=0)
+    return dict(
+        mask=real[:, None, None], positions=positions[:, start:], token_mask=real[:, start:]
+    )

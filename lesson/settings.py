@@ -7,17 +7,17 @@ import types
 
 
 def setting(
-    default=dataclasses.MISSING, help="", *, at_least=None, above=None, below=None, choices=None,
-    flag=None, metavar=None,
+    default=dataclasses.MISSING, help="", *, at_least=None, above=None, below=None, at_most=None,
+    choices=None, flag=None, metavar=None,
 ):
     """A dataclass field with bounds for `check_settings` and a help text for `add_flags`.
 
-    at_least, above, below: bounds of a number, which must be finite. choices: the values allowed.
-    flag, metavar: the flag's name and the name of its value, where the field's own do not say it.
+    at_least, above, below, at_most: bounds of a number, which must be finite. choices: the values
+    allowed. flag, metavar: the flag's name and that of its value, where the field's do not say it.
     """
     declared = dict(
-        help=help, at_least=at_least, above=above, below=below, choices=choices, flag=flag,
-        metavar=metavar,
+        help=help, at_least=at_least, above=above, below=below, at_most=at_most, choices=choices,
+        flag=flag, metavar=metavar,
     )
     return dataclasses.field(default=default, metadata=declared)
 
@@ -41,7 +41,8 @@ def check_settings(settings, as_flags=False, types=False):
 
 def broken_bound(value, bounds):
     """What a value should be and is not, as words; None if it keeps all its bounds."""
-    at_least, above, below = (bounds.get(name) for name in ("at_least", "above", "below"))
+    names = ("at_least", "above", "below", "at_most")
+    at_least, above, below, at_most = map(bounds.get, names)
     if bounds.get("choices") and value not in bounds["choices"]:
         return f"one of {', '.join(map(str, bounds['choices']))}"
     if at_least is not None and not at_least <= value < math.inf:
@@ -50,6 +51,8 @@ def broken_bound(value, bounds):
         return f"a number above {above}"
     if below is not None and not value < below:
         return f"below {below}"
+    if at_most is not None and not value <= at_most:
+        return f"at most {at_most}"
     return None
 
 

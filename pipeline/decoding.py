@@ -139,7 +139,9 @@ class PreallocatedRows:
 
 def new_caches(model, capacity, blocks=None):
     """Empty caches of the blocks (default: the main model's) with room for `capacity` tokens."""
-    return model.new_caches(blocks, functools.partial(PreallocatedRows, capacity))
+    store = functools.partial(PreallocatedRows, capacity)
+    blocks = model.layers if blocks is None else blocks
+    return [block.self_attn.new_cache(store) for block in blocks]
 
 
 def used_bytes(caches):

@@ -48,7 +48,7 @@ def show_continuation(model, tokenizer, documents, prompt_tokens=96, new_tokens=
         sum(getattr(text, name) for text in texts) for name in ("forwards", "drafted", "accepted")
     )
     print(f"speculative decoding of {len(prompts)} files: {new_tokens * len(prompts)} tokens in "
-          f"{passes} passes, {accepted} of {drafted} drafts taken, "
+          f"{passes} passes, {accepted} of {drafted} drafts accepted, "
           f"{'the same text as' if same else 'NOT the text of'} plain greedy decoding")
 
 

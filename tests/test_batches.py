@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from lesson.batches import drawn_from, grouped, padded, shuffled_parts, stacked, step_generator
+from lesson.batches import (
+    drawn_from,
+    grouped,
+    padded,
+    shuffled_parts,
+    stacked,
+    step_generator,
+    without_padding,
+)
 from lesson.checks import check_ranges, check_rows
 
 
@@ -85,3 +93,16 @@ def test_rows_of_a_table_are_checked():
         check_rows("(B, L)", logp=table, mask=table[:, 1:])
     with pytest.raises(ValueError, match=r"rewards must be \(2,\), got \(2, 3\)"):
         check_rows("(B, L)", dict(rewards=table), logp=table)
+
+
+def test_padding_takes_no_position_and_is_not_seen():
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    options = without_padding(mask, 3, 5)
+    assert options["positions"].tolist() == [[1, 2], [3, 4]]
+    assert options["token_mask"].tolist() == [[True, True], [True, True]]
+    assert options["mask"].shape == (2, 1, 1, 5) and options["mask"][:, 0, 0].equal(mask.bool())
+    early = without_padding(mask, 0, 3)  # of fewer tokens than the mask has
+    assert early["positions"].tolist() == [[0, 0, 0], [0, 1, 2]]
+    assert early["token_mask"].equal(mask[:, :3].bool()) and early["mask"].shape == (2, 1, 1, 3)
+    assert without_padding(mask, 0, 5)["positions"][0].tolist() == [0, 0, 0, 1, 2]
+    assert without_padding(None, 3, 5) == {}

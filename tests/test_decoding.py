@@ -6,7 +6,10 @@ import torch.nn.functional as F
 from test_mtp import (
     accept_by_confidence,
     build,
+    check_can_be_trained_on,
+    check_each_token_is_read_once,
     check_logprobs,
+    check_sampling_follows,
     check_stops,
     ids_of,
     joint_chances,
@@ -15,7 +18,7 @@ from test_mtp import (
     with_oracle,
 )
 
-from mtp_coded import CausalLM, IndependentHead, Sampling, next_token_loss, speculative_generate
+from mtp_coded import CausalLM, IndependentHead, Sampling, speculative_generate
 from multihead_attention_coded import KVCache, RowStore
 from pipeline import decoding
 from pipeline.decoding import Continuation, Depth, Drafter, PreallocatedRows, Task, last_outputs
@@ -321,12 +324,7 @@ def test_sampled_text_keeps_its_distribution(modules, depth, options, monkeypatc
 
 
 def test_plain_sampling_follows_the_model():
-    model, prompt = fast(0, std=0.4, vocab=5), ids_of(1, 3, vocab=5)
-    ids = model.generate(
-        prompt.expand(20_000, -1), 3, 1.0, generator=torch.Generator().manual_seed(1)
-    )
-    counts = torch.bincount((ids[:, 3:] * torch.tensor([25, 5, 1])).sum(dim=1), minlength=125)
-    assert abs(surprise(counts, joint_chances(model, prompt, Sampling(1.0), new=3))) < 5
+    check_sampling_follows(fast(0, std=0.4, vocab=5))
 
 
 # Prompts, streams, memory
@@ -413,22 +411,13 @@ def test_caches_take_exactly_the_latent_and_the_rotary_key(speculative, monkeypa
 
 @pytest.mark.performance
 def test_each_token_is_read_once():
-    model, ids = fast(depth=0), ids_of(2, 5)
-    read = []
-    model.embed_tokens.register_forward_hook(
-        lambda module, args, output: read.append(args[0].shape)
-    )
-    model.generate(ids, 6)
-    assert read == [(2, 5)] + [(2, 1)] * 5
+    check_each_token_is_read_once(fast(depth=0))
 
 
 def test_generated_ids_can_be_trained_on():
     model, ids = fast(depth=1), ids_of(1, 4)
-    for speculative in (False, True):
-        output = model.generate(ids, 5, speculative=speculative)
-        model.zero_grad()
-        next_token_loss(model(output), output).backward()
-        assert model.embed_tokens.weight.grad.norm() > 0
+    outputs = [model.generate(ids, 5, speculative=each) for each in (False, True)]
+    check_can_be_trained_on(model, *outputs)
 
 
 def test_generation_fills_the_context_exactly():

@@ -44,12 +44,12 @@ def test_prompt_past_the_context_is_one_line(trained, capsys):
         assert exit_info.value.code == 2 and "exceed the context of 64" in error
         assert error.count("\n") == 1
     for wrong, message in (
-        (["--top-p", "0", "--temperature", "1"], "top_p=0.0 must be above 0"),
+        (["--top-p", "0", "--temperature", "1"], "top_p=0.0 must be a number above 0"),
         (["--top-k", "0", "--temperature", "1"], "top_k=0 must be at least 1"),
         (["--top-k", "5"], "--top-k and --top-p are for a --temperature above 0"),
         (["--depth", "2"], "--depth is for --speculative"),
         (["--speculative", "--depth", "0"], "depth=0 must be at least 1"),
-        (["--temperature", "nan"], "temperature=nan must be a number"),
+        (["--temperature", "nan"], "temperature=nan must be at least 0"),
     ):
         with pytest.raises(SystemExit):
             full.main(["generate", "--checkpoint", str(trained), *wrong])

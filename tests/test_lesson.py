@@ -207,6 +207,7 @@ class Sample:
     learning_rate: float = setting(0.1, "size of a step", above=0)
     steps: int | None = setting(None, "how long", at_least=1)
     dropout: float = setting(0.0, at_least=0, below=1)
+    share: float | None = setting(None, above=0, at_most=1)
     scheme: str = setting("int8", "which grid", choices=("int8", "int4"))
     quick: bool = setting(False, "a short run")
 
@@ -220,6 +221,9 @@ class Sample:
         ({"steps": 0}, "steps=0 must be at least 1"),
         ({"dropout": 1.0}, "dropout=1.0 must be below 1"),
         ({"dropout": -0.5}, "dropout=-0.5 must be at least 0"),
+        ({"share": 1.5}, "share=1.5 must be at most 1"),
+        ({"share": 0.0}, "share=0.0 must be a number above 0"),
+        ({"share": float("nan")}, "share=nan must be a number above 0"),
         ({"scheme": "int3"}, "scheme=int3 must be one of int8, int4"),
     ],
 )
@@ -235,7 +239,7 @@ def test_a_setting_outside_its_bounds_is_named(changes, message):
 
 def test_settings_within_their_bounds_pass():
     check_settings(Sample())
-    check_settings(Sample(learning_rate=1e-9, steps=1, dropout=0.999, scheme="int4"))
+    check_settings(Sample(learning_rate=1e-9, steps=1, dropout=0.999, share=1.0, scheme="int4"))
 
 
 def test_fields_become_flags_and_only_flags_that_are_given_are_chosen(capsys):

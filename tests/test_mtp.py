@@ -221,13 +221,6 @@ def test_cached_pieces_match_one_pass(path):
         torch.testing.assert_close(torch.cat(pieces, 1), model(ids), rtol=1e-4, atol=1e-4)
 
 
-def test_padding_takes_no_position():
-    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-    options = build(depth=0).padding(ids_of(2, 2), mask, past=3)
-    assert options["positions"].tolist() == [[1, 2], [3, 4]]
-    assert options["token_mask"].tolist() == [[True, True], [True, True]]
-
-
 # Sampling
 def test_sampling_follows_the_temperature():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.2]])).expand(20_000, 3)
@@ -267,6 +260,12 @@ def test_sampling_holds_at_the_edges():
 def test_drawing_from_nothing_is_named(value):
     with pytest.raises(ValueError, match="probabilities are not finite"):
         Sampling(1.0).draw(torch.tensor([[0.5, 0.5], [value, 0.0]]))
+
+
+@pytest.mark.parametrize(("uniform", "token"), [(0.2, 0), (0.25, 1), (0.7, 1), (0.75, 2)])
+def test_the_running_sums_of_the_example_choose_its_tokens(uniform, token, monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda shape, **options: torch.full(shape, uniform))
+    assert Sampling(1.0).draw(torch.tensor([[0.25, 0.5, 0.25]])).item() == token
 
 
 @pytest.mark.parametrize(("uniform", "token"), [(0.0, 1), (0.49, 1), (0.51, 3), (1.0, 3)])
@@ -374,13 +373,18 @@ def surprise(counts, chances):
     return ((counts - expected) ** 2 / expected).sum().sub(freedom).item() / (2 * freedom) ** 0.5
 
 
-def test_plain_sampling_follows_the_model():
-    model, prompt = build(0, std=0.4, vocab=5), ids_of(1, 3, vocab=5)
+def check_sampling_follows(model):
+    """Sampled texts over 5 tokens have the distribution that the model gives."""
+    prompt = ids_of(1, 3, vocab=5)
     ids = model.generate(
         prompt.expand(20_000, -1), 3, 1.0, generator=torch.Generator().manual_seed(1)
     )
     counts = torch.bincount((ids[:, 3:] * torch.tensor([25, 5, 1])).sum(dim=1), minlength=125)
     assert abs(surprise(counts, joint_chances(model, prompt, Sampling(1.0), new=3))) < 5
+
+
+def test_plain_sampling_follows_the_model():
+    check_sampling_follows(build(0, std=0.4, vocab=5))
 
 
 def test_generation_takes_what_a_caller_may_have():
@@ -394,10 +398,8 @@ def test_generation_takes_what_a_caller_may_have():
     ]
 
 
-@pytest.mark.performance
-def test_each_token_is_read_once():
-    model, ids = build(depth=0), ids_of(2, 5)
-    read = []
+def check_each_token_is_read_once(model):
+    ids, read = ids_of(2, 5), []
     model.embed_tokens.register_forward_hook(
         lambda module, args, output: read.append(args[0].shape)
     )
@@ -405,12 +407,23 @@ def test_each_token_is_read_once():
     assert read == [(2, 5)] + [(2, 1)] * 5
 
 
-def test_generated_ids_can_be_trained_on():
-    model, ids = build(depth=1), ids_of(1, 4)
-    for output in (model.generate(ids, 5), speculative_generate(model, ids, 5)[0]):
+@pytest.mark.performance
+def test_each_token_is_read_once():
+    check_each_token_is_read_once(build(depth=0))
+
+
+def check_can_be_trained_on(model, *outputs):
+    """What a model wrote is no part of a graph, nor of inference mode: it can enter training."""
+    for output in outputs:
         model.zero_grad()
         next_token_loss(model(output), output).backward()
         assert model.embed_tokens.weight.grad.norm() > 0
+
+
+def test_generated_ids_can_be_trained_on():
+    model, ids = build(depth=1), ids_of(1, 4)
+    drafted = speculative_generate(model, ids, 5)[0]
+    check_can_be_trained_on(model, model.generate(ids, 5), drafted)
 
 
 def test_generation_fills_the_context_exactly():
@@ -557,7 +570,7 @@ def test_tokens_a_pass_by_hand():
 
 
 def accept_by_confidence(logits, drafts, draft_chances, sampling):
-    """The fault: a draft the model finds likely is taken, whatever it was drawn from."""
+    """The fault: a draft the model finds likely is accepted, whatever it was drawn from."""
     chances = sampling.probabilities(logits)
     p = chances[:, :-1].gather(2, drafts[..., None]).squeeze(2)
     accepted = (p > 0.2).long().cumprod(dim=1).sum(dim=1)
@@ -586,11 +599,14 @@ def test_cost_of_a_module_is_counted():
         (lambda m: m(ids_of(1, 13)), "13 tokens exceed the context of 12"),
         (lambda m: m.generate(ids_of(1, 8), 5), "prompt of 8 and 5 new tokens exceed the context"),
         (lambda m: m.generate(ids_of(1, 2), -1), "max_new_tokens=-1"),
-        (lambda m: m.generate(ids_of(1, 2), 2, temperature=-1.0), "temperature=-1.0"),
+        (lambda m: m.generate(ids_of(1, 2), 2, temperature=-1.0), "temperature=-1.0 must be"),
         (lambda m: m.generate(ids_of(1, 2), 2, 1.0, top_k=0), "top_k=0 must be at least 1"),
-        (lambda m: m.generate(ids_of(1, 2), 2, 1.0, top_p=1.5), "top_p=1.5 must be above 0"),
+        (lambda m: m.generate(ids_of(1, 2), 2, 1.0, top_p=1.5), "top_p=1.5 must be at most 1"),
+        (lambda m: m.generate(ids_of(1, 2), 2, 1.0, top_p=0.0), "top_p=0.0 must be a number above"),
         (lambda m: m.generate(ids_of(1, 2), 2, pad_token_id=17), "pad_token_id=17 is not within"),
         (lambda m: m(ids_of(1, 4), attention_mask=torch.ones(1, 3)), r"mask must be \(1, 4\)"),
+        (lambda m: m.mtp_logits(torch.zeros(1, 4, 24), ids_of(1, 4), torch.ones(1, 5)),
+         r"mask must be \(1, 4\), got \(1, 5\)"),
         (lambda m: m.generate(ids_of(1, 3), 2, attention_mask=torch.tensor([[1, 1, 0]])),
          "padded on the left"),
         (lambda m: speculative_generate(build(depth=0), ids_of(1, 3), 2), "needs MTP modules"),
