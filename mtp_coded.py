@@ -23,7 +23,7 @@ Papers: DeepSeek-V3 (2024, arXiv:2412.19437), section 2.2, equations 21–25, an
 al. (2024, arXiv:2404.19737) for the independent heads; Leviathan et al. (2023, arXiv:2211.17192)
 for speculative decoding.
 Simplified: each loss is a mean over the targets that count, where equation 24 divides by the
-sequence length. Drafting and checking have no caches: each reads the whole text again.
+sequence length. Drafting and checking have no caches: both read the whole text again.
 
 Dimensions: B batch · T query positions · S key positions · D model width · W vocabulary.
 
@@ -192,7 +192,7 @@ def speculative_generate(model, input_ids, max_new_tokens, temperature=0.0, gene
         kept                      The cat sat   on  the  mat
 
     The first pass has no drafts: it reads the prompt. Later drafts start from the states that the
-    last check left. A state depends on no later token, so those before a rejected draft are right.
+    last check left: a state depends on no later token, so those before a rejected draft are right.
     Nothing else is kept: every pass reads the whole text anew, and so does every module. That shows
     the idea and saves no time; `pipeline/decoding.py` does, with caches and for batches.
 
@@ -219,12 +219,13 @@ def speculative_generate(model, input_ids, max_new_tokens, temperature=0.0, gene
 
 
 def draft(model, ids, hidden, count, sampling):
-    """ids (1, T) and the states before the last, (1, T − 1, D) → drafts (1, count), distributions.
+    """What the modules guess behind ids (1, T): drafts (1, count), and their distributions.
 
+    hidden: the main model's states of tokens 0 … T − 2, (1, T − 1, D); it has not read the last.
     Module k needs the token k ahead of each state. For tokens 0–6, the states are those of tokens
     0–5: module 1 joins them with tokens 1–6 and drafts token 7 behind its last state; module 2
     joins module 1's states with tokens 2–7, the draft among them, and drafts token 8.
-    The distributions they were drawn from are (1, count, W), or None if greedy or if count is 0.
+    The distributions are (1, count, W), or None if greedy or if count is 0.
     """
     tokens, chances = ids, []
     for k, module in enumerate(model.mtp[:count], start=1):
@@ -286,7 +287,7 @@ class Sampling(SamplingOptions):
 
     temperature: 0 takes the most likely token; above 0 a token is drawn from
         softmax(logits / temperature), with `generator` if there is one.
-    top_k, top_p: limits for later phases, see `SamplingOptions.limited`.
+    top_k, top_p: for later phases, see `SamplingOptions.limited`.
     """
 
     @property

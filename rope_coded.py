@@ -168,7 +168,8 @@ def position_interpolation(thetas, factor):
 def ntk_aware(dim, base, factor):
     """A larger base: the fastest pair keeps its speed, the slowest is slowed by `factor`.
 
-    YaRN, section 3.1.
+    Its θ is base^(−(R−2)/R), so a base factor^(R/(R−2)) times as large divides it by the factor
+    (YaRN, section 3.1).
     """
     require(dim >= 4, f"NTK-aware scaling needs 2 or more pairs, got rotary dim={dim}")
     return inverse_frequencies(dim, base * factor ** (dim / (dim - 2)))
