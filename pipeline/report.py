@@ -7,7 +7,7 @@ import torch
 
 from lesson import curves, picture
 from pipeline.checkpoint import write_json
-from pipeline.run import read_metrics
+from pipeline.run import matrix_rates, read_metrics
 
 WINDOW = 20  # steps: a curve of single batches cannot be read
 
@@ -20,6 +20,9 @@ def print_header(run, counts, cached):
         f"· {run.device} · {o.precision} · {o.optimizer} · {torch.get_num_threads()} threads "
         f"· seed {o.seed}"
     )
+    rates = matrix_rates(run.device).items()
+    print(f"matrix products, {torch.backends.cpu.get_cpu_capability()}: "
+          + ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {name}" for name, rate in rates))
     parts = ("train", "validation", "test")
     sizes = [sum(document.size for document in run.corpus.part(part)) for part in parts]
     print(

@@ -39,6 +39,12 @@ class Budget:
             return state.step / self.steps
         return state.seconds / (60 * self.minutes)
 
+    def seconds_in_all(self, state, seconds_a_step):
+        """How long the whole run takes if each step from now on takes so long."""
+        if self.minutes is not None:
+            return 60 * self.minutes
+        return state.seconds + (self.steps - state.step) * seconds_a_step
+
 
 @dataclass
 class State:
@@ -60,6 +66,18 @@ def learning_rate(used, peak, warmup=0.04, floor=0.05):
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
+def matrix_rates(device, size=512, repeats=5):
+    """{"float32": floating-point operations a second in products of that precision, "bfloat16"}."""
+    seconds = {}
+    for _ in range(repeats):  # the first are slow: the least counts
+        for name in ("float32", "bfloat16"):
+            matrix = torch.ones(size, size, dtype=getattr(torch, name), device=device)
+            start = time.perf_counter()
+            matrix @ matrix
+            seconds[name] = min(time.perf_counter() - start, seconds.get(name, math.inf))
+    return {name: 2 * size**3 / least for name, least in seconds.items()}
+
+
 def fastest_precision(device):
     """Name of the faster precision of matrix products: "bfloat16" or "float32".
 
@@ -70,14 +88,8 @@ def fastest_precision(device):
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     if device != "cpu":
         return "float32"
-    seconds = {}
-    for _ in range(5):  # the first are slow: the least counts
-        for name in ("float32", "bfloat16"):
-            matrix = torch.ones(512, 512, dtype=getattr(torch, name))
-            start = time.perf_counter()
-            matrix @ matrix
-            seconds[name] = min(time.perf_counter() - start, seconds.get(name, math.inf))
-    return "bfloat16" if seconds["bfloat16"] < seconds["float32"] / 1.5 else "float32"
+    rates = matrix_rates(device)
+    return "bfloat16" if rates["bfloat16"] > 1.5 * rates["float32"] else "float32"
 
 
 # %% The metrics file
@@ -124,6 +136,7 @@ class Run:
     doing, done = "training", "trained"
     default_minutes, default_directory = None, "default"
     save_every = 60.0  # seconds
+    look_ahead = None  # after so many steps, the first left out, it says what to expect
 
     def __init__(self, directory, options, device):
         self.directory, self.options, self.device = pathlib.Path(directory), options, device
@@ -152,7 +165,7 @@ class Run:
         """Ctrl-C ends the loop after the step under way: a resumed run repeats and skips none."""
         state, budget, metrics = self.state, self.budget, Metrics(self.metrics, self.state)
         began = last_saved = time.perf_counter()
-        tokens_before = state.tokens
+        steps_before, tokens_before, warm = state.step, state.tokens, None
         bar = progress_bar(
             100, self.doing, leave=True,
             bar_format=self.doing + " {percentage:3.0f}% |{bar:20}|{postfix}",
@@ -169,6 +182,9 @@ class Run:
                 state.seconds += time.perf_counter() - start
                 metrics.write({**asdict(state), **figures})
                 rate = (state.tokens - tokens_before) / (time.perf_counter() - began)
+                warm = warm or State(**asdict(state))  # the first step is slow
+                if state.step - steps_before - 1 == self.look_ahead:
+                    bar.write(expectation(budget, warm, state), file=sys.stdout)
                 show_progress(bar, budget.used(state), state, loss, rate)
                 if time.perf_counter() - last_saved > self.save_every:
                     self.save()
@@ -246,6 +262,15 @@ def stop_requests():
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def expectation(budget, warm, state):
+    """The pace since the state `warm`, and what the whole run comes to if it stays so."""
+    seconds, tokens = state.seconds - warm.seconds, state.tokens - warm.tokens
+    whole = budget.seconds_in_all(state, seconds / (state.step - warm.step))
+    expected = state.tokens + (whole - state.seconds) * tokens / seconds
+    return (f"{tokens / seconds:,.0f} tokens/s at first: expect about {expected:,.0f} tokens in "
+            f"{int(whole) // 60}:{int(whole) % 60:02d} minutes")
 
 
 def show_progress(bar, used, state, loss, rate):

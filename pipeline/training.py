@@ -57,6 +57,7 @@ class TrainingRun(Run):
 
     model_class = None
     options_class, default_minutes = RunOptions, DEFAULT_MINUTES
+    look_ahead = 6
 
     def __init__(self, directory, options, device, resume=False):
         super().__init__(directory, options, device)

@@ -10,7 +10,7 @@ import torch
 import deepseek_full_model as full
 from deepseek_full_model import RunOptions, TrainingRun
 from pipeline import checkpoint
-from pipeline.run import Budget, Run, State, learning_rate, read_metrics
+from pipeline.run import Budget, Run, State, expectation, learning_rate, read_metrics
 
 
 def run_for(tmp_path, budget, state=None, losses=None, stop_at=None, saves=None, save_every=60.0):
@@ -47,6 +47,15 @@ def test_loop_spends_its_budget_and_writes_every_step(tmp_path, capsys):
     assert lines[3]["loss"] == 0.25 and lines[3]["tokens"] == 40
     progress = capsys.readouterr().err
     assert "step 7" in progress and "tokens/s" in progress and "left" in progress
+
+
+def test_what_to_expect_from_the_pace():
+    warm, state = State(step=1, seconds=10.0, tokens=100), State(step=5, seconds=30.0, tokens=500)
+    # 20 tokens and 0.2 steps a second
+    in_steps = expectation(Budget(steps=25), warm, state)
+    assert in_steps == "20 tokens/s at first: expect about 2,500 tokens in 2:10 minutes"
+    in_minutes = expectation(Budget(minutes=2), warm, state)
+    assert in_minutes == "20 tokens/s at first: expect about 2,300 tokens in 2:00 minutes"
 
 
 def test_a_run_is_saved_on_its_way(tmp_path):
