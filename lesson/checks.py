@@ -162,7 +162,7 @@ def check_forward(x, width, heads, mask, cache, path, paths):
 def check_choice(choices, **named):
     """Every named value must be one of `choices`."""
     for name, value in named.items():
-        require(value in choices, f"{name}={value!r} must be one of {choices}")
+        require(value in choices, f"{name}={value!r} must be one of {tuple(choices)}")
 
 
 def check_up_to(most, of, **numbers):
@@ -253,7 +253,7 @@ def boolean_mask(mask, shape):
     return None if mask is None else mask[(None,) * (expanded.dim() - mask.dim())]
 
 
-def check_groups(experts, groups, best_groups, active, best_of_group):
+def check_groups(experts, active, groups, best_groups, best_of_group):
     """`active` of the experts in the `best_groups` of so many equal groups can be chosen.
 
     A group's score is made from its `best_of_group` best experts, so it must have as many.
