@@ -21,7 +21,6 @@ Run:  python multihead_attention_coded.py [--heads 8] [--kv-heads 2]
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from causal_attention_coded import causal_and
@@ -138,16 +137,13 @@ def fused_attention(query, key, value, mask=None, scale=None, dropout_p=0.0, cau
     query (B, H, T, K), key (B, groups, S, K), value (B, groups, S, V) → (B, H, T, V).
     `scale`: default 1/√K.
     """
-    K, V = query.shape[-1], value.shape[-1]
     mask = allowed_keys(query, key, mask, causal)
-    value = F.pad(value, (0, max(K - V, 0)))  # the kernel of a CPU wants one width: zeros fill up
-    output = F.scaled_dot_product_attention(
-        query, key, value, mask, dropout_p, scale=scale, enable_gqa=True
+    missing = max(query.shape[-1] - value.shape[-1], 0)  # zeros fill up: a CPU's kernel wants V = K
+    output = nn.functional.scaled_dot_product_attention(
+        query, key, nn.functional.pad(value, (0, missing)), mask, dropout_p, scale=scale,
+        enable_gqa=True,
     )
-    return output[..., :V]
-
-
-PATHS = {"loop": attention_by_heads, "explicit": attention_at_once, "fused": fused_attention}
+    return output[..., : value.shape[-1]]
 
 
 # %% The module: projections, heads, and the matrix that mixes them
@@ -156,6 +152,8 @@ class MultiHeadAttention(nn.Module):
 
     `d_model` is D; heads have width K = D / H.
     """
+
+    paths = {"loop": attention_by_heads, "explicit": attention_at_once, "fused": fused_attention}
 
     def __init__(self, d_model, num_heads, num_kv_heads=None, dropout=0.0, bias=False):
         super().__init__()
@@ -181,14 +179,14 @@ class MultiHeadAttention(nn.Module):
             causal: False lets every token see every other.
             path: "loop" (the naive reference), "explicit" (all heads at once) or "fused".
         """
-        check_forward(x, self.q_proj.in_features, self.num_heads, mask, cache, path, PATHS)
+        check_forward(x, self.q_proj.in_features, self.num_heads, mask, cache, path, self.paths)
         query, key, value = (
             self.split_heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         if cache is not None:
             key, value = cache.append(key, value)
         dropout = self.dropout if self.training else 0.0
-        heads_BHTK = PATHS[path](query, key, value, mask, dropout_p=dropout, causal=causal)
+        heads_BHTK = self.paths[path](query, key, value, mask, dropout_p=dropout, causal=causal)
         return self.o_proj(heads_BHTK.transpose(1, 2).flatten(2))
 
 
@@ -228,9 +226,10 @@ def main(demo, arguments):
     demo.check("cache: 2 · groups · K numbers of 4 bytes", "bytes per token", figures,
                sizes == wanted)
     neighbours_share = [g for g in range(groups) for _ in range(heads // groups)]
-    read = [heads_read(attend, heads, groups) for attend in PATHS.values()]
+    paths = MultiHeadAttention.paths.values()
+    read = [heads_read(attend, heads, groups) for attend in paths]
     demo.check("GQA: the key/value head that each query head reads", "(H,)",
-               " ".join(map(str, read[0])), read == [neighbours_share] * len(PATHS))
+               " ".join(map(str, read[0])), read == [neighbours_share] * len(paths))
     demo.finish("--heads 16 --kv-heads 4: narrower heads; GQA's cache stays, MQA's is halved",
                 "--heads 4 --kv-heads 3: what does the error say?")
 

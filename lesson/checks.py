@@ -268,7 +268,7 @@ def check_groups(experts, active, groups, best_groups, best_of_group):
 
 
 def check_tokens(x, width, token_mask, dispatch, dispatches):
-    """What a layer of experts is called with: x (..., width), a token mask (...) and a way."""
+    """x must be (..., width), token_mask (...) or None, and dispatch one of `dispatches`."""
     check_choice(dispatches, dispatch=dispatch)
     check_input(x, width)
     require_shapes(x.shape[:-1], token_mask=token_mask)

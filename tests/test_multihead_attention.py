@@ -9,7 +9,6 @@ from torch import nn
 
 from mla_coded import cache_elements_per_token
 from multihead_attention_coded import (
-    PATHS,
     KVCache,
     MultiHeadAttention,
     RowStore,
@@ -124,7 +123,7 @@ def test_neighbours_share_a_head_as_the_docstring_shows():
     rows = dict(re.findall(r"^ +([hg])    ([\d ]+)$", attention_by_heads.__doc__, re.MULTILINE))
     shown = {letter: [int(number) for number in row.split()] for letter, row in rows.items()}
     assert shown["h"] == list(range(8))
-    for attend in PATHS.values():
+    for attend in MultiHeadAttention.paths.values():
         assert heads_read(attend, 8, 2) == shown["g"]
     tiled = torch.arange(2.0).repeat(4).int().tolist()
     assert " ".join(map(str, tiled)) in attention_at_once.__doc__ and tiled != shown["g"]
