@@ -180,6 +180,9 @@ def test_the_online_softmax_of_the_docstring():
     lines = ["m     0    ln 2           ln 2", "l     1    1/2 + 1        3/2 + 1/2 = 2",
              "o     1    1/2 + 4        9/2 + 1/2 = 5        o / l = 5/2"]
     assert all(line in fused_attention.__doc__ for line in lines)
+    weights, running = (2 * 128 * 4096 * numbers / 1e9 for numbers in (4096, 2 + 128))
+    assert f"{weights:.1f} GB a layer" in fused_attention.__doc__
+    assert f"{running:.1f} GB at V = 128" in fused_attention.__doc__
     key, value = (torch.tensor(x).reshape(1, 1, 3, 1) for x in (scores, values))
     assert fused_attention(torch.ones(1, 1, 1, 1), key, value).item() == pytest.approx(5 / 2)
 
