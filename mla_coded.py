@@ -27,41 +27,25 @@ Run:  python mla_coded.py [--context 4096] [--kv-lora-rank 32]
 import torch
 from torch import nn
 
-from lesson import check_forward, check_sizes, demonstration, flag, require
+from lesson import caches, check_forward, check_sizes, checks, demonstration, flag, require
+from lesson.precision import RMSNorm
 from multihead_attention_coded import RowStore, allowed_keys, fused_attention
 from self_attention_coded import masked_softmax
 
 
 # %% The cache
-class LatentCache:
-    """One layer's [c_KV | k_R], (B, length, C + R): normed latent, position key."""
+class LatentCache(caches.Cache):
+    """One layer's [c_KV | k_R], (B, length, C + R): normed latent, position key.
+
+    The latent is cached after its norm, so it is normed once; k_R after its rotation (phase 7).
+    """
 
     def __init__(self, store=RowStore):
-        self.rows = store()
-
-    @property
-    def length(self):
-        return self.rows.length
+        super().__init__(rows=store())
 
     def append(self, memory):
         """Stores (B, new, C + R); returns all of it so far, (B, S, C + R)."""
         return self.rows.append(memory)
-
-    def truncate(self, length):
-        self.rows.truncate(length)
-
-    def used_bytes(self):
-        return self.rows.used_bytes()
-
-
-class RMSNorm(nn.RMSNorm):
-    """`nn.RMSNorm` in the precision of its weight: under autocast a latent comes in a lower one."""
-
-    def forward(self, x):
-        return super().forward(x.to(self.weight.dtype))
-
-
-PATHS = ("naive", "expanded", "einsum", "absorbed")
 
 
 # %% The module: what it projects, what it remembers, and how it attends
@@ -73,8 +57,9 @@ class MultiHeadLatentAttention(nn.Module):
     head. The norms of the latents have eps 1e-6, whatever the model's other norms have.
     """
 
-    cache_type = LatentCache  # phase 8 puts a smaller one here
-    attend = staticmethod(fused_attention)  # of the expanded path
+    paths = ("naive", "expanded", "einsum", "absorbed")  # a method each
+    new_cache = LatentCache  # phase 8 puts a smaller one here
+    attend = staticmethod(fused_attention)
 
     def __init__(
         self,
@@ -88,8 +73,7 @@ class MultiHeadLatentAttention(nn.Module):
         attention_bias=False,
     ):
         super().__init__()
-        even = qk_rope_head_dim >= 0 and qk_rope_head_dim % 2 == 0
-        require(even, f"qk_rope_head_dim={qk_rope_head_dim} must be even: it rotates pairs")
+        checks.check_even(qk_rope_head_dim=qk_rope_head_dim)
         check_sizes(kv_lora_rank=kv_lora_rank, q_lora_rank=q_lora_rank)
         self.hidden_size, self.num_heads = hidden_size, num_attention_heads
         self.q_lora_rank, self.kv_lora_rank = q_lora_rank, kv_lora_rank
@@ -119,9 +103,6 @@ class MultiHeadLatentAttention(nn.Module):
         positions: (T,) or (B, T).
         """
         return x
-
-    def new_cache(self, store=RowStore):
-        return self.cache_type(store)
 
     def queries(self, hidden):
         """(B, T, D) → content part (B, H, T, N) and position part (B, H, T, R), not yet rotated."""
@@ -153,10 +134,11 @@ class MultiHeadLatentAttention(nn.Module):
             cache: a `LatentCache`; the T tokens are appended and attend to all that it holds. For
                 inference: no gradient flows through what is cached.
             path: "naive" goes head by head through the equations, "expanded" rebuilds keys and
-                values (best for many queries: training, prompts), "absorbed" attends to the latents
-                themselves (best for few: decoding), "einsum" is the equation of that.
+                values (best for many queries: training, prompts). Two are the absorbed form, which
+                attends to the latents themselves (best for few queries: decoding): "einsum" writes
+                its equation line by line, "absorbed" has phase 3's attention do it.
         """
-        check_forward(hidden, self.hidden_size, self.num_heads, mask, cache, path, PATHS)
+        check_forward(hidden, self.hidden_size, self.num_heads, mask, cache, path, self.paths)
         if positions is None:
             past = 0 if cache is None else cache.length
             positions = torch.arange(past, past + hidden.shape[1], device=hidden.device)
@@ -176,9 +158,10 @@ class MultiHeadLatentAttention(nn.Module):
         """Equations 9–19, one head after another; both scores are added, then scaled."""
         latent_BSC, k_rope_BSR = self.split_memory(memory)
         w_uk_HNC, w_uv_HVC = self.up_projections(memory.dtype)
-        allowed_BHTS = allowed_keys(q_nope_BHTN, memory, mask)
+        H = self.num_heads
+        allowed_BHTS = allowed_keys(q_nope_BHTN, memory, mask).expand(-1, H, -1, -1)
         heads = []
-        for h in range(self.num_heads):
+        for h in range(H):
             k_nope_BSN, v_BSV = latent_BSC @ w_uk_HNC[h].T, latent_BSC @ w_uv_HVC[h].T
             content_BTS = q_nope_BHTN[:, h] @ k_nope_BSN.transpose(-2, -1)
             position_BTS = q_rope_BHTR[:, h] @ k_rope_BSR.transpose(-2, -1)
@@ -197,9 +180,9 @@ class MultiHeadLatentAttention(nn.Module):
         k_BHSK = torch.cat([k_nope_BHSN, k_rope_BHSR], dim=-1)
         return self.attend(q_BHTK, k_BHSK, v_BHSV, mask, scale=self.softmax_scale, causal=True)
 
-    # No keys, no values: W_UK goes to the queries, W_UV to the outputs
+    # Absorbed. No keys, no values: W_UK goes to the queries, W_UV to the outputs
     def einsum(self, q_nope_BHTN, q_rope_BHTR, memory, mask):
-        """The last equation of the docstring, a line each: every head attends to the latents."""
+        """The absorbed form, an equation a line: every head attends to the latents."""
         latent_BSC, k_rope_BSR = self.split_memory(memory)
         w_uk_HNC, w_uv_HVC = self.up_projections(memory.dtype)
         allowed_BHTS = allowed_keys(q_nope_BHTN, memory, mask)
@@ -213,22 +196,16 @@ class MultiHeadLatentAttention(nn.Module):
         return torch.einsum("bhtc,hvc->bhtv", mixed_BHTC, w_uv_HVC)
 
     def absorbed(self, q_nope_BHTN, q_rope_BHTR, memory, mask):
-        """The same in one call of the fused kernel.
+        """The same as phase 3's multi-query attention: the memory is the one key and value head.
 
-        [q_latent | q_R] against [c_KV | k_R] gives both scores in one product. All heads share
-        these keys, so the heads' queries become rows of a single head: (B, 1, H·T, C + R). One
-        pass over the memory serves many rows, where heads of their own would need a pass each. The
-        memory serves as values as well; its last R columns are mixed along, then cut off.
+        [q_latent | q_R] against [c_KV | k_R] gives the sum of both scores. The memory serves as
+        values as well; its last R columns are mixed along, then cut off.
         """
-        H, T = q_nope_BHTN.shape[1:3]
         w_uk_HNC, w_uv_HVC = self.up_projections(memory.dtype)
-        query = torch.cat([q_nope_BHTN @ w_uk_HNC, q_rope_BHTR], dim=-1)
-        if T > 1 or mask is not None:
-            mask = allowed_keys(query, memory, mask).flatten(1, 2).unsqueeze(1)
-        rows, memory = query.flatten(1, 2).unsqueeze(1), memory.unsqueeze(1)
-        mixed = fused_attention(rows, memory, memory, mask, self.softmax_scale).squeeze(1)
-        mixed_BHTC = mixed[..., : self.kv_lora_rank].unflatten(1, (H, T))
-        return mixed_BHTC @ w_uv_HVC.transpose(1, 2)
+        query = torch.cat([q_nope_BHTN @ w_uk_HNC, q_rope_BHTR], dim=-1)  # (B, H, T, C + R)
+        head = memory.unsqueeze(1)  # (B, 1, S, C + R)
+        mixed = self.attend(query, head, head, mask, scale=self.softmax_scale, causal=True)
+        return mixed[..., : self.kv_lora_rank] @ w_uv_HVC.transpose(1, 2)
 
 
 # %% The cost: numbers cached per token, and arithmetic per decoded token

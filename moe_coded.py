@@ -32,8 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lesson import check_divides, check_input, check_sizes, demonstration, draw_bands, flag, require
-from lesson.checks import check_choice, check_up_to, require_shape, require_shapes
+from lesson import batches, checks, demonstration, draw_bands, flag, precision, surgery
 from multihead_attention_coded import MultiHeadAttention
 
 
@@ -43,8 +42,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, hidden_size, intermediate_size):
         super().__init__()
-        check_sizes(hidden_size=hidden_size, intermediate_size=intermediate_size)
-        # [W_gate; W_up] in one matrix, one product: released files store them apart.
+        checks.check_sizes(hidden_size=hidden_size, intermediate_size=intermediate_size)
+        # [W_gate; W_up] is one matrix for one product. Released files store the two apart.
         self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
@@ -63,30 +62,14 @@ def swiglu(x, gate_up, down):
 class Routing(NamedTuple):
     """weights (M, A) of the chosen experts, their indices (M, A), all affinities (M, E).
 
-    `kept` (M, A) is False where an expert had no room left; None where nothing is dropped.
+    `kept` (M, A) is False where an expert had no room left; None where nothing is dropped. All of
+    it is worked out in FP32: a rounded affinity may choose another expert.
     """
 
     weights: torch.Tensor
     indices: torch.Tensor
     scores: torch.Tensor
     kept: torch.Tensor | None = None
-
-    def dropped(self):
-        """How many choices got no expert: there was no room, or the token is padding."""
-        return 0 if self.kept is None else int((~self.kept).sum())
-
-
-def real_tokens(token_mask, rows):
-    """Boolean, one for each of the rows (..., X): False where the mask says that it is padding."""
-    if token_mask is None:
-        return torch.ones(rows.shape[:-1], dtype=torch.bool, device=rows.device)
-    return token_mask.bool().reshape(rows.shape[:-1])
-
-
-def fp32_logits(x_MD, weight_ED):
-    """W x in FP32 whatever the input is: a rounded affinity may choose another expert."""
-    with torch.autocast(x_MD.device.type, enabled=False):
-        return F.linear(x_MD.float(), weight_ED.float())
 
 
 # %% Switch: one expert a token, and a capacity
@@ -107,8 +90,8 @@ class SwitchRouter(nn.Module):
 
     def __init__(self, hidden_size, n_routed_experts, capacity_factor=1.25):
         super().__init__()
-        check_sizes(n_routed_experts=n_routed_experts)
-        require(capacity_factor > 0, f"capacity_factor={capacity_factor} must be above 0")
+        checks.check_sizes(n_routed_experts=n_routed_experts)
+        checks.require(capacity_factor > 0, f"capacity_factor={capacity_factor} must be above 0")
         self.num_experts, self.capacity_factor = n_routed_experts, capacity_factor
         self.weight = nn.Parameter(torch.empty(n_routed_experts, hidden_size))
         nn.init.normal_(self.weight, std=0.02)
@@ -117,13 +100,13 @@ class SwitchRouter(nn.Module):
         return max(1, int(self.capacity_factor * tokens / self.num_experts))
 
     def forward(self, x_MD, token_mask=None):
-        """(M, D) → `Routing` with A = 1; weights of dropped tokens are there but unused.
+        """(M, D) → `Routing` with A = 1. token_mask (M,) False: padding takes no place in a queue.
 
-        token_mask, one for each token: False = padding, which takes no place in a queue.
+        Weights of dropped tokens are there, but nothing uses them.
         """
-        scores_ME = fp32_logits(x_MD, self.weight).softmax(dim=-1)
+        scores_ME = precision.linear_in_fp32(x_MD, self.weight).softmax(dim=-1)
         weights_M1, indices_M1 = scores_ME.max(dim=-1, keepdim=True)
-        real_M1 = real_tokens(token_mask, x_MD).unsqueeze(1)
+        real_M1 = batches.real_rows(token_mask, x_MD).unsqueeze(1)
         arrivals_ME = F.one_hot(indices_M1.squeeze(1), self.num_experts) * real_M1
         place_M1 = arrivals_ME.cumsum(dim=0).gather(1, indices_M1)  # 1 = first in the queue
         has_room_M1 = place_M1 <= self.capacity(int(real_M1.sum()))
@@ -131,14 +114,20 @@ class SwitchRouter(nn.Module):
 
 
 # %% DeepSeekMoE: the top A of many fine-grained experts, chosen within the best groups
-class TopKRouter(nn.Module):
+SCORING = {"softmax": functools.partial(torch.softmax, dim=-1), "sigmoid": torch.sigmoid}
+# A group's score is the sum of the scores of so many of its experts, the best ones.
+BEST_OF_GROUP = {"greedy": 1, "group_limited_greedy": 1, "noaux_tc": 2}
+
+
+class TopKRouter(surgery.TypesKept):
     """V2's and V3's routers, by the names in config.json.
 
     `scoring_func`: "softmax" (V2) or "sigmoid" (V3). `topk_method`: "greedy" (V2-Lite),
     "group_limited_greedy" (V2: a group counts as much as its best expert) or "noaux_tc" (V3: with
     the bias `e_score_correction_bias`; a group counts as much as its two best biased scores).
     Only the experts of the best `topk_group` of `n_group` groups can be chosen. `norm_topk_prob`:
-    the chosen weights are divided by their sum (V3). `routed_scaling_factor`: c above.
+    the chosen weights are divided by their sum (V3). `routed_scaling_factor`: c above. The bias
+    stays in FP32 when the model is cast to BF16, which would swallow steps of γ.
 
     Two tokens, four experts in two groups, the best group counts, one expert a token (V3):
 
@@ -155,22 +144,16 @@ class TopKRouter(nn.Module):
         routed_scaling_factor=1.0,
     ):
         super().__init__()
-        check_choice(("softmax", "sigmoid"), scoring_func=scoring_func)
-        check_choice(("greedy", "group_limited_greedy", "noaux_tc"), topk_method=topk_method)
+        checks.check_choice(SCORING, scoring_func=scoring_func)
+        checks.check_choice(BEST_OF_GROUP, topk_method=topk_method)
         if topk_method == "greedy":
             n_group = topk_group = 1
         self.num_experts, self.num_experts_per_tok = n_routed_experts, num_experts_per_tok
         self.scoring_func, self.topk_method = scoring_func, topk_method
         self.n_group, self.topk_group = n_group, topk_group
         self.norm_topk_prob, self.routed_scaling_factor = norm_topk_prob, routed_scaling_factor
-        self.best_of_group = 2 if topk_method == "noaux_tc" else 1  # make a group's score
-        check_divides(n_routed_experts=n_routed_experts, n_group=n_group)
-        check_up_to(n_group, f"n_group={n_group}", topk_group=topk_group)
-        size = n_routed_experts // n_group
-        choice = f"the {topk_group * size} experts that can be chosen"
-        check_up_to(topk_group * size, choice, num_experts_per_tok=num_experts_per_tok)
-        few = f"n_group={n_group} leaves {size} expert a group, want {self.best_of_group} or more"
-        require(n_group == 1 or size >= self.best_of_group, few)
+        self.best_of_group = best = BEST_OF_GROUP[topk_method]
+        checks.check_groups(n_routed_experts, num_experts_per_tok, n_group, topk_group, best)
         self.weight = nn.Parameter(torch.empty(n_routed_experts, hidden_size))
         nn.init.normal_(self.weight, std=0.02)
         if topk_method == "noaux_tc":
@@ -178,9 +161,8 @@ class TopKRouter(nn.Module):
 
     def forward(self, x_MD, token_mask=None):
         """(M, D) → `Routing`, in FP32. `token_mask` is without effect: tokens do not compete."""
-        logits_ME = fp32_logits(x_MD, self.weight)
-        softmax = self.scoring_func == "softmax"
-        scores_ME = logits_ME.softmax(dim=-1) if softmax else logits_ME.sigmoid()
+        logits_ME = precision.linear_in_fp32(x_MD, self.weight)
+        scores_ME = SCORING[self.scoring_func](logits_ME)
         choice_ME = scores_ME.detach()
         if self.topk_method == "noaux_tc":
             choice_ME = choice_ME + self.e_score_correction_bias
@@ -212,18 +194,12 @@ class TopKRouter(nn.Module):
             load_E = load_E.float()
             self.e_score_correction_bias += gamma * torch.sign(load_E.mean() - load_E)
 
-    def _apply(self, fn, recurse=True):
-        """Moves like any module, but keeps the bias in FP32: BF16 would swallow steps of γ."""
-        bias = self._buffers.get("e_score_correction_bias")
-        super()._apply(fn, recurse)
-        if bias is not None and not bias.is_meta:
-            self.e_score_correction_bias = bias.to(self.weight.device)
-        return self
-
 
 # %% The experts, and three ways to run them
 class Experts(nn.Module):
     """E SwiGLU networks in two tensors, `gate_up_proj` (E, 2F, D) and `down_proj` (E, D, F)."""
+
+    dispatches = ("dense", "loop", "grouped")  # a method each
 
     def __init__(self, num_experts, hidden_size, intermediate_size):
         super().__init__()
@@ -274,7 +250,6 @@ class Experts(nn.Module):
         if routing.kept is not None:
             order = order[routing.kept.flatten()[order]]
         tokens = order // routing.indices.shape[1]  # A choices belong to a token
-        # index_select, not x_MD[tokens]: its backward is 5 times faster.
         rows = x_MD.index_select(0, tokens)
         weights = routing.weights.flatten().index_select(0, order)
         lengths_E = torch.bincount(experts[order], minlength=len(self.down_proj))
@@ -282,10 +257,7 @@ class Experts(nn.Module):
         return torch.zeros_like(x_MD).index_add(0, tokens, outputs)
 
     def by_runs(self, rows, lengths_E):
-        """(rows, D) → (rows, D): each expert on its own run of the rows, one after the other.
-
-        `F.grouped_mm` multiplies all runs in one call: `pipeline/fast` has that form.
-        """
+        """(rows, D) → (rows, D): each expert on its own run of the rows, one after the other."""
         runs = rows.split(lengths_E.tolist())
         experts = zip(runs, self.gate_up_proj, self.down_proj, strict=True)
         return torch.cat([swiglu(*run_and_weights) for run_and_weights in experts])
@@ -307,15 +279,15 @@ class Routed(NamedTuple):
 
     def balance_loss(self):
         """The layer's loss of its scores (B, T, E) and choices (B, T, A); 0 if it has none."""
+        _, indices, scores, _ = self.routing
         if self.layer.balance_loss is None:
-            return self.routing.scores.new_zeros(())
-        decided = (self.routing.scores, self.routing.indices)
-        scores, indices = (rows.unflatten(0, self.batch_shape) for rows in decided)
+            return scores.new_zeros(())
+        scores, indices = (rows.unflatten(0, self.batch_shape) for rows in (scores, indices))
         return self.layer.balance_loss(scores, indices, token_mask=self.token_mask)
 
     def load(self):
         """(E,) how often each expert was chosen; padding is left out."""
-        indices = self.routing.indices[real_tokens(self.token_mask, self.routing.indices)]
+        indices = self.routing.indices[batches.real_rows(self.token_mask, self.routing.indices)]
         return torch.bincount(indices.flatten(), minlength=self.layer.gate.num_experts)
 
 
@@ -331,9 +303,9 @@ class MixtureOfExperts(nn.Module):
         self, hidden_size, moe_intermediate_size, router, n_shared_experts=0, balance_loss=None
     ):
         super().__init__()
-        check_sizes(moe_intermediate_size=moe_intermediate_size)
         D = router.weight.shape[1]
-        require(hidden_size == D, f"the router reads width {D}, want hidden_size={hidden_size}")
+        checks.check_sizes(moe_intermediate_size=moe_intermediate_size)
+        checks.require(hidden_size == D, f"the router reads width {D}, want {hidden_size=}")
         self.gate = router
         self.experts = Experts(router.num_experts, hidden_size, moe_intermediate_size)
         self.shared_experts = None
@@ -347,9 +319,7 @@ class MixtureOfExperts(nn.Module):
         token_mask: (...), False = padding, which enters neither balance loss nor load. routed: a
         list that gets this pass's `Routed`. dispatch: "dense", "loop" or "grouped", all the same.
         """
-        check_choice(("dense", "loop", "grouped"), dispatch=dispatch)
-        check_input(x, self.gate.weight.shape[1])
-        require_shapes(x.shape[:-1], token_mask=token_mask)
+        checks.check_tokens(x, self.gate.weight.shape[1], token_mask, dispatch, Experts.dispatches)
         x_MD = x.flatten(0, -2)
         routing = self.gate(x_MD, token_mask)
         output_MD = getattr(self.experts, dispatch)(x_MD, routing)
@@ -377,9 +347,8 @@ class TransformerBlock(nn.Module):
         self.mlp = feed_forward
 
     def forward(self, hidden, token_mask=None, routed=None, **attention_options):
-        """(B, T, D) → (B, T, D). `attention_options` (mask, cache, ...) go to the attention.
-
-        token_mask (B, T) and the list `routed` go to the experts, if the block has any.
+        """(B, T, D) → (B, T, D). `attention_options` (mask, cache, ...) go to the attention,
+        `token_mask` (B, T) and the list `routed` to the experts, if the block has any.
         """
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), **attention_options)
         normed = self.post_attention_layernorm(hidden)
@@ -402,7 +371,7 @@ class TransformerBlock(nn.Module):
 def token_mean(values, token_mask=None, each_sequence=False):
     """(B, T, X) → (X,), the mean over all real tokens, or (B, X) over those of each sequence."""
     over = 1 if each_sequence else tuple(range(values.dim() - 1))
-    real = real_tokens(token_mask, values).unsqueeze(-1)
+    real = batches.real_rows(token_mask, values).unsqueeze(-1)
     return (values * real).sum(dim=over) / real.sum(dim=over).clamp(min=1)
 
 
@@ -449,7 +418,7 @@ def communication_balance_loss(scores, indices, alpha, devices, max_devices, tok
 
 def by_devices(per_expert, devices):
     """(..., E) → (..., devices, E / devices): neighbours share a device."""
-    check_divides(experts=per_expert.shape[-1], devices=devices)
+    checks.check_divides(experts=per_expert.shape[-1], devices=devices)
     return per_expert.unflatten(-1, (devices, -1))
 
 
@@ -460,11 +429,11 @@ def sequence_balance_loss(scores_BTE, indices_BTA, alpha, token_mask=None):
     only says what A is. P is the mean of the scores after they are normalised over all experts. A
     sequence of padding alone counts for nothing.
     """
-    require_shape(scores_BTE, "scores within sequences must be", B=0, T=0, E=1)
+    checks.require_shape(scores_BTE, "scores within sequences must be", B=0, T=0, E=1)
     shares_BTE = scores_BTE / (scores_BTE.sum(dim=-1, keepdim=True) + 1e-20)
     top_BTA = scores_BTE.topk(indices_BTA.shape[-1], dim=-1).indices
     f_BE, P_BE = use_of_experts(shares_BTE, top_BTA, token_mask, each_sequence=True)
-    has_tokens_B = real_tokens(token_mask, scores_BTE).any(dim=1)
+    has_tokens_B = batches.real_rows(token_mask, scores_BTE).any(dim=1)
     return alpha * token_mean((f_BE * P_BE).sum(dim=-1, keepdim=True), has_tokens_B).squeeze(0)
 
 
@@ -546,7 +515,7 @@ def check_dropped_tokens(demo, layer, x_BTD):
     kept_BT = routed[0].routing.kept.view(2, 20)
     change_BT = (output_BTD - hidden_BTD - shared_BTD).abs().amax(dim=-1)
     untouched = change_BT[~kept_BT].max() < 1e-5 < change_BT[kept_BT].min()
-    dropped = routed[0].routing.dropped()
+    dropped = int((~kept_BT).sum())
     ok = bool(dropped > 0 and untouched)
     demo.check("Switch: dropped tokens are passed through", "M 40", f"{dropped} dropped", ok)
 
@@ -592,7 +561,8 @@ def main(demo, arguments):
     check_balance_losses(demo)
     exist, used = expert_parameters(7168, 2048, routed=256, active=8, shared=1)
     figure = f"{exist / 1e9:.2f}B exist, {used / 1e9:.2f}B used a token"
-    demo.check("V3, experts of one layer", "parameters", figure, used * 28 < exist)
+    nine_of_257 = used * 257 == exist * 9  # a share of 3.5 %
+    demo.check("V3, experts of one layer", "parameters", figure, nine_of_257)
     experts = MixtureOfExperts(32, 16, TopKRouter(32, 8, 2), n_shared_experts=1)
     block = TransformerBlock(MultiHeadAttention(32, 4), experts).to(demo.device)
     x_BTD = torch.randn(2, 6, 32, device=demo.device)

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from causal_attention_coded import causal_and
-from lesson import check_forward, check_heads, check_rollback, demonstration, expanded_mask, flag
+from lesson import caches, check_forward, check_heads, checks, demonstration, flag
 from self_attention_coded import scaled_dot_product_attention
 
 
@@ -46,7 +46,7 @@ def attention_by_heads(query, key, value, mask=None, dropout_p=0.0, causal=False
     heads = []
     for h in range(H):
         g = h * groups // H
-        allowed_BTS = None if mask is None else mask[:, h]
+        allowed_BTS = None if mask is None else mask.expand(-1, H, -1, -1)[:, h]
         head_BTK, _ = scaled_dot_product_attention(
             query[:, h], key[:, g], value[:, g], allowed_BTS, dropout_p=dropout_p
         )
@@ -55,10 +55,13 @@ def attention_by_heads(query, key, value, mask=None, dropout_p=0.0, causal=False
 
 
 def allowed_keys(query, key, mask=None, causal=True):
-    """(B, H, T, S): True where a query may attend to a key. None: all may attend to all."""
+    """True where a query may attend to a key. None: all may attend to all.
+
+    (B, H, T, S), with 1 for a dimension that makes no difference: (1, 1, T, S) if just causal.
+    """
     T, S = query.shape[-2], key.shape[-2]
     mask = causal_and(mask, T, S, query.device) if causal else mask
-    return expanded_mask(mask, (*query.shape[:-1], S))
+    return checks.boolean_mask(mask, (*query.shape[:-1], S))
 
 
 # %% All heads at once: H is one more batch dimension
@@ -77,15 +80,8 @@ def attention_at_once(query, key, value, mask=None, dropout_p=0.0, causal=False)
 
 
 # %% The cache: keys and values of the past are kept, not computed again
-class RowStore:
+class RowStore(caches.Rows):
     """Rows (..., length, width) that grow by `torch.cat`. For inference: no gradient flows in."""
-
-    def __init__(self):
-        self.rows = None
-
-    @property
-    def length(self):
-        return 0 if self.rows is None else self.rows.shape[-2]
 
     def append(self, rows):
         """Adds rows (..., new, width) behind the others; returns all of them."""
@@ -93,16 +89,8 @@ class RowStore:
         self.rows = rows if self.rows is None else torch.cat([self.rows, rows], dim=-2)
         return self.rows
 
-    def truncate(self, length):
-        """Forgets all rows after the first `length`: rolls back a guess that proved wrong."""
-        check_rollback(length, self.length)
-        self.rows = self.rows[..., :length, :] if self.length else None
 
-    def used_bytes(self):
-        return 0 if self.rows is None else self.rows.numel() * self.rows.element_size()
-
-
-class KVCache:
+class KVCache(caches.Cache):
     """Keys and values of one layer, (B, groups, length, K) each: 2 · groups · K numbers a token.
 
     Only new tokens ask, so the queries of the past are not kept. With the sizes of DeepSeek-V2 (60
@@ -114,67 +102,61 @@ class KVCache:
         GQA, 8 groups         2 · 8 · 128         245,760        32.2 GB
         MQA                   2 · 1 · 128          30,720         4.0 GB
         MLA (phase 4)            512 + 64          69,120         9.1 GB
-
-    `store`: what keeps the rows; decoding at speed passes one with room set aside.
     """
 
     def __init__(self, store=RowStore):
-        self.keys, self.values = store(), store()
-
-    @property
-    def length(self):
-        return self.keys.length
+        super().__init__(keys=store(), values=store())
 
     def append(self, key, value):
         """Stores one or more tokens; returns all keys and all values so far."""
         return self.keys.append(key), self.values.append(value)
 
-    def truncate(self, length):
-        self.keys.truncate(length)
-        self.values.truncate(length)
-
-    def used_bytes(self):
-        return self.keys.used_bytes() + self.values.used_bytes()
-
 
 # %% The fused kernel: the same function, without all the weights in memory at one time
 def fused_attention(query, key, value, mask=None, scale=None, dropout_p=0.0, causal=False):
-    """`attention_at_once` by PyTorch's fused kernel.
+    """`attention_at_once` by PyTorch's fused kernel, which never has all T × S weights.
 
-    The kernel goes through the keys block by block. For each query it keeps a running maximum, the
-    sum of the exponentials and the output so far, and corrects all three with each block: it never
-    has all T × S weights. Where no kernel fits, PyTorch composes the products with all weights
-    stored: on a CPU with dropout, for example.
+    It goes through the keys block by block. For each query it keeps the running maximum m of the
+    scores s_j, the sum l of the exponentials and the output o so far. Each block corrects all three
+    (*online softmax*), because exp(s − m) depends on the maximum:
 
-    query (B, H, T, K), key (B, groups, S, K), value (B, groups, S, V) → (B, H, T, V). `causal` adds
-    the causal mask; the last query sees the last key. `scale`: default 1/√K.
+        m' = max(m, s_j …)                        j: the keys of the block
+        l' = l · exp(m − m') + Σ_j exp(s_j − m')
+        o' = o · exp(m − m') + Σ_j exp(s_j − m') v_j          at the end: o / l
+
+    Three keys, a block each, with the scores 0, ln 2, 0 and the values 1, 4, 1:
+
+        m     0    ln 2           ln 2
+        l     1    1/2 + 1        3/2 + 1/2 = 2
+        o     1    1/2 + 4        9/2 + 1/2 = 5        o / l = 5/2 = (1 · 1 + 2 · 4 + 1 · 1) / 4
+
+    A text of 4,096 tokens has 128 · 4096² weights in 128 heads: 4.3 GB a layer at 2 bytes a number.
+    The running numbers are 2 + V a query, 0.1 GB at V = 128.
+
+    The kernel has a causal flag of its own. It lines up the *first* query with the first key, so 2
+    queries over 4 keys would see 1 and 2 of them; 3 and 4 are right. Hence a mask says it here.
+    Where no kernel fits, PyTorch stores all weights: on a CPU with dropout, for example.
+
+    query (B, H, T, K), key (B, groups, S, K), value (B, groups, S, V) → (B, H, T, V).
+    `scale`: default 1/√K.
     """
-    T, K = query.shape[-2:]
-    S, V = value.shape[-2:]
-    mask = expanded_mask(mask, (*query.shape[:-1], S))
-    # The kernel's own causal flag lines up the *first* query with the first key: 2 queries over 4
-    # keys would see 1 and 2 of them, where 3 and 4 are right. It fits a whole text only.
-    use_flag = causal and mask is None and T == S
-    if causal and not use_flag and T > 1:
-        mask = causal_and(mask, T, S, query.device)
-    if V < K:  # the CPU kernel wants equal widths: zeros go behind the values
-        value = nn.functional.pad(value, (0, K - V))
+    mask = allowed_keys(query, key, mask, causal)
+    missing = max(query.shape[-1] - value.shape[-1], 0)  # zeros fill up: a CPU's kernel wants V = K
     output = nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout_p, is_causal=use_flag, scale=scale,
-        enable_gqa=key.shape[-3] != query.shape[-3],
+        query, key, nn.functional.pad(value, (0, missing)), mask, dropout_p, scale=scale,
+        enable_gqa=True,
     )
-    return output[..., :V]
+    return output[..., : value.shape[-1]]
 
 
 # %% The module: projections, heads, and the matrix that mixes them
-PATHS = {"loop": attention_by_heads, "explicit": attention_at_once, "fused": fused_attention}
-
-
 class MultiHeadAttention(nn.Module):
     """H query heads over `num_kv_heads` key/value heads (H: MHA; 1: MQA; between: GQA).
 
     `d_model` is D; heads have width K = D / H.
     """
+
+    paths = {"loop": attention_by_heads, "explicit": attention_at_once, "fused": fused_attention}
 
     def __init__(self, d_model, num_heads, num_kv_heads=None, dropout=0.0, bias=False):
         super().__init__()
@@ -200,14 +182,14 @@ class MultiHeadAttention(nn.Module):
             causal: False lets every token see every other.
             path: "loop" (the naive reference), "explicit" (all heads at once) or "fused".
         """
-        check_forward(x, self.q_proj.in_features, self.num_heads, mask, cache, path, PATHS)
+        check_forward(x, self.q_proj.in_features, self.num_heads, mask, cache, path, self.paths)
         query, key, value = (
             self.split_heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         if cache is not None:
             key, value = cache.append(key, value)
         dropout = self.dropout if self.training else 0.0
-        heads_BHTK = PATHS[path](query, key, value, mask, dropout_p=dropout, causal=causal)
+        heads_BHTK = self.paths[path](query, key, value, mask, dropout_p=dropout, causal=causal)
         return self.o_proj(heads_BHTK.transpose(1, 2).flatten(2))
 
 
@@ -247,9 +229,10 @@ def main(demo, arguments):
     demo.check("cache: 2 · groups · K numbers of 4 bytes", "bytes per token", figures,
                sizes == wanted)
     neighbours_share = [g for g in range(groups) for _ in range(heads // groups)]
-    read = [heads_read(attend, heads, groups) for attend in PATHS.values()]
+    paths = MultiHeadAttention.paths.values()
+    read = [heads_read(attend, heads, groups) for attend in paths]
     demo.check("GQA: the key/value head that each query head reads", "(H,)",
-               " ".join(map(str, read[0])), read == [neighbours_share] * len(PATHS))
+               " ".join(map(str, read[0])), read == [neighbours_share] * len(paths))
     demo.finish("--heads 16 --kv-heads 4: narrower heads; GQA's cache stays, MQA's is halved",
                 "--heads 4 --kv-heads 3: what does the error say?")
 

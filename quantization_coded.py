@@ -833,7 +833,7 @@ def quantize_cache(model, bits):
     for attention in (block.self_attn for block in model.blocks()):
         options = dict(bits=bits, latent_width=attention.kv_lora_rank)
         smaller = functools.partial(QuantizedLatentCache, **options)
-        attention.cache_type = LatentCache if bits is None else smaller
+        attention.new_cache = LatentCache if bits is None else smaller
     model.cache_bits = bits
     return model
 

@@ -83,3 +83,10 @@ def without_padding(attention_mask, start, end):
     return dict(
         mask=real[:, None, None], positions=positions[:, start:], token_mask=real[:, start:]
     )
+
+
+def real_rows(token_mask, rows):
+    """Boolean, one for each of the rows (..., X): False where the mask says that it is padding."""
+    if token_mask is None:
+        return torch.ones(rows.shape[:-1], dtype=torch.bool, device=rows.device)
+    return token_mask.bool().reshape(rows.shape[:-1])

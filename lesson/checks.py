@@ -162,7 +162,7 @@ def check_forward(x, width, heads, mask, cache, path, paths):
 def check_choice(choices, **named):
     """Every named value must be one of `choices`."""
     for name, value in named.items():
-        require(value in choices, f"{name}={value!r} must be one of {choices}")
+        require(value in choices, f"{name}={value!r} must be one of {tuple(choices)}")
 
 
 def check_up_to(most, of, **numbers):
@@ -239,3 +239,36 @@ class Demonstration:
         if self.failures:
             print(f"FAILED: {'; '.join(self.failures)}", file=sys.stderr)
             raise SystemExit(1)
+
+
+def check_even(**sizes):
+    """Every named size must be even and at least 0: its numbers are rotated in pairs."""
+    for name, size in sizes.items():
+        require(size >= 0 and size % 2 == 0, f"{name}={size} must be even: it rotates pairs")
+
+
+def boolean_mask(mask, shape):
+    """The mask itself with as many dimensions as (..., T, S) has, else as `expanded_mask`."""
+    expanded = expanded_mask(mask, shape)
+    return None if mask is None else mask[(None,) * (expanded.dim() - mask.dim())]
+
+
+def check_groups(experts, active, groups, best_groups, best_of_group):
+    """`active` of the experts in the `best_groups` of so many equal groups can be chosen.
+
+    A group's score is made from its `best_of_group` best experts, so it must have as many.
+    """
+    check_divides(n_routed_experts=experts, n_group=groups)
+    check_up_to(groups, f"n_group={groups}", topk_group=best_groups)
+    size = experts // groups
+    choice = f"the {best_groups * size} experts that can be chosen"
+    check_up_to(best_groups * size, choice, num_experts_per_tok=active)
+    few = f"n_group={groups} leaves {size} expert a group, want {best_of_group} or more"
+    require(groups == 1 or size >= best_of_group, few)
+
+
+def check_tokens(x, width, token_mask, dispatch, dispatches):
+    """x must be (..., width), token_mask (...) or None, and dispatch one of `dispatches`."""
+    check_choice(dispatches, dispatch=dispatch)
+    check_input(x, width)
+    require_shapes(x.shape[:-1], token_mask=token_mask)

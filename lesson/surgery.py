@@ -2,6 +2,7 @@
 
 import contextlib
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -59,11 +60,21 @@ def without_parametrizations(model):
 
 
 class TypesKept(nn.Module):
-    """A module whose buffers move to other devices but keep their types, whatever the cast."""
+    """A module whose buffers move to other devices but keep their types, whatever the cast.
+
+    Its parameters are moved and cast as always.
+    """
 
     def _apply(self, function, recurse=True):
-        for name, buffer in self.named_buffers():
-            setattr(self, name, buffer.to(function(buffer[:0]).device))
+        buffers, self._buffers = self._buffers, {}
+        try:
+            super()._apply(function, recurse)  # parameters alone
+        finally:
+            self._buffers = buffers
+        for name, buffer in self.named_buffers(recurse=False):
+            device = function(buffer[:0]).device
+            empty = buffer.is_meta and device.type != "meta"  # `to_empty`: there is nothing to copy
+            buffers[name] = torch.empty_like(buffer, device=device) if empty else buffer.to(device)
         return self
 
 

@@ -9,6 +9,7 @@ from lesson.batches import (
     drawn_from,
     grouped,
     padded,
+    real_rows,
     shuffled_parts,
     stacked,
     step_generator,
@@ -106,3 +107,11 @@ def test_padding_takes_no_position_and_is_not_seen():
     assert early["token_mask"].equal(mask[:, :3].bool()) and early["mask"].shape == (2, 1, 1, 3)
     assert without_padding(mask, 0, 5)["positions"][0].tolist() == [0, 0, 0, 1, 2]
     assert without_padding(None, 3, 5) == {}
+
+
+def test_rows_are_real_unless_the_mask_says_padding():
+    rows = torch.ones(6, 3)
+    assert real_rows(None, rows).tolist() == [True] * 6
+    assert real_rows(torch.tensor([[0, 1, 1], [1, 0, 1]]), rows).tolist() == [
+        False, True, True, True, False, True
+    ]

@@ -24,6 +24,7 @@ from pipeline.fast import (
     shared_linear,
     speed_up,
 )
+from pipeline.fast.attention import kernel_attention
 from rope_coded import RotaryEmbedding
 
 SIZES = dict(
@@ -266,19 +267,54 @@ def test_grouped_products_follow_autocast():
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("T", [1, 4, 7])
-def test_product_attention_is_fused_attention(causal, masked, T):
+def test_quick_attention_is_fused_attention(causal, masked, T):
     query, key, value = (torch.randn(2, 3, n, w) for n, w in ((T, 8), (7, 8), (7, 5)))
     mask = None
     if masked:
         mask = torch.rand(2, 1, T, 7) < 0.6
         mask[1, :, 0] = False  # a query with no key at all
     results = []
-    for attend in (fused_attention, product_attention):
+    for attend in (fused_attention, product_attention, kernel_attention, quickest_attention):
         leaves = [t.clone().requires_grad_() for t in (query, key, value)]
         output = attend(*leaves, mask, 0.3, causal=causal)
         results.append((output, torch.autograd.grad(output.square().sum(), leaves)))
-    # another order of summation
-    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+    for quick in results[1:]:  # another order of summation
+        torch.testing.assert_close(quick, results[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [None, (2, 1, 1, 7), (2, 3, 1, 7), (7,)])
+@pytest.mark.parametrize("T", [1, 4, 7])
+def test_heads_over_one_key_head_become_its_rows(monkeypatch, causal, masked, T):
+    query, key = torch.randn(2, 3, T, 8), torch.randn(2, 1, 7, 8)
+    mask = None if masked is None else torch.rand(masked) < 0.6
+    seen, kernel = [], nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        nn.functional, "scaled_dot_product_attention",
+        lambda rows, *rest, **options: seen.append((rows.shape, options["attn_mask"]))
+        or kernel(rows, *rest, **options),
+    )
+    output = quickest_attention(query, key, key, mask, 0.3, causal=causal)
+    ((shape, given),) = seen
+    assert shape == (2, 1, 3 * T, 8)
+    assert (given is None) == (not masked and (T == 1 or not causal))  # one query sees all keys
+    monkeypatch.undo()
+    expected = fused_attention(query, key, key, mask, 0.3, causal=causal)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.performance
+def test_a_whole_text_needs_no_mask_of_its_own():
+    T, sizes = 64, []
+    q, k, v = (torch.randn(1, 2, T, 8, requires_grad=True) for _ in range(3))
+
+    def note(tensor):
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        quickest_attention(q, k, v, causal=True)
+    assert max(sizes) < T * T
 
 
 # A few rows on all cores
@@ -318,15 +354,15 @@ def test_products_are_for_whole_short_texts_in_bfloat16():
         seen = []
         q, k = torch.randn(1, 2, T, 8, dtype=dtype), torch.randn(1, 2, S, 8, dtype=dtype)
         with pytest.MonkeyPatch.context() as patch:
-            for name in ("fused_attention", "product_attention"):
+            for name in ("kernel_attention", "product_attention"):
                 patch.setattr(f"pipeline.fast.attention.{name}",
                               lambda *_, name=name, **__: seen.append(name))
             quickest_attention(q, k, k, causal=True)
         return seen[0]
 
     assert chosen(6, 6, torch.bfloat16) == "product_attention"
-    assert chosen(6, 6, torch.float32) == chosen(2, 6, torch.bfloat16) == "fused_attention"
-    assert chosen(1025, 1025, torch.bfloat16) == "fused_attention"
+    assert chosen(6, 6, torch.float32) == chosen(2, 6, torch.bfloat16) == "kernel_attention"
+    assert chosen(1025, 1025, torch.bfloat16) == "kernel_attention"
 
 
 # The rotations of a pass

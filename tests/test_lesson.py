@@ -399,6 +399,18 @@ def test_a_cast_moves_buffers_and_keeps_their_types():
     assert module.codes.is_meta and module.scale.is_meta
 
 
+def test_parameters_beside_kept_buffers_are_cast_and_memory_can_be_given_later():
+    module = surgery.TypesKept()
+    module.weight, module.child = nn.Parameter(torch.ones(2)), nn.Linear(2, 2)
+    module.register_buffer("bias", torch.ones(2))
+    module.register_buffer("nothing", None)
+    module.bfloat16()
+    assert module.weight.dtype == module.child.weight.dtype == torch.bfloat16
+    assert module.bias.dtype == torch.float32 and module.nothing is None
+    module.to("meta").to_empty(device="cpu")
+    assert module.bias.dtype == torch.float32 and not module.bias.is_meta
+
+
 def test_models_of_the_wrong_kind_or_with_refused_parts_are_named():
     surgery.check_parts(nn.Linear(2, 2), nn.Module, {nn.Embedding: "embedded"})
     with pytest.raises(ValueError, match="the model must be a Embedding, got Linear"):

@@ -1,5 +1,6 @@
 """Phase 3: heads, fused path, caches, grouped queries."""
 
+import math
 import re
 
 import pytest
@@ -8,7 +9,6 @@ from torch import nn
 
 from mla_coded import cache_elements_per_token
 from multihead_attention_coded import (
-    PATHS,
     KVCache,
     MultiHeadAttention,
     RowStore,
@@ -123,7 +123,7 @@ def test_neighbours_share_a_head_as_the_docstring_shows():
     rows = dict(re.findall(r"^ +([hg])    ([\d ]+)$", attention_by_heads.__doc__, re.MULTILINE))
     shown = {letter: [int(number) for number in row.split()] for letter, row in rows.items()}
     assert shown["h"] == list(range(8))
-    for attend in PATHS.values():
+    for attend in MultiHeadAttention.paths.values():
         assert heads_read(attend, 8, 2) == shown["g"]
     tiled = torch.arange(2.0).repeat(4).int().tolist()
     assert " ".join(map(str, tiled)) in attention_at_once.__doc__ and tiled != shown["g"]
@@ -153,7 +153,8 @@ def test_the_fused_kernel_keeps_no_weights_but_a_composition_does(dropout, store
     q, k, v = (torch.randn(1, 2, T, 8, requires_grad=True) for _ in range(3))
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         fused_attention(q, k, v, dropout_p=dropout, causal=True)
-    assert (2 * T * T in sizes) == stored and max(sizes) <= 2 * T * T
+    # fused, the largest is the mask, which all heads share
+    assert (2 * T * T in sizes) == stored and max(sizes) <= (2 if stored else 1) * T * T
 
 
 def test_the_kernels_own_flag_aligns_the_first_query_where_ours_aligns_the_last():
@@ -166,13 +167,44 @@ def test_the_kernels_own_flag_aligns_the_first_query_where_ours_aligns_the_last(
     torch.testing.assert_close(ours, attention_by_heads(q, k, v, last))
 
 
+def test_the_online_softmax_of_the_docstring():
+    scores, values = [0.0, math.log(2), 0.0], [1.0, 4.0, 1.0]
+    m, l, o, shown = -math.inf, 0.0, 0.0, []  # noqa: E741
+    for s, v in zip(scores, values, strict=True):
+        new = max(m, s)
+        l, o = (x * math.exp(m - new) + math.exp(s - new) * y for x, y in ((l, 1), (o, v)))  # noqa: E741
+        m = new
+        shown.append((m, l, o))
+    torch.testing.assert_close(torch.tensor(shown), torch.tensor(
+        [[0, 1, 1], [math.log(2), 1 / 2 + 1, 1 / 2 + 4], [math.log(2), 2, 5]]))
+    lines = ["m     0    ln 2           ln 2", "l     1    1/2 + 1        3/2 + 1/2 = 2",
+             "o     1    1/2 + 4        9/2 + 1/2 = 5        o / l = 5/2"]
+    assert all(line in fused_attention.__doc__ for line in lines)
+    weights, running = (2 * 128 * 4096 * numbers / 1e9 for numbers in (4096, 2 + 128))
+    assert f"{weights:.1f} GB a layer" in fused_attention.__doc__
+    assert f"{running:.1f} GB at V = 128" in fused_attention.__doc__
+    key, value = (torch.tensor(x).reshape(1, 1, 3, 1) for x in (scores, values))
+    assert fused_attention(torch.ones(1, 1, 1, 1), key, value).item() == pytest.approx(5 / 2)
+
+
+@pytest.mark.parametrize("shape", [(7,), (1, 7), (5, 7), (4, 5, 7), (2, 1, 5, 7)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_masks_of_any_rank_act_alike_on_all_functions(shape, causal):
+    q, (k, v) = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 2, 7, 8)
+    mask = torch.rand(shape) > 0.3
+    by_heads = attention_by_heads(q, k, v, mask, causal=causal)
+    torch.testing.assert_close(attention_at_once(q, k, v, mask, causal=causal), by_heads)
+    torch.testing.assert_close(fused_attention(q, k, v, mask, causal=causal), by_heads)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_allowed_keys_joins_both_masks(causal):
     query, key, real = torch.ones(1, 2, 3, 4), torch.ones(1, 1, 5, 4), torch.ones(5) > 0
     real[1] = False
     allowed = allowed_keys(query, key, real, causal)
     rows = [[1, 0, 1, 0, 0], [1, 0, 1, 1, 0], [1, 0, 1, 1, 1]] if causal else [[1, 0, 1, 1, 1]] * 3
-    assert torch.equal(allowed, torch.tensor(rows).bool().expand(1, 2, 3, 5))
+    assert torch.equal(allowed.expand(1, 2, 3, 5), torch.tensor(rows).bool().expand(1, 2, 3, 5))
+    assert allowed.dim() == 4 and allowed.shape[1] == 1  # the heads share it
     assert allowed_keys(query, key, causal=False) is None
 
 

@@ -1,10 +1,11 @@
 """Which attention is fastest: by two products for short texts in BF16, absorbed for few queries."""
 
 import torch
+import torch.nn.functional as F
 
 from causal_attention_coded import causal_and
 from lesson import expanded_mask
-from multihead_attention_coded import fused_attention
+from multihead_attention_coded import allowed_keys
 
 # Tokens up to which storing all scores pays. One sequence of 1,024: 0.30 s a training step against
 # 0.33 fused; of 2,048: 1.07 against 0.80, and 827 MB against 544.
@@ -15,12 +16,47 @@ EXPAND_FROM = 48
 
 
 def quickest_attention(query, key, value, mask=None, scale=None, causal=False):
-    """`fused_attention`, or `product_attention` where that is faster: a whole text in BF16, CPU."""
+    """`fused_attention`: by two products where that is faster, a whole text in BF16 on a CPU."""
     T, S = query.shape[-2], key.shape[-2]
+    if key.shape[1] == 1 < query.shape[1]:
+        return attention_of_rows(query, key, value, mask, scale, causal)
     short = T == S <= PRODUCTS_UP_TO and query.dtype == torch.bfloat16
     pays = short and query.device.type == "cpu" and query.shape[1] == key.shape[1]
-    attend = product_attention if pays else fused_attention
+    attend = product_attention if pays else kernel_attention
     return attend(query, key, value, mask, scale=scale, causal=causal)
+
+
+def kernel_attention(query, key, value, mask=None, scale=None, causal=False):
+    """`fused_attention` without a mask where the kernel's own flag will do, and for one query.
+
+    The flag lines up the first query with the first key, so it fits a whole text only. A single
+    query sees all keys.
+    """
+    (T, K), (S, V) = query.shape[-2:], value.shape[-2:]
+    use_flag = causal and mask is None and T == S
+    mask = allowed_keys(query, key, mask, causal and not use_flag and T > 1)
+    if V < K:  # the CPU kernel wants equal widths: zeros go behind the values
+        value = F.pad(value, (0, K - V))
+    output = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=use_flag, scale=scale,
+        enable_gqa=key.shape[-3] != query.shape[-3],
+    )
+    return output[..., :V]
+
+
+def attention_of_rows(query, key, value, mask=None, scale=None, causal=False):
+    """`fused_attention` of many heads over a single key/value head, as MLA's absorbed form has it.
+
+    The heads' queries become rows of one head, (B, 1, H·T, K): one pass over the keys serves many
+    rows, where heads of their own would need a pass each.
+    """
+    H, T = query.shape[1:3]
+    if causal and T > 1 or mask is not None:
+        allowed_BHTS = allowed_keys(query, key, mask, causal).expand(-1, H, T, -1)
+        mask = allowed_BHTS.flatten(1, 2).unsqueeze(1)
+    rows = query.flatten(1, 2).unsqueeze(1)
+    mixed = kernel_attention(rows, key, value, mask, scale).squeeze(1)
+    return mixed.unflatten(1, (H, T))
 
 
 def product_attention(query, key, value, mask=None, scale=None, causal=False):
