@@ -22,19 +22,22 @@ class Flag(NamedTuple):
     help: str
     at_least: float = -math.inf
     endings: tuple = ()
+    at_most: float = math.inf
 
     def check(self, value):
-        low, endings = self.at_least, self.endings
-        if low > -math.inf:
+        low, endings, high = self.at_least, self.endings, self.at_most
+        if high < math.inf:
+            require(low <= value <= high, f"--{self.name}={value} must be from {low} to {high}")
+        elif low > -math.inf:
             require(low <= value, f"--{self.name}={value} must be at least {low}")
         if endings:
             allowed = f"{', '.join(endings[:-1])} or {endings[-1]}"
             require(value.endswith(endings), f"--{self.name}={value} must end in {allowed}")
 
 
-def flag(name, default, help, at_least=-math.inf, endings=()):
-    """`--name` with a default of its type; refused: below `at_least`, or without such an ending."""
-    return Flag(name, default, help, at_least, endings)
+def flag(name, default, help, at_least=-math.inf, endings=(), at_most=math.inf):
+    """`--name` with a default of its type; refused: out of bounds, or without such an ending."""
+    return Flag(name, default, help, at_least, endings, at_most)
 
 
 def demonstration(docstring, *flags, settings=None, names=(), quick=None):
