@@ -259,3 +259,9 @@ def entry_of(table, **named):
     found = table.get(str(given), given)
     require(isinstance(found, kind), f"{what}={given!r} must be one of {', '.join(table)}")
     return found
+
+
+def check_no_more(**sizes):
+    """Of two named numbers, the first must not be larger than the second."""
+    (name, number), (limit_name, limit) = sizes.items()
+    require(number <= limit, f"{name}={number} exceed the {limit} {limit_name}")

@@ -40,14 +40,17 @@ def flag(name, default, help, at_least=-math.inf, endings=(), at_most=math.inf):
     return Flag(name, default, help, at_least, endings, at_most)
 
 
-def demonstration(docstring, *flags, settings=None, names=(), quick=None):
+def demonstration(docstring, *flags, settings=None, names=(), quick=None, picture=None):
     """Turns `main(demo, arguments)` into a lesson's `main(argv=None)`.
 
     docstring: the module's own, shown by --help. Every lesson has --seed and --device; `flags` come
     on top, then a flag for each of the fields `names` (default: all with a help text) of the
     dataclass `settings`, of which `arguments.settings` is then one, made from all flags that were
-    given; then --quick, whose help is `quick`.
+    given; then --quick, whose help is `quick`. `picture`: where --picture is by default.
     """
+    if picture:
+        endings = (".png", ".pdf", ".svg")
+        flags += (flag("picture", picture, "where to draw the run", endings=endings),)
 
     def decorate(function):
         script = pathlib.Path(function.__code__.co_filename).name
@@ -145,3 +148,16 @@ def progress_bar(total, label, **options):
     interval = 0.5 if sys.stderr.isatty() else 15.0
     return tqdm(total=total, desc=f"  {label}", file=sys.stderr, mininterval=interval,
                 **{"leave": False, **options})
+
+
+def shown_steps(total, label, history=(), figure="", start=0):
+    """Yields `total` numbers from `start` on, with a bar.
+
+    history: a list of {name: number} that grows; the bar shows its newest `figure`.
+    """
+    with progress_bar(total, label) as bar:
+        for number in range(start, start + total):
+            yield number
+            if history:
+                bar.set_postfix_str(f"{figure} {history[-1][figure]:.2f}", refresh=False)
+            bar.update()

@@ -30,6 +30,7 @@ from lesson import (
     require,
     require_shapes,
     setting,
+    shown_steps,
     surgery,
 )
 from lesson.checks import check_count, entry_of
@@ -154,17 +155,16 @@ def test_a_demonstration_makes_its_settings_from_the_flags_given(capsys):
         def __post_init__(self):
             check_settings(self)
 
-    drawn = flag("picture", "a.png", "where", endings=(".png", ".pdf"))
-
-    @demonstration("Docs.", drawn, settings=Options, names=["width"], quick="a few seconds")
+    @demonstration("Docs.", settings=Options, names=["width"], quick="a few seconds",
+                   picture="a.png")
     def main(demo, arguments):
         return arguments
 
     given = main(["--width", "3", "--seed", "7", "--quick", "--picture", "b.pdf"])
-    assert given.settings == Options(width=3, seed=7) and given.quick
-    assert main([]).settings == Options() and not main([]).quick
+    assert given.settings == Options(width=3, seed=7) and given.quick and given.picture == "b.pdf"
+    assert main([]).settings == Options() and not main([]).quick and main([]).picture == "a.png"
     for wrong, line in ((["--width", "0"], "width=0 must be at least 1"),
-                        (["--picture", "b.txt"], "--picture=b.txt must end in .png or .pdf")):
+                        (["--picture", "b.txt"], "--picture=b.txt must end in .png, .pdf or .svg")):
         with pytest.raises(SystemExit) as exit_info:
             main(wrong)
         assert exit_info.value.code == 2 and capsys.readouterr().err == f"error: {line}\n"
@@ -220,6 +220,16 @@ def test_a_progress_bar_writes_to_stderr(capsys):
         bar.update(3)
     output = capsys.readouterr()
     assert output.out == "" and "  steps" in output.err and "3/3" in output.err
+
+
+def test_shown_steps_count_and_show_the_newest_figure(capsys):
+    history = []
+    for step in shown_steps(3, "steps", history, "reward", start=1):
+        history.append({"reward": step / 2})
+    assert [line["reward"] for line in history] == [0.5, 1.0, 1.5]
+    assert list(shown_steps(2, "more")) == [0, 1]
+    output = capsys.readouterr()
+    assert output.out == "" and "  steps" in output.err and "  more" in output.err
 
 
 # %% Settings
