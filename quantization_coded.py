@@ -779,7 +779,7 @@ class QuantizedLatentCache(LatentCache):
 
 def quantize_cache(model, bits):
     """The model itself, from now on with latent caches of `bits` (2 to 8; None: as they were)."""
-    largest_code(bits or 8)  # refuses others
+    largest_code(8 if bits is None else bits)  # refuses others
     for attention in (block.self_attn for block in model.blocks()):
         options = dict(bits=bits, latent_width=attention.kv_lora_rank)
         smaller = functools.partial(QuantizedLatentCache, **options)

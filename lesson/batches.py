@@ -82,10 +82,13 @@ def completion_mask(completions, eos_token_id):
     return is_end_BL.long().cumsum(dim=1) - is_end_BL.long() == 0
 
 
-def unpadded(ids, mask):
-    """ids and mask (B, L) → a list of lists: of each row, the ids where the mask is True."""
-    rows = zip(ids.cpu(), mask.cpu(), strict=True)
-    return [row[counted].tolist() for row, counted in rows]
+def texts(rows, decode):
+    """`rows.completions` (B, L) as `decode` writes each: a list of ids, where `rows.mask` is True.
+
+    An end-of-sequence token that was drawn is among them.
+    """
+    pairs = zip(rows.completions.cpu(), rows.mask.cpu(), strict=True)
+    return [decode(ids[counted].tolist()) for ids, counted in pairs]
 
 
 def picked(rows, chosen):

@@ -1,6 +1,7 @@
 """Rows for a batch, and two checks of what stands in them."""
 
 import math
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -19,7 +20,7 @@ from lesson.batches import (
     shuffled_parts,
     stacked,
     step_generator,
-    unpadded,
+    texts,
     weighed_parts,
     without_padding,
 )
@@ -43,7 +44,7 @@ def test_rows_up_to_their_end_are_read_without_the_rest():
     ids = torch.tensor([[1, 9, 3, 9], [1, 2, 3, 4]])
     mask = completion_mask(ids, 9)
     assert mask.tolist() == [[True, True, False, False], [True] * 4]
-    assert unpadded(ids, mask) == [[1, 9], [1, 2, 3, 4]]
+    assert texts(SimpleNamespace(completions=ids, mask=mask), str) == ["[1, 9]", "[1, 2, 3, 4]"]
 
 
 class Pair(NamedTuple):
