@@ -226,16 +226,65 @@ def training_flops_per_token(model, context):
     return 6 * parameter_counts(model)["active_without_embedding"] + attention
 
 
+# %% Muon: every direction of a matrix learns at the same pace
+# X ← aX + bAX + cA²X with A = X Xᵀ is an odd polynomial of each singular value of X and leaves the
+# singular vectors alone. These three in a row bring all values from 0.01 to 1 into 0.73 … 1.27:
+# each is the best for what the one before leaves (Polar Express, 2025, arXiv:2505.16932).
+NEWTON_SCHULZ = (
+    (8.0934, -23.6204, 17.4461), (3.6366, -2.7219, 0.5365), (2.6613, -1.9771, 0.4526),
+)
+
+
+def orthogonalized(G, precision=torch.float32):
+    """Roughly U Vᵀ of each matrix U S Vᵀ (..., M, N): the nearest one with orthonormal rows."""
+    X = (G / (G.norm(dim=(-2, -1), keepdim=True) + 1e-20)).to(precision)  # no value above 1
+    tall = X.shape[-2] > X.shape[-1]
+    X = X.mT if tall else X  # A is the smaller of the two products
+    for a, b, c in NEWTON_SCHULZ:
+        A = X @ X.mT
+        X = a * X + (b * A + c * A @ A) @ X
+    return (X.mT if tall else X).to(G.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Steps along the orthogonalised momentum (Jordan, 2024; at scale: 2025, arXiv:2502.16982).
+
+    A gradient is mostly a few strong directions, which it shows at each step; the weak ones learn
+    as fast here. U Vᵀ of (M, N) has entries of size 1/√max(M, N); times 0.2 √max(M, N), a step is
+    as long as AdamW's, so that one learning rate serves both. `torch.optim.Muon` is the same with
+    five steps in BF16, matrix by matrix; here all of one shape are one product, in `precision`.
+    """
+
+    def __init__(self, parameters, lr, weight_decay=0.1, momentum=0.95, precision=torch.float32):
+        super().__init__(parameters, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        self.precision = precision
+
+    @torch.no_grad()
+    def step(self):
+        (group,), by_shape = self.param_groups, {}
+        rate, keep = group["lr"], group["momentum"]
+        for matrix in group["params"]:
+            if matrix.grad is not None:
+                state = self.state[matrix]
+                mean = state.setdefault("momentum_buffer", torch.zeros_like(matrix))
+                mean.lerp_(matrix.grad, 1 - keep)
+                ahead = matrix.grad.lerp(mean, keep)  # the gradient counts once more
+                by_shape.setdefault(matrix.shape, []).append((matrix, ahead))
+        for shape, pairs in by_shape.items():
+            matrices, ahead = zip(*pairs, strict=True)
+            updates = orthogonalized(torch.stack(ahead), self.precision)
+            torch._foreach_mul_(matrices, 1 - rate * group["weight_decay"])
+            torch._foreach_add_(matrices, list(updates), alpha=-rate * 0.2 * max(shape) ** 0.5)
+
+
 # %% Optimizers and the training step
-def build_optimizers(model, peak_rate, muon=True):
+def build_optimizers(model, peak_rate, muon=True, precision=torch.float32):
     """AdamW, and with `muon` Muon for the matrices between hidden states.
 
-    Muon replaces a matrix' momentum by roughly the nearest orthogonal matrix, so that every
-    direction learns at the same pace. `match_rms_adamw` scales its steps to AdamW's, so that one
-    learning rate serves both. It takes eh_proj and the matrices of attention and of dense and
-    shared feed-forwards; gate and up count as one. It spares embedding and head, which lead from
-    and to tokens; the router, which is a few rows; and the experts, whose many matrices would make
-    a step 40 % longer. Weight decay spares norms and the router.
+    Muon takes eh_proj and the matrices of attention and of dense and shared feed-forwards; gate
+    and up count as one. It spares embedding and head, which lead from and to tokens; the router,
+    which is a few rows; and the experts, whose many matrices would make a step longer than it gets
+    better. Weight decay spares norms and the router.
     """
     named = dict(model.named_parameters())
     spared = (".gate.", "embed_tokens", "lm_head", ".experts.")
@@ -249,9 +298,7 @@ def build_optimizers(model, peak_rate, muon=True):
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(groups, lr=peak_rate, betas=(0.9, 0.95), fused=True)]
     if matrices:
-        optimizers.append(torch.optim.Muon(
-            matrices.values(), lr=peak_rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
-        ))
+        optimizers.append(Muon(matrices.values(), peak_rate, precision=precision))
     return optimizers
 
 
@@ -261,9 +308,9 @@ def training_step(
     """One step on a batch of tokens (B, T); returns its figures. Losses in nats per token.
 
     L = L_next + λ/depths · Σ_k L_k + Σ_layers L_balance, then b_i ± γ (V3, equations 24–25 and
-    section 2.1.2). λ: `mtp_weight`. γ: `gamma`. rate: learning rate of all optimizers. precision:
-    that of the matrix products. document_ids (B, T): no MTP target lies in another document.
-    A V2 model has no bias: its balance losses are all that keeps the load even.
+    section 2.1.2). λ: `mtp_weight`; at 0 the modules do not run. γ: `gamma`. rate: learning rate of
+    all optimizers. precision: that of the matrix products. document_ids (B, T): no MTP target lies
+    in another document. A V2 model has no bias: its balance losses alone keep the load even.
     """
     model.train()
     for optimizer in optimizers:
@@ -276,7 +323,7 @@ def training_step(
         # No document_ids here: the separator that opens a document is how the one before ends, and
         # the model learns to stop by it. An MTP target behind it would be another text's start.
         next_loss = head_loss(model.lm_head, hidden_BTD, ids, shift=1)
-        depths = model.mtp_hidden_states(hidden_BTD, ids, routed=routed)
+        depths = model.mtp_hidden_states(hidden_BTD, ids, routed=routed) if mtp_weight else []
         further_losses = [
             head_loss(model.lm_head, states_BTD, ids, shift=k + 1, document_ids=document_ids)
             for k, states_BTD in enumerate(depths, start=1)
@@ -288,7 +335,7 @@ def training_step(
     gradient_norm = descend(model, optimizers, loss, rate)
     return {
         "loss": next_loss.item(),
-        "mtp_loss": further_loss.item() if len(model.mtp) else None,
+        "mtp_loss": further_loss.item() if further_losses else None,
         "balance_loss": balance_loss.item(),
         "gradient_norm": gradient_norm.item(),
         "learning_rate": rate,
@@ -311,11 +358,24 @@ def descend(model, optimizers, loss, rate):
 def move_routing_biases(model, routed, gamma):
     """b_i ± γ in each layer, against its load; returns {layer: busiest expert's load / mean}."""
     max_load = {}
-    for name, layer_pass in zip(model.moe_layers(), routed, strict=True):
+    for name, layer_pass in zip(model.moe_layers(), routed, strict=False):  # MTP's come last
         load_E = layer_pass.load().float()
         layer_pass.layer.gate.update_bias(load_E, gamma)
         max_load[name] = round((load_E.max() / load_E.mean()).item(), 4)
     return max_load
+
+
+@torch.no_grad()
+def silence_blocks(model):
+    """Zeroes the last matrix of each attention and feed-forward: a new model's blocks add nothing.
+
+    The first gradients then reach embedding and head undiluted, and each block grows from zero as
+    it finds something to add, instead of adding noise that the others must first learn to undo.
+    """
+    for name, parameter in model.named_parameters():
+        if "o_proj" in name or "down_proj" in name:
+            parameter.zero_()
+    return model
 
 
 # %% The run: this step over batches of the text, with V3's schedules of λ and γ
@@ -325,8 +385,13 @@ class TrainingRun(training.TrainingRun):
     model_class = DeepSeekModel
 
     def build_optimizers(self):
-        muon = self.options.optimizer == "muon"
-        return build_optimizers(self.model, self.options.learning_rate, muon)
+        o = self.options
+        precision = getattr(torch, o.precision)
+        return build_optimizers(self.model, o.learning_rate, o.optimizer == "muon", precision)
+
+    def fresh(self):
+        tokenizer, model = super().fresh()
+        return tokenizer, silence_blocks(model)
 
     def costs(self):
         return parameter_counts(self.model), cache_elements(self.model.config)
@@ -383,6 +448,17 @@ def check_paths(demo, model, ids_BT):
     demo.check("a text with drafts = without", "(B, T + 20)", "the same tokens", same)
 
 
+def check_orthogonalized(demo):
+    """Muon's update beside U Vᵀ from the singular value decomposition, of a lopsided gradient."""
+    U, _, Vh = torch.linalg.svd(torch.randn(96, 256, device=demo.device), full_matrices=False)
+    values = torch.logspace(0, -1.3, 96, device=demo.device)  # the strongest is 20 × the weakest
+    update = orthogonalized(U * values @ Vh)
+    lengths = (U.mT @ update @ Vh.mT).diagonal()
+    figure = f"lengths {lengths.min():.2f} … {lengths.max():.2f}"
+    fits = 0.73 < lengths.min() < lengths.max() < 1.27
+    demo.check("Muon: all directions get about length 1", "(96, 256)", figure, fits)
+
+
 def check_training_step(demo, model, ids_BT, gamma=0.01):
     """The first loss is that of a guess, and each routing bias moves by γ against its load."""
     routed = []
@@ -404,6 +480,7 @@ def check_training_step(demo, model, ids_BT, gamma=0.01):
 def check(demo):
     """The check command, in a few seconds."""
     check_published_sizes(demo)
+    check_orthogonalized(demo)
     model = DeepSeekModel(DeepSeekConfig.from_file(training.SMALL_CONFIG)).to(demo.device)
     ids_BT = torch.randint(model.config.vocab_size, (2, 64), device=demo.device)
     check_training_step(demo, model, ids_BT)

@@ -23,26 +23,23 @@ Papers: DeepSeek-V3 (2024, arXiv:2412.19437), section 2.2, equations 21–25, an
 al. (2024, arXiv:2404.19737) for the independent heads; Leviathan et al. (2023, arXiv:2211.17192)
 for speculative decoding.
 Simplified: each loss is a mean over the targets that count, where equation 24 divides by the
-sequence length. Drafting and checking recompute everything: caches would hide the idea.
+sequence length. Drafting and checking have no caches: both read the whole text again.
 
 Dimensions: B batch · T query positions · S key positions · D model width · W vocabulary.
 
 Run:  python mtp_coded.py [--steps 100] [--depth 2]
 """
 
-from copy import deepcopy
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lesson import check_settings, demonstration, flag, require, setting
+from lesson import demonstration, flag, require, require_shapes
 from lesson.batches import without_padding
-from lesson.checks import check_prompts, check_token_ids, require_shapes
+from lesson.writing import Generation, LanguageModel, SamplingOptions  # noqa: F401
 from mla_coded import MultiHeadLatentAttention
-from moe_coded import MixtureOfExperts, SwiGLU, TransformerBlock
+from moe_coded import SwiGLU, TransformerBlock
 
 
 # %% The simple idea: independent heads on the same hidden state
@@ -184,7 +181,7 @@ def greedy_generate(model, input_ids, max_new_tokens):
 
 @torch.no_grad()
 def speculative_generate(model, input_ids, max_new_tokens, temperature=0.0, generator=None):
-    """The same text in fewer passes: (1, T) → ids (1, T + new) and figures.
+    """The same text in fewer passes of the main model: (1, T) → ids (1, T + new) and figures.
 
     A round: module k drafts the k-th token, the main model reads the text and all drafts in one
     pass, and `verify` keeps the drafts up to the first wrong one and adds a token of the model's
@@ -194,9 +191,10 @@ def speculative_generate(model, input_ids, max_new_tokens, temperature=0.0, gene
         the model's choices                     on  the  mat  .
         kept                      The cat sat   on  the  mat
 
-    The first pass has no drafts: it reads the prompt. Nothing is cached here, so that the idea
-    stands alone: each round reads the whole text anew. `pipeline/decoding.py` has the form that
-    saves time, with caches and for batches.
+    The first pass has no drafts: it reads the prompt. Later drafts start from the states that the
+    last check left: a state depends on no later token, so those before a rejected draft are right.
+    Nothing else is kept: every pass reads the whole text anew, and so does every module. That shows
+    the idea and saves no time; `pipeline/decoding.py` does, with caches and for batches.
 
     In FP32 the greedy text is the same, token for token, up to ties in the last bit. Sampled text
     has the same distribution. Figures: `forwards` (passes), `drafted` and `accepted` tokens.
@@ -205,29 +203,31 @@ def speculative_generate(model, input_ids, max_new_tokens, temperature=0.0, gene
     require(len(input_ids) == 1, f"one sequence at a time, got {len(input_ids)}")
     sampling, ids = Sampling(temperature, generator=generator), input_ids
     figures = dict(forwards=0, drafted=0, accepted=0)
-    start, end = ids.shape[1], ids.shape[1] + max_new_tokens
+    end, hidden = ids.shape[1] + max_new_tokens, None
     while ids.shape[1] < end:
-        count = 0 if ids.shape[1] == start else min(len(model.mtp), end - ids.shape[1] - 1)
-        drafts, draft_chances = draft(model, ids, count, sampling)
-        logits = model(torch.cat([ids, drafts], dim=1))[:, ids.shape[1] - 1 :]
+        count = 0 if hidden is None else min(len(model.mtp), end - ids.shape[1] - 1)
+        drafts, draft_chances = draft(model, ids, hidden, count, sampling)
+        hidden = model.hidden_states(torch.cat([ids, drafts], dim=1))
+        logits = model.lm_head(hidden[:, ids.shape[1] - 1 :])
         accepted, own = verify(logits, drafts, draft_chances, sampling)
         ids = torch.cat([ids, drafts[:, : int(accepted)], own[:, None]], dim=1)
+        hidden = hidden[:, : ids.shape[1] - 1]
         figures["forwards"] += 1
         figures["drafted"] += count
         figures["accepted"] += int(accepted)
     return ids, figures
 
 
-def draft(model, ids, count, sampling):
-    """ids (1, T) → drafts (1, count), and the distributions they were drawn from.
+def draft(model, ids, hidden, count, sampling):
+    """What the modules guess behind ids (1, T): drafts (1, count), and their distributions.
 
+    hidden: the main model's states of tokens 0 … T − 2, (1, T − 1, D); it has not read the last.
     Module k needs the token k ahead of each state. For tokens 0–6, the states are those of tokens
     0–5: module 1 joins them with tokens 1–6 and drafts token 7 behind its last state; module 2
     joins module 1's states with tokens 2–7, the draft among them, and drafts token 8.
     The distributions are (1, count, W), or None if greedy or if count is 0.
     """
     tokens, chances = ids, []
-    hidden = model.hidden_states(ids[:, :-1]) if count else None
     for k, module in enumerate(model.mtp[:count], start=1):
         states = module(hidden, tokens[:, k:])
         logits = model.lm_head(states[:, -1])
@@ -282,23 +282,13 @@ def tokens_a_pass(acceptance, modules):
 
 
 # %% Choosing a token
-@dataclass(frozen=True)
-class Sampling:
+class Sampling(SamplingOptions):
     """How the next token is chosen from logits.
 
     temperature: 0 takes the most likely token; above 0 a token is drawn from
         softmax(logits / temperature), with `generator` if there is one.
-    top_k, top_p: draw only from the `top_k` most likely tokens, and from the fewest tokens that
-        hold `top_p` of the probability. None: no such limit.
+    top_k, top_p: for later phases, see `SamplingOptions.limited`.
     """
-
-    temperature: float = setting(0.0, at_least=0)
-    top_k: int | None = setting(None, at_least=1)
-    top_p: float | None = setting(None, above=0, at_most=1)
-    generator: torch.Generator | None = None
-
-    def __post_init__(self):
-        check_settings(self)
 
     @property
     def greedy(self):
@@ -308,16 +298,7 @@ class Sampling:
         """(..., W) → (..., W), in FP32: the distribution that a token is drawn from."""
         logits = logits.float()
         logits = logits - logits.amax(dim=-1, keepdim=True)  # a tiny temperature cannot overflow
-        probabilities = (logits / self.temperature).softmax(dim=-1)
-        if self.top_k is not None and self.top_k < logits.shape[-1]:
-            kept, places = probabilities.topk(self.top_k, dim=-1)
-            probabilities = torch.zeros_like(probabilities).scatter(-1, places, kept)
-        if self.top_p is not None and self.top_p < 1:
-            ranked, order = probabilities.sort(dim=-1, descending=True)
-            before = ranked.cumsum(dim=-1) - ranked  # the share of the more likely tokens
-            cut = before >= self.top_p * ranked.sum(dim=-1, keepdim=True)
-            probabilities = probabilities.scatter(-1, order, ranked.masked_fill(cut, 0.0))
-        return probabilities / probabilities.sum(dim=-1, keepdim=True)
+        return self.limited((logits / self.temperature).softmax(dim=-1))
 
     def draw(self, probabilities):
         """(B, W), which need not sum to 1 → (B,).
@@ -332,28 +313,24 @@ class Sampling:
         below = total.nextafter(torch.zeros_like(total))  # rounding may reach the total itself
         return torch.searchsorted(sums, place.minimum(below), right=True).squeeze(1)
 
-    def choose(self, logits):
-        """(B, W) → tokens (B,), log-probabilities (B,) of drawing them: 0 if there is no choice."""
-        if self.greedy:
-            return logits.argmax(dim=-1), torch.zeros_like(logits[:, 0], dtype=torch.float32)
-        probabilities = self.probabilities(logits)
-        tokens = self.draw(probabilities)
-        return tokens, probabilities.gather(1, tokens[:, None]).squeeze(1).log()
-
 
 # %% The smallest complete language model: phases 8 to 10 build on it
-class CausalLM(nn.Module):
+class CausalLM(LanguageModel):
     """Embedding, blocks with latent attention, final norm, untied head, and MTP modules.
 
     blocks: `TransformerBlock`s. mtp_blocks: one for each MTP module. max_positions: longest
     context, None = no limit. mtp_class: `MultiTokenPredictor` or `IndependentHead`.
+
+    `complete` and `generate` come from lesson/writing.py: they read the prompts in one pass and
+    then each new token alone, because caches keep the past.
     """
+
+    sampling = Sampling  # how `generate` chooses
 
     def __init__(self, vocab_size, hidden_size, blocks, mtp_blocks=(), norm_eps=1e-6,
                  max_positions=None, mtp_class=MultiTokenPredictor):
         super().__init__()
         self.max_positions = max_positions
-        self.limits = dict(vocabulary=vocab_size, longest=max_positions)
         self.embed_tokens = nn.Embedding(vocab_size, hidden_size)
         self.layers = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(hidden_size, eps=norm_eps)
@@ -371,24 +348,18 @@ class CausalLM(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    # From tokens to logits
     def hidden_states(
         self, input_ids, attention_mask=None, caches=None, path="expanded", routed=None
     ):
         """Token ids (B, T) → hidden states after the final norm (B, T, D).
 
-        attention_mask: (B, S) over everything attended to, cached tokens included; 0 = padding,
-            which no token attends to and which takes no position. caches: from `new_caches`,
-            appended to. path: see `MultiHeadLatentAttention`. routed: see `MixtureOfExperts`.
+        attention_mask (B, S), 0 = padding: see `places`. caches: from `new_caches`, appended to.
+        path: see `MultiHeadLatentAttention`. routed: see `MixtureOfExperts`.
         """
-        past = caches[0].length if caches else 0
-        check_token_ids(input_ids, past=past, **self.limits)
-        B, end = len(input_ids), past + input_ids.shape[1]
-        require_shapes((B, end), attention_mask=attention_mask)
-        options = dict(path=path, routed=routed, **without_padding(attention_mask, past, end))
+        options = dict(path=path, routed=routed, **self.places(input_ids, attention_mask, caches))
         hidden = self.embed_tokens(input_ids)
-        for i, layer in enumerate(self.layers):
-            hidden = layer(hidden, cache=caches[i] if caches else None, **options)
+        for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
+            hidden = layer(hidden, cache=cache, **options)
         return self.norm(hidden)
 
     def forward(self, input_ids, attention_mask=None, caches=None, path="expanded", routed=None):
@@ -404,78 +375,6 @@ class CausalLM(nn.Module):
         """`mtp_hidden_states` through the head: row i of entry k − 1 predicts token i + k + 1."""
         states = self.mtp_hidden_states(hidden, input_ids, attention_mask, **options)
         return [self.lm_head(state) for state in states]
-
-    # From a prompt to a text
-    @torch.no_grad()
-    def complete(self, input_ids, max_new_tokens, sampling, attention_mask=None,
-                 eos_token_id=None, pad_token_id=0):
-        """Continues each prompt (B, T): a `Generation`, whose ids are (B, T + new).
-
-        The prompts are read in one pass, then each new token alone: the caches keep the past.
-
-        sampling: a `Sampling`. attention_mask: (B, T), 0 = padding, for prompts of unequal length:
-            pad on the left. A prompt then has the logits that it has alone, up to rounding, so the
-            greedy text in FP32 is the same, unless two tokens (or two experts) tie up to rounding.
-        eos_token_id: a sequence stops after it and is filled with `pad_token_id`; None: never.
-
-        Raises: ValueError if prompt and new tokens exceed the context, before any work is done.
-        """
-        check_prompts(input_ids, max_new_tokens, attention_mask, pad_token_id, **self.limits)
-        ids, caches, n = input_ids.long(), self.new_caches(), 0
-        logprobs = torch.zeros(len(ids), max_new_tokens, device=ids.device)
-        finished = torch.zeros_like(ids[:, 0], dtype=torch.bool)
-        while n < max_new_tokens and not finished.all():
-            unread_ids, path = (ids[:, -1:], "absorbed") if n else (ids, "expanded")
-            hidden = self.hidden_states(unread_ids, attention_mask, caches, path)
-            chosen, logprobs[:, n] = sampling.choose(self.lm_head(hidden[:, -1]))
-            ids = torch.cat([ids, chosen.masked_fill(finished, pad_token_id)[:, None]], dim=1)
-            finished = finished | (chosen == eos_token_id)  # None equals no token
-            if attention_mask is not None:  # the new tokens are no padding
-                attention_mask = F.pad(attention_mask, (0, 1), value=1)
-            n += 1
-        ids = F.pad(ids, (0, max_new_tokens - n), value=pad_token_id)
-        used = sum(cache.used_bytes() for cache in caches)
-        return Generation(ids, logprobs, forwards=n, tokens=n, cache_bytes=used)
-
-    def generate(self, input_ids, max_new_tokens, temperature=0.0, *, generator=None, top_k=None,
-                 top_p=None, **options):
-        """The ids that `complete` gives with this `Sampling`. options: its other arguments."""
-        sampling = Sampling(temperature, top_k, top_p, generator)
-        return self.complete(input_ids, max_new_tokens, sampling, **options).ids
-
-    # The parts, for the phases that change them
-    copy = deepcopy  # model.copy(): the same model once more, with weights of its own
-
-    def prepared(self):
-        """The model itself. Phase 10 overrides this and makes its layers quicker."""
-        return self
-
-    def new_caches(self):
-        """An empty cache for each block of the main model."""
-        return [block.self_attn.new_cache() for block in self.layers]
-
-    def blocks(self):
-        """All `TransformerBlock`s, those of the MTP modules last."""
-        return [*self.layers, *(module.block for module in self.mtp)]
-
-    def moe_layers(self):
-        """{"layer i" or "MTP k": `MixtureOfExperts`} of all blocks that have experts."""
-        named = {f"layer {i}": block for i, block in enumerate(self.layers)}
-        named |= {f"MTP {k}": module.block for k, module in enumerate(self.mtp, start=1)}
-        return {n: b.mlp for n, b in named.items() if isinstance(b.mlp, MixtureOfExperts)}
-
-
-@dataclass
-class Generation:
-    """A text, and what it took."""
-
-    ids: torch.Tensor  # (B, T + new): prompts and texts
-    logprobs: torch.Tensor | None = None  # (B, new): of drawing each token; None with drafts
-    forwards: int = 0  # passes of the main model; reading the prompts is one
-    drafted: int = 0  # tokens that the MTP modules drafted
-    accepted: int = 0  # drafts that the main model accepted
-    tokens: int = 0  # new tokens of the longest text
-    cache_bytes: int = 0  # of all latent caches at the end
 
 
 # %% A tiny language to learn, and the cost of learning it
@@ -652,11 +551,8 @@ def check_speculation(demo, steps, depth):
             nn.init.normal_(module.eh_proj.weight, std=0.3)
 
 
-@demonstration(
-    __doc__,
-    flag("steps", 100, "training steps of each model", at_least=1),
-    flag("depth", 2, "MTP modules of the decoded model", at_least=1),
-)
+@demonstration(__doc__, flag("steps", 100, "training steps of each model", at_least=1),
+               flag("depth", 2, "MTP modules of the decoded model", at_least=1))
 def main(demo, arguments):
     ids_BT = small_language(64, seed=3).view(2, 32).to(demo.device)
     check_untrained(demo, ids_BT)

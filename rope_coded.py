@@ -19,7 +19,7 @@ length look new to them: YaRN slows just those pairs down.
 Papers: RoFormer (Su et al., arXiv 2104.09864), equations 12–16 and 34–37; DeepSeek-V2 (arXiv
 2405.04434), section 2.1.3, equations 14–19, and 3.1.4; YaRN (Peng et al., arXiv 2309.00071),
 section 3.
-Simplified: nothing that a released model uses.
+Simplified: nothing. This is all that the released models do with positions.
 
 Dimensions: B batch · T query positions · S key positions · D model width · H heads · N no-position
 part and R rotary part of a query/key · C KV latent.
@@ -33,7 +33,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lesson import check_positions, demonstration, flag, require
+from lesson import check_positions, check_settings, demonstration, flag, require, setting
 from mla_coded import LatentCache, MultiHeadLatentAttention
 
 
@@ -66,11 +66,8 @@ def apply_rotary(x, cos, sin):
 
 # %% The same as complex numbers: one multiplication for each pair
 def rotate_complex(x, rotations):
-    """x (..., T, R): each pair as a complex number, times `rotations` (..., T, R/2), e^(j m θ).
-
-    Computed in FP32, or in float64 if x is; the result has x's dtype.
-    """
-    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    """The pairs of x (..., T, R) as complex numbers, times `rotations` e^(j m θ), (..., T, R/2)."""
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))  # FP32, or float64 if x is
     pairs = exact.unflatten(-1, (-1, 2)).clone(memory_format=torch.contiguous_format)
     return torch.view_as_real(torch.view_as_complex(pairs) * rotations).flatten(-2).type_as(x)
 
@@ -171,7 +168,8 @@ def position_interpolation(thetas, factor):
 def ntk_aware(dim, base, factor):
     """A larger base: the fastest pair keeps its speed, the slowest is slowed by `factor`.
 
-    YaRN, section 3.1.
+    Its θ is base^(−(R−2)/R), so a base factor^(R/(R−2)) times as large divides it by the factor
+    (YaRN, section 3.1).
     """
     require(dim >= 4, f"NTK-aware scaling needs 2 or more pairs, got rotary dim={dim}")
     return inverse_frequencies(dim, base * factor ** (dim / (dim - 2)))
@@ -188,37 +186,35 @@ class YarnScaling:
     or 0 = not given.
     """
 
-    factor: float
-    original_max_position_embeddings: int
+    factor: float = setting(at_least=1)
+    original_max_position_embeddings: int = setting(at_least=1)
     beta_fast: float = 32.0
-    beta_slow: float = 1.0
+    beta_slow: float = setting(1.0, above=0)
     mscale: float | None = None
     mscale_all_dim: float | None = None
 
     def __post_init__(self):
-        length, fast, slow = self.original_max_position_embeddings, self.beta_fast, self.beta_slow
-        require(self.factor >= 1, f"YaRN factor={self.factor} must be at least 1")
-        require(length >= 1, f"original_max_position_embeddings={length} must be at least 1")
-        ordered = fast > slow > 0
-        require(ordered, f"beta_fast={fast} must be above beta_slow={slow}, and that above 0")
+        check_settings(self, whose="YaRN ")
+        fast, slow = self.beta_fast, self.beta_slow
+        require(fast > slow, f"beta_fast={fast} must be above beta_slow={slow}")
 
     def ramp_ends(self, dim, base):
         """(low, high): pairs up to `low` keep their speed, from `high` on they are slowed.
 
-        They stay within 0 and dim − 1, as in the released code. ValueError if that leaves no ramp:
-        in 6 tokens or fewer (2π · beta_slow), not even the fastest pair turns beta_slow circles.
-        The released code then slows all pairs but the first, or, where the ends cross, none.
+        They stay within 0 and dim − 1, as in the released code. ValueError if that leaves no ramp.
+        V3, with R = 64, base 10,000 and 4,096 tokens: pair 10.47 turns 32 circles in them, and pair
+        22.51 turns 1, so the ramp goes from pair 10 to pair 23.
         """
+        length = self.original_max_position_embeddings
 
         def pair_with(circles):
             # θ_i · length = 2π · circles, solved for i
-            ratio = self.original_max_position_embeddings / (circles * 2 * math.pi)
-            return dim * math.log(ratio) / (2 * math.log(base))
+            return dim * math.log(length / (circles * 2 * math.pi)) / (2 * math.log(base))
 
         low = max(math.floor(pair_with(self.beta_fast)), 0)
         high = min(math.ceil(pair_with(self.beta_slow)), dim - 1)
-        length = f"original_max_position_embeddings={self.original_max_position_embeddings}"
-        require(low < high, f"{length} gives YaRN no ramp: from pair {low} to {high}")
+        wanted = f"original_max_position_embeddings={length} gives YaRN no ramp"
+        require(low < high, f"{wanted}: from pair {low} to {high}")
         return low, high
 
     def inverse_frequencies(self, dim, base):
@@ -338,12 +334,9 @@ def show_scaling(demo, dim, factor, original_length):
                ends == (10, 23) and abs(scale - 0.1352337789) < 1e-10)
 
 
-@demonstration(
-    __doc__,
-    flag("dim", 64, "rotary width R", at_least=4),
-    flag("factor", 40.0, "how much longer the context gets"),
-    flag("original-length", 4096, "trained context"),
-)
+@demonstration(__doc__, flag("dim", 64, "rotary width R", at_least=4),
+               flag("factor", 40.0, "how much longer the context gets"),
+               flag("original-length", 4096, "trained context"))
 def main(demo, arguments):
     check_three_forms(demo, arguments.dim)
     sizes = dict(kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16)

@@ -22,11 +22,12 @@ def setting(
     return dataclasses.field(default=default, metadata=declared)
 
 
-def check_settings(settings, as_flags=False, types=False):
+def check_settings(settings, as_flags=False, types=False, whose=""):
     """ValueError for the first field of a dataclass that breaks its bounds; None is not checked.
 
     as_flags: the message names `--learning-rate` where it else names `learning_rate`.
-    types: the values come from a file, so that their types are checked, too.
+    types: the values come from a file, so that their types are checked, too. whose: words that
+    stand before the name: `"YaRN "`.
     """
     for field in dataclasses.fields(settings):
         value, bounds = getattr(settings, field.name), field.metadata
@@ -36,7 +37,7 @@ def check_settings(settings, as_flags=False, types=False):
             wanted = None if value is None else broken_bound(value, bounds)
         if wanted:
             name = flag_name(field) if as_flags else field.name
-            raise ValueError(f"{name}={value} must be {wanted}")
+            raise ValueError(f"{whose}{name}={value} must be {wanted}")
 
 
 def broken_bound(value, bounds):

@@ -152,7 +152,8 @@ def restore_optimizers(model, optimizers, tensors):
     """Puts back what `optimizer_tensors` gave, as pairs of name and tensor.
 
     Every parameter of an optimizer (AdamW or Muon) must have all the state it keeps and no other,
-    moments in the parameter's shape; ValueError otherwise.
+    moments in the parameter's shape; ValueError otherwise. The MTP modules may have none at all:
+    they have not been trained yet.
     """
     parameters, found = dict(model.named_parameters()), {}
     owners = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
@@ -163,8 +164,9 @@ def restore_optimizers(model, optimizers, tensors):
             raise ValueError(f"optimizer state {full_name} {tuple(value.shape)} fits no parameter")
         owners[parameter].state[parameter][key] = value.to(parameter.device)
         found.setdefault(name, set()).add(key)
+    begun = any(name.startswith("mtp.") for name in found)
     for name, parameter in parameters.items():
-        if parameter not in owners:  # not trained in this run
+        if parameter not in owners or (name.startswith("mtp.") and not begun):
             continue
         kind = type(owners[parameter]).__name__
         if found.get(name) != STATES[kind]:

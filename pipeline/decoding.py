@@ -1,10 +1,11 @@
 """Generation at speed, for batches of unequal rows: what `DeepSeekModel.complete` does.
 
-Phase 6 shows the two ideas in plain form: `CausalLM.complete`, token by token with caches, and
-`speculative_generate`, drafts that the main model checks in one pass. This is their production
-form. Caches have their room set aside, and each row of a batch keeps its own place in them, so that
-rows may accept different numbers of drafts. Prompts can be read in chunks, texts come as a stream,
-and the number of drafts follows the text. Tests hold it equal to phase 6.
+Two ideas have a plain form elsewhere: `LanguageModel.complete` in lesson/writing.py, token by token
+with caches, and phase 6's `speculative_generate`, drafts that the main model checks in one pass.
+This is their production form. Caches have their room set aside, and each row of a batch keeps its
+own place in them, so that rows may accept different numbers of drafts. Prompts can be read in
+chunks, texts come as a stream, and the number of drafts follows the text. Tests hold it equal to
+the plain forms.
 """
 
 import functools
@@ -15,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from lesson import check_prompts, check_rollback, require
-from mtp_coded import Generation, Sampling, verify
+from lesson.writing import Generation
+from mtp_coded import Sampling, verify
 from pipeline.fast import EXPAND_FROM, decoding_head
 
 
@@ -43,7 +45,7 @@ def complete(
     """Continues each prompt (B, T): a `Generation`, whose ids are (B, T + new).
 
     Args:
-        sampling, attention_mask, eos_token_id, pad_token_id: see `CausalLM.complete`.
+        sampling, attention_mask, eos_token_id, pad_token_id: see `LanguageModel.complete`.
         speculative: draft with the MTP modules. Greedy text stays the same (in FP32, up to ties in
             the last bit, where a pass over several tokens may round differently than one over one;
             in BF16 such ties are common). Sampled text keeps its distribution.

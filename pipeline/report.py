@@ -52,27 +52,32 @@ def save_results(run, scores, rates):
 
 def draw_losses(metrics, path):
     """Training loss of the next token and of the MTP module against tokens seen."""
-    tokens = [line["tokens"] / 1e6 for line in metrics]
-    series = {
-        label: [line[key] for line in metrics if line.get(key) is not None]
+    losses = {
+        label: {line["tokens"]: line[key] for line in metrics if line.get(key) is not None}
         for label, key in (("next token", "loss"), ("token after next (MTP)", "mtp_loss"))
     }
-    series = {label: values for label, values in series.items() if len(values) == len(tokens)}
     with picture(path) as axis:
-        curves(axis, tokens, series, WINDOW, xlabel="training tokens (millions)",
-               ylabel="cross-entropy (nats per token)")
+        draw_curves(axis, losses, ylabel="cross-entropy (nats per token)")
         axis.legend()
 
 
 def draw_expert_load(metrics, path):
     """Busiest expert's load over the mean, layer by layer, against tokens seen."""
-    tokens = [line["tokens"] / 1e6 for line in metrics]
-    names = list(metrics[0]["max_load"])
-    series = {name: [line["max_load"][name] for line in metrics] for name in names}
+    names = {name: None for line in metrics for name in line["max_load"]}
+    loads = {
+        name: {m["tokens"]: m["max_load"][name] for m in metrics if name in m["max_load"]}
+        for name in names
+    }
     with picture(path) as axis:
-        curves(axis, tokens, series, WINDOW, xlabel="training tokens (millions)",
-               ylabel="busiest expert / mean load")
+        draw_curves(axis, loads, ylabel="busiest expert / mean load")
         axis.axhline(1, color="gray", linewidth=0.8, linestyle="--")
         axis.set_ylim(bottom=0.9)
         if names:
             axis.legend(ncols=2, fontsize=8)
+
+
+def draw_curves(axis, series, ylabel):
+    """{label: {tokens: value}} against tokens, each curve where it has values: MTP skips steps."""
+    for number, (label, values) in enumerate(series.items()):
+        curves(axis, [tokens / 1e6 for tokens in values], {label: list(values.values())}, WINDOW,
+               colors=[f"C{number}"], xlabel="training tokens (millions)", ylabel=ylabel)

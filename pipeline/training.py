@@ -11,7 +11,7 @@ from pipeline.run import PRECISIONS, Run, fastest_precision
 from pipeline.scoring import print_scores, score
 
 SMALL_CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "small.json"
-OPTIMIZERS = ("auto", "muon", "adamw")
+OPTIMIZERS = ("muon", "adamw")
 DEFAULT_MINUTES = 4.6
 
 
@@ -36,9 +36,7 @@ class RunOptions:
     precision: str = setting(
         "auto", "of matrix products (default: auto, the faster)", choices=PRECISIONS
     )
-    optimizer: str = setting(
-        "auto", "default: auto, muon where BF16 is the faster precision", choices=OPTIMIZERS
-    )
+    optimizer: str = setting("muon", choices=OPTIMIZERS)
     mtp_weight: float = setting(0.3, at_least=0)
     gamma: float = setting(0.005, at_least=0)
 
@@ -46,13 +44,9 @@ class RunOptions:
         check_settings(self, as_flags=True)
 
     def settle(self, device):
-        """Replaces each "auto" by what is faster on `device`; a resumed run keeps it."""
-        if "auto" in (self.precision, self.optimizer):
-            faster = fastest_precision(device)
-            self.precision = faster if self.precision == "auto" else self.precision
-            if self.optimizer == "auto":
-                # Muon orthogonalises in BF16: without units for it, a step takes seconds.
-                self.optimizer = "muon" if faster == "bfloat16" else "adamw"
+        """Replaces "auto" by the faster precision on `device`; a resumed run keeps it."""
+        if self.precision == "auto":
+            self.precision = fastest_precision(device)
 
 
 class TrainingRun(Run):

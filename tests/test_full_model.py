@@ -11,13 +11,17 @@ from torch import nn
 
 import deepseek_full_model as full
 from deepseek_full_model import (
+    NEWTON_SCHULZ,
     DeepSeekConfig,
     DeepSeekModel,
+    Muon,
     RunOptions,
     TrainingRun,
     build_optimizers,
     cache_elements,
+    orthogonalized,
     parameter_counts,
+    silence_blocks,
     training_flops_per_token,
     training_step,
 )
@@ -219,17 +223,111 @@ def test_bfloat16_is_for_matrix_products_only():
 
 
 def test_settings_follow_what_is_fast_on_the_machine(monkeypatch):
-    for faster, optimizer in (("bfloat16", "muon"), ("float32", "adamw")):
+    for faster in ("bfloat16", "float32"):
         monkeypatch.setattr(training, "fastest_precision", lambda device, faster=faster: faster)
-        options = RunOptions(steps=1)
-        options.settle("cpu")
-        assert (options.precision, options.optimizer) == (faster, optimizer)
-        asked = RunOptions(steps=1, precision="float32", optimizer="muon")
-        asked.settle("cpu")
-        assert (asked.precision, asked.optimizer) == ("float32", "muon")
+        options, asked = RunOptions(steps=1), RunOptions(steps=1, precision="float32")
+        for each in (options, asked):
+            each.settle("cpu")
+        assert (options.precision, asked.precision) == (faster, "float32")
     assert training.fastest_precision("mps") == "float32"
     only_adamw = build_optimizers(build("v3"), 1e-3, muon=False)
     assert [type(optimizer) for optimizer in only_adamw] == [torch.optim.AdamW]
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (3, 8, 8)])
+def test_orthogonalized_is_near_the_orthogonal_factor(shape):
+    """A spectrum from 1 to 1/40 of the norm: the singular vectors stay, the values come near 1."""
+    torch.manual_seed(0)
+    U, _, Vh = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    values = torch.logspace(0, -1.3, U.shape[-1])
+    G = 1e-5 * U * values @ Vh
+    ours, exact = orthogonalized(G), U @ Vh
+    kept = (U.mT @ ours @ Vh.mT).diagonal(dim1=-2, dim2=-1)
+    assert kept.min() > 0.73 and kept.max() < 1.27
+    torch.testing.assert_close(U * kept[..., None, :] @ Vh, ours, atol=1e-5, rtol=0)  # nothing else
+    assert (ours - exact).norm() < 0.27 * exact.norm()
+    bfloat16 = orthogonalized(G, torch.bfloat16)
+    assert bfloat16.dtype == torch.float32 and (bfloat16 - ours).norm() < 0.05 * ours.norm()
+
+
+def test_newton_schulz_polynomials_do_what_their_comment_says():
+    value = torch.linspace(0.01, 1, 10_000, dtype=torch.float64)
+    for a, b, c in NEWTON_SCHULZ:
+        value = a * value + b * value**3 + c * value**5
+    assert value.min() > 0.73 - 1e-3 and value.max() < 1.27 + 1e-3
+
+
+def test_zero_gradients_give_no_muon_step():
+    matrix = torch.nn.Parameter(torch.randn(4, 6))
+    before, matrix.grad = matrix.detach().clone(), torch.zeros(4, 6)
+    Muon([matrix], lr=0.1, weight_decay=0.0).step()
+    assert torch.equal(matrix, before)
+
+
+def test_muon_is_pytorchs_with_better_polynomials():
+    """Two steps: momentum, decay, scale and sign are those of torch.optim.Muon."""
+    torch.manual_seed(0)
+    first = [torch.randn(24, 8), torch.randn(24, 8), torch.randn(5, 9)]
+    ours, theirs = ([torch.nn.Parameter(w.clone()) for w in first] for _ in range(2))
+    optimizers = [
+        Muon(ours, lr=0.02, weight_decay=0.1),
+        torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    ]
+    for _ in range(2):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn_like(mine)
+            other.grad = mine.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for mine, other, start in zip(ours, theirs, first, strict=True):
+        moved, wanted = mine - 0.998**2 * start, other - 0.998**2 * start
+        similar = F.cosine_similarity(moved.flatten(), wanted.flatten(), dim=0)
+        assert similar > 0.97 and 0.8 < moved.norm() / wanted.norm() < 1.25
+    state = optimizers[0].state[ours[0]]["momentum_buffer"]
+    torch.testing.assert_close(state, optimizers[1].state[theirs[0]]["momentum_buffer"])
+
+
+def test_muon_takes_matrices_of_all_shapes_alike():
+    """One product for all of a shape is the same as one matrix after another."""
+    torch.manual_seed(0)
+    first = [torch.randn(4, 6), torch.randn(6, 4), torch.randn(4, 6)]
+    gradients = [torch.randn_like(w) for w in first]
+    moved = []
+    for parts in ([[0, 1, 2]], [[0], [1], [2]]):
+        matrices = [torch.nn.Parameter(w.clone()) for w in first]
+        for matrix, gradient in zip(matrices, gradients, strict=True):
+            matrix.grad = gradient
+        for part in parts:
+            Muon([matrices[i] for i in part], lr=0.1).step()
+        moved.append(torch.cat([matrix.detach().flatten() for matrix in matrices]))
+    torch.testing.assert_close(*moved, atol=1e-5, rtol=1e-5)
+
+
+def test_silent_blocks_add_nothing_at_first_and_learn():
+    model, ids = build("v3", num_nextn_predict_layers=1, std=0.05), ids_of(2, 9)
+    assert silence_blocks(model) is model
+    with torch.no_grad():
+        expected = model.lm_head(model.norm(model.embed_tokens(ids)))
+        torch.testing.assert_close(model(ids), expected)
+    optimizers = build_optimizers(model, 1e-2)
+    for _ in range(2):
+        training_step(model, optimizers, ids, torch.zeros_like(ids), 1e-2, 0.3, 0.0)
+    last = [p for name, p in model.named_parameters() if "o_proj" in name or "down_proj" in name]
+    assert len(last) >= 8 and all(p.any() for p in last)
+
+
+def test_without_mtp_weight_the_modules_do_not_run():
+    model, ids = build("v3", num_nextn_predict_layers=1), ids_of(2, 9)
+    before = {name: p.clone() for name, p in model.mtp.named_parameters() if "block" in name}
+    biases = [m.gate.e_score_correction_bias for m in model.moe_layers().values()]
+    at_first = [bias.clone() for bias in biases]
+    figures = training_step(
+        model, build_optimizers(model, 1e-2), ids, torch.zeros_like(ids), 1e-2, 0.0, 0.1
+    )
+    assert figures["mtp_loss"] is None and set(figures["max_load"]) == {"layer 1", "layer 2"}
+    assert all(torch.equal(dict(model.mtp.named_parameters())[n], p) for n, p in before.items())
+    stayed = [torch.equal(bias, old) for bias, old in zip(biases, at_first, strict=True)]
+    assert stayed == [False, False, True]
 
 
 def test_training_step_sets_the_rate_of_all_optimizers():

@@ -474,6 +474,14 @@ def test_speculative_text_is_the_greedy_text(depth, prompt_length):
             assert figures["forwards"] + figures["accepted"] == new
 
 
+@pytest.mark.performance
+def test_a_round_is_one_pass_of_the_main_model_whether_or_not_it_drafts():
+    model, passes = build(depth=2), []
+    model.layers[0].register_forward_hook(lambda *_: passes.append(1))
+    text, figures = speculative_generate(model, ids_of(1, 4), 12)
+    assert len(passes) == figures["forwards"] and figures["drafted"] > 0
+
+
 class OracleBlock(nn.Module):
     """The block of an MTP module whose states make the head say what it is told.
 
@@ -538,7 +546,7 @@ def test_each_draft_is_the_choice_of_its_module_once_the_drafts_before_are_there
     model, ids = build(depth=3), ids_of(1, 7)
     sampling = Sampling(temperature, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        drafts, chances = draft(model, ids, 3, sampling)
+        drafts, chances = draft(model, ids, model.hidden_states(ids[:, :-1]), 3, sampling)
         text = torch.cat([ids, drafts], dim=1)
         hidden = model.hidden_states(text)
         # Row 5 of module k, which has read tokens up to 5 + k, guesses token 6 + k.

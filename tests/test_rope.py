@@ -94,6 +94,8 @@ def test_yarn_published_numbers():
     v3 = YarnScaling(40, 4096, 32, 1, mscale=1.0, mscale_all_dim=1.0)
     v2 = YarnScaling(40, 4096, 32, 1, mscale=0.707, mscale_all_dim=0.707)
     assert v3.ramp_ends(64, 10000.0) == (10, 23)
+    circles = [4096 * 10000.0 ** (-2 * pair / 64) / (2 * math.pi) for pair in (10.47, 22.51)]
+    assert circles == pytest.approx([32, 1], rel=1e-3)
     assert v3.temperature(1.0) == pytest.approx(1.3688879454, abs=1e-10)
     assert v2.temperature(0.707) == pytest.approx(1.2608037774, abs=1e-10)
     assert 192**-0.5 * v3.softmax_factor == pytest.approx(0.1352337789, abs=1e-10)
@@ -113,6 +115,8 @@ def test_yarn_keeps_fast_pairs_and_slows_the_slow_ones():
 @pytest.mark.parametrize(("dim", "length", "ends"), [(64, 4, "0 to -1"), (8, 6, "0 to 0"),
                                                      (64, 10**12, "77 to 63")])
 def test_yarn_refuses_an_original_length_that_leaves_no_ramp(dim, length, ends):
+    # In 6 tokens or fewer (2π · beta_slow), not even the fastest pair turns beta_slow circles. The
+    # released code then slows all pairs but the first, or, where the ends cross, none.
     wanted = f"original_max_position_embeddings={length} gives YaRN no ramp: from pair {ends}"
     with pytest.raises(ValueError, match=wanted):
         RotaryEmbedding(dim, scaling=YarnScaling(40, length))
@@ -210,6 +214,8 @@ def test_mistakes_are_named():
         build(qk_rope_head_dim=4)
     with pytest.raises(ValueError, match="YaRN factor=0.5 must be at least 1"):
         YarnScaling(0.5, 4096)
+    with pytest.raises(ValueError, match="YaRN beta_slow=0 must be a number above 0"):
+        YarnScaling(2, 4096, beta_slow=0)
     with pytest.raises(ValueError, match="original_max_position_embeddings=0"):
         YarnScaling(2, 0)
     with pytest.raises(ValueError, match="beta_fast=1 must be above beta_slow=32"):

@@ -1,0 +1,155 @@
+"""From prompts to texts, with any language model and any way to choose a token.
+
+`LanguageModel` is the base of a model that reads and writes: rows of unequal length, caches, an end
+of the text, and its parts by name. `SamplingOptions` is the base of a way to choose tokens. Both
+know no lesson: what a model computes and what a draw is stand in the class that inherits.
+"""
+
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lesson.batches import without_padding
+from lesson.checks import check_prompts, check_token_ids, require_shapes
+from lesson.settings import check_settings, setting
+
+
+@dataclass
+class Generation:
+    """A text, and what it took."""
+
+    ids: torch.Tensor  # (B, T + new): prompts and texts
+    logprobs: torch.Tensor | None = None  # (B, new): of drawing each token; None with drafts
+    forwards: int = 0  # passes of the main model; reading the prompts is one
+    drafted: int = 0  # tokens that the MTP modules drafted
+    accepted: int = 0  # drafts that the main model accepted
+    tokens: int = 0  # new tokens of the longest text
+    cache_bytes: int = 0  # of all latent caches at the end
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """The fields of a sampling, their bounds, and what follows from its `greedy`, its
+    `probabilities(logits)` and its `draw(probabilities)`.
+
+    temperature, generator: for the class that inherits. top_k, top_p: see `limited`.
+    """
+
+    temperature: float = setting(0.0, at_least=0)
+    top_k: int | None = setting(None, at_least=1)
+    top_p: float | None = setting(None, above=0, at_most=1)
+    generator: torch.Generator | None = None
+
+    def __post_init__(self):
+        check_settings(self)
+
+    def limited(self, probabilities):
+        """(..., W) → (..., W), adding up to 1: unlikely tokens get none.
+
+        What stays: the `top_k` most likely tokens, then the fewest that hold `top_p` of their
+        probability. None: no such limit.
+        """
+        if self.top_k is not None and self.top_k < probabilities.shape[-1]:
+            kept, places = probabilities.topk(self.top_k, dim=-1)
+            probabilities = torch.zeros_like(probabilities).scatter(-1, places, kept)
+        if self.top_p is not None and self.top_p < 1:
+            ranked, order = probabilities.sort(dim=-1, descending=True)
+            before = ranked.cumsum(dim=-1) - ranked  # the share of the more likely tokens
+            cut = before >= self.top_p * ranked.sum(dim=-1, keepdim=True)
+            probabilities = probabilities.scatter(-1, order, ranked.masked_fill(cut, 0.0))
+        return probabilities / probabilities.sum(dim=-1, keepdim=True)
+
+    def choose(self, logits):
+        """(B, W) → tokens (B,), log-probabilities (B,) of drawing them: 0 if there is no choice."""
+        if self.greedy:
+            return logits.argmax(dim=-1), torch.zeros_like(logits[:, 0], dtype=torch.float32)
+        probabilities = self.probabilities(logits)
+        tokens = self.draw(probabilities)
+        return tokens, probabilities.gather(1, tokens[:, None]).squeeze(1).log()
+
+
+class LanguageModel(nn.Module):
+    """What a model with `hidden_states` gets: texts, checks of what it reads, its parts by name.
+
+    The class that inherits has `embed_tokens`, `layers`, `lm_head`, `mtp` (modules with a `block`),
+    `max_positions` (None: no limit), and as `sampling` the `SamplingOptions` that `generate` uses.
+    """
+
+    copy = deepcopy  # model.copy(): the same model once more, with weights of its own
+
+    @torch.no_grad()
+    def complete(self, input_ids, max_new_tokens, sampling, attention_mask=None,
+                 eos_token_id=None, pad_token_id=0):
+        """Continues each prompt (B, T): a `Generation`, whose ids are (B, T + new).
+
+        The prompts are read in one pass, then each new token alone: the caches keep the past.
+
+        sampling: `SamplingOptions`. attention_mask: (B, T), 0 = padding, for prompts of unequal
+            length: pad on the left. A prompt then has the logits that it has alone, up to rounding,
+            so the greedy text in FP32 is the same, unless two tokens (or two experts) tie up to
+            rounding.
+        eos_token_id: a sequence stops after it and is filled with `pad_token_id`; None: never.
+
+        Raises: ValueError if prompt and new tokens exceed the context, before any work is done.
+        """
+        check_prompts(input_ids, max_new_tokens, attention_mask, pad_token_id, **self.limits)
+        ids, caches, n = input_ids.long(), self.new_caches(), 0
+        logprobs = torch.zeros(len(ids), max_new_tokens, device=ids.device)
+        finished = torch.zeros_like(ids[:, 0], dtype=torch.bool)
+        while n < max_new_tokens and not finished.all():
+            unread_ids, path = (ids[:, -1:], "absorbed") if n else (ids, "expanded")
+            hidden = self.hidden_states(unread_ids, attention_mask, caches, path)
+            chosen, logprobs[:, n] = sampling.choose(self.lm_head(hidden[:, -1]))
+            ids = torch.cat([ids, chosen.masked_fill(finished, pad_token_id)[:, None]], dim=1)
+            finished = finished | (chosen == eos_token_id)  # None equals no token
+            if attention_mask is not None:  # the new tokens are no padding
+                attention_mask = F.pad(attention_mask, (0, 1), value=1)
+            n += 1
+        ids = F.pad(ids, (0, max_new_tokens - n), value=pad_token_id)
+        used = sum(cache.used_bytes() for cache in caches)
+        return Generation(ids, logprobs, forwards=n, tokens=n, cache_bytes=used)
+
+    def generate(self, input_ids, max_new_tokens, temperature=0.0, *, generator=None, top_k=None,
+                 top_p=None, **options):
+        """The ids that `complete` gives with this sampling. options: its other arguments."""
+        sampling = self.sampling(temperature, top_k, top_p, generator)
+        return self.complete(input_ids, max_new_tokens, sampling, **options).ids
+
+    @property
+    def limits(self):
+        """What token ids and lengths are held against: see `check_token_ids`."""
+        return dict(vocabulary=self.embed_tokens.num_embeddings, longest=self.max_positions)
+
+    def places(self, input_ids, attention_mask=None, caches=None):
+        """Options of the blocks that read these token ids (B, T) behind those in the caches.
+
+        attention_mask: (B, S) over everything attended to, cached tokens included; 0 = padding,
+        which no token attends to and which takes no position. ValueError if anything does not fit.
+        """
+        past = caches[0].length if caches else 0
+        check_token_ids(input_ids, past=past, **self.limits)
+        B, end = len(input_ids), past + input_ids.shape[1]
+        require_shapes((B, end), attention_mask=attention_mask)
+        return without_padding(attention_mask, past, end)
+
+    # The parts, for those who change them
+    def prepared(self):
+        """The model itself. A class may override this and make its layers quicker."""
+        return self
+
+    def new_caches(self):
+        """An empty cache for each block of the main model."""
+        return [block.self_attn.new_cache() for block in self.layers]
+
+    def blocks(self):
+        """All blocks, those of the MTP modules last."""
+        return [*self.layers, *(module.block for module in self.mtp)]
+
+    def moe_layers(self):
+        """{"layer i" or "MTP k": the mixture of experts} of all blocks that have experts."""
+        named = {f"layer {i}": block for i, block in enumerate(self.layers)}
+        named |= {f"MTP {k}": module.block for k, module in enumerate(self.mtp, start=1)}
+        return {name: block.mlp for name, block in named.items() if hasattr(block.mlp, "experts")}
