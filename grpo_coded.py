@@ -249,10 +249,8 @@ def grpo_loss(
     if kl_coef:
         gain_BL = gain_BL - kl_coef * k3(*(x.masked_fill(~mask, 0.0) for x in (logp, ref_logp)))
     loss = -averaged(gain_BL, mask, chosen.average, max_length)
-
-    if chosen.sequence_ratio:  # the ratio of a whole completion counts once
-        ratio_BL = ratio_BL[:, :1]
-    return loss, loss_figures(ratio_BL, logp, ref_logp, advantages_B1, mask, low, high)
+    ratio = ratio_BL[:, :1] if chosen.sequence_ratio else ratio_BL
+    return loss, loss_figures(ratio, logp, ref_logp, advantages_B1, mask, low, high)
 
 
 @torch.no_grad()
