@@ -12,14 +12,18 @@ The script climbs to this loss in rungs, one change at a time:
     2  group baseline   Â_i = (r_i − mean(r)) / std(r) in place of r_i   over the G answers
     3  ratio and clip   ρ_i,t = π(o_i,t) / π_old(o_i,t)
                         min{ρ Â, clip(ρ, 1 − ε, 1 + ε) Â} in place of Â log π
-    4  mean over tokens 1/|o_i| Σ_t in place of Σ_t: GRPO's choice, no longer an estimate of ∇ E[r]
+    4  mean over tokens 1/|o_i| Σ_t in place of Σ_t
     5  KL penalty       − β k3,  k3_i,t = π_ref/π − log(π_ref/π) − 1   ≥ 0, estimates KL(π ‖ π_ref)
-    6  variants         dr_grpo  Â without std; a constant length instead of |o_i|, as in rung 3
+    6  variants         dr_grpo  Â without std; Σ_t of rung 3 again, over a constant length
                         dapo     ε 0.2 below, 0.28 above; mean over all tokens; new prompts in
                                  place of those whose group has no signal; answers that run out
                                  of room are punished
                         gspo     ρ of the whole answer, (π(o)/π_old(o))^(1/|o|); ε 0.0003 below,
                                  0.0004 above
+
+Rung 1 estimates ∇ E[r]. So does rung 2 without its std, but for a factor. Every other change gives
+up some of that for steadier steps: std makes prompts count unequally, the clip leaves tokens out,
+and the mean over tokens makes the tokens of a long answer count less.
 
 Every loss is −J. Papers: REINFORCE: Williams (1992); the clip: PPO, Schulman et al. (2017),
 arXiv:1707.06347, equation 7; GRPO: DeepSeekMath (2024), arXiv:2402.03300, section 4.1, equations
@@ -47,10 +51,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-import lesson
-from lesson import check_settings, demonstration, flag, require, setting
-from lesson.batches import drawn_from, grouped, padded, shuffled_parts, stacked, step_generator
-from lesson.checks import check_ranges, check_rows
+from lesson import batches, check_settings, demonstration, flag, panels, setting, shown_steps
+from lesson.batches import add_loads, completion_mask, drawn_from, grouped, padded, step_generator
+from lesson.checks import check_no_more, check_ranges, check_rows, entry_of, require
 from moe_coded import MixtureOfExperts, TopKRouter, TransformerBlock, sequence_balance_loss
 from mtp_coded import CausalLM, Sampling
 from rope_coded import RotaryEmbedding, RotaryLatentAttention
@@ -61,7 +64,9 @@ def reinforce_loss(logp, rewards, mask):
     """−J of rung 1: logp (B, L) of the tokens drawn, rewards (B,), mask (B, L) → scalar.
 
     Nothing is differentiated through the reward: ∇ E[r] = E[r ∇ log π(o)], where log π(o) is the
-    sum over the answer's tokens, and answers drawn from π estimate this mean.
+    sum over the answer's tokens, and answers drawn from π estimate this mean. Two answers with
+    log π of −1 −2 and of −3, rewards 2 and 1: the loss is (2 · 3 + 1 · 3) / 2 = 4.5. A step down
+    this loss makes both likelier, and the tokens of the first twice as fast.
     """
     return -(rewards * logp.masked_fill(~mask, 0.0).sum(dim=1)).mean()
 
@@ -117,10 +122,11 @@ def clipped_loss(logp, old_logp, advantages, mask, clip=0.2):
 def averaged(values, mask, how="completion", max_length=None):
     """One number from values (B, L) of the tokens that count, where mask (B, L) is True.
 
-    "completion": the mean of each completion's tokens, then of the completions. This is GRPO's
-    choice: a token of a long answer counts less, so the gradient is not that of E[r] any more.
-    Dr. GRPO removes it, "constant": each completion's sum over `max_length` (default L), then the
-    mean. DAPO's choice is "token": the mean of all tokens.
+    "completion", GRPO's choice: the mean of each completion's tokens, then of the completions. A
+    token of a long answer counts less: where the sum of rung 1 estimates ∇ E[r], this does not.
+    "constant", Dr. GRPO's: each completion's sum over `max_length` (default L), then the mean of
+    the completions: but for a constant factor, the sum again. "token", DAPO's: the mean of all
+    tokens.
     Values 1, 2, 3 of one completion and 5 of another, max_length = 4: (2 + 5) / 2, (6 + 5) / 8
     and 11 / 4.
     """
@@ -148,9 +154,9 @@ def k3(logp, ref_logp):
 class Variant:
     """ε below and above 1, and what a variant does in its own way.
 
-    `average`: as `averaged` calls it. `sequence_ratio`: one ρ a completion. `resample`: new
-    prompts are drawn in place of those whose group has no signal. `overlong`: completions that
-    run out of room are punished.
+    `average`: as `averaged` calls it. `sequence_ratio`: one ρ a completion, the geometric mean of
+    its tokens': 1.5, 1 and 0.5 give 0.75^(1/3) = 0.91. `resample`: new prompts are drawn in place
+    of those whose group has no signal. `overlong`: completions that run out of room are punished.
     """
 
     clip_low: float = 0.2
@@ -223,13 +229,13 @@ def grpo_loss(
         kl_coef: β. max_length: the constant length of dr_grpo, default L.
     Raises: ValueError for wrong shapes, an unknown variant, or settings out of range.
     """
-    require(variant in VARIANTS, f"variant={variant!r} must be one of {', '.join(VARIANTS)}")
+    chosen = entry_of(VARIANTS, variant=variant)
     require(ref_logp is not None or not kl_coef, f"kl_coef={kl_coef} needs ref_logp")
     check_rows("(B, L)", dict(advantages=advantages),
                logp=logp, old_logp=old_logp, ref_logp=ref_logp, mask=mask)
     check_ranges(clip_low=(0, clip_low, 1), clip_high=(0, clip_high, math.inf),
                  kl_coef=(0, kl_coef, math.inf), max_length=(1, max_length, math.inf))
-    chosen, mask, advantages_B1 = VARIANTS[variant], mask.bool(), advantages.detach().unsqueeze(1)
+    mask, advantages_B1 = mask.bool(), advantages.detach().unsqueeze(1)
     low = chosen.clip_low if clip_low is None else clip_low
     high = chosen.clip_high if clip_high is None else clip_high
 
@@ -243,10 +249,8 @@ def grpo_loss(
     if kl_coef:
         gain_BL = gain_BL - kl_coef * k3(*(x.masked_fill(~mask, 0.0) for x in (logp, ref_logp)))
     loss = -averaged(gain_BL, mask, chosen.average, max_length)
-
-    if chosen.sequence_ratio:  # the ratio of a whole completion counts once
-        ratio_BL = ratio_BL[:, :1]
-    return loss, loss_figures(ratio_BL, logp, ref_logp, advantages_B1, mask, low, high)
+    ratio = ratio_BL[:, :1] if chosen.sequence_ratio else ratio_BL
+    return loss, loss_figures(ratio, logp, ref_logp, advantages_B1, mask, low, high)
 
 
 @torch.no_grad()
@@ -267,6 +271,25 @@ def loss_figures(ratio, logp, ref_logp, advantages, mask, clip_low, clip_high):
     }
 
 
+def rollout_figures(drawn, group_size):
+    """What the policy that drew is worth, over all that it drew.
+
+    `reward`, `length` in tokens: the means of the completions. `signal`: the share of completions
+    in groups whose rewards differ. `entropy`: as above.
+    """
+    return {
+        "reward": drawn.rewards.mean().item(),
+        "entropy": mean_of(-drawn.logp, drawn.mask),
+        "length": drawn.mask.sum(dim=1).float().mean().item(),
+        "signal": has_signal(drawn.rewards, group_size).float().mean().item(),
+        "completions": len(drawn.mask),
+    }
+
+
+CURVES = dict(reward="mean reward", kl="KL to the reference (nats per token)",
+              entropy="entropy (nats per token)", length="completion length (tokens)")
+
+
 def mean_of(values, mask):
     """The mean over all tokens that count, a float; 0 if none does."""
     return averaged(values, mask, "token").item()
@@ -284,22 +307,15 @@ class Rollout(NamedTuple):
     rewards: torch.Tensor | None = None  # (B,), once judged
     advantages: torch.Tensor | None = None  # (B,), once judged
 
-    def texts(self, decode):
-        """Completions as `decode` writes them, an end-of-sequence token that was drawn included."""
-        rows = zip(self.completions.cpu(), self.mask.cpu(), strict=True)
-        return [decode(row[counted].tolist()) for row, counted in rows]
-
-    def rows(self, chosen):
-        """Some rows of a judged rollout; `chosen` indexes (B,)."""
-        return Rollout(*(tensor[chosen] for tensor in self))
+    rows, texts = batches.picked, batches.texts  # rollout.rows(chosen), rollout.texts(decode)
 
 
 def roll_out(
     policy, prompts, group_size, max_new_tokens, eos_token_id, temperature=1.0, generator=None
 ):
     """Draws `group_size` completions of each prompt (a list of lists of ids) → `Rollout`."""
-    once = padded(prompts, eos_token_id, policy.lm_head.weight.device)
-    prompt_ids_BP, real_BP = (each.repeat_interleave(group_size, dim=0) for each in once)
+    device = policy.lm_head.weight.device
+    prompt_ids_BP, real_BP = padded(prompts, eos_token_id, device, times=group_size)
     drawn = policy.complete(
         prompt_ids_BP, max_new_tokens, Sampling(temperature, generator=generator),
         attention_mask=None if bool(real_BP.all()) else real_BP,
@@ -308,16 +324,6 @@ def roll_out(
     completions_BL = drawn.ids[:, prompt_ids_BP.shape[1] :]
     mask_BL = completion_mask(completions_BL, eos_token_id)
     return Rollout(prompt_ids_BP, real_BP, completions_BL, mask_BL, drawn.logprobs)
-
-
-def completion_mask(completions, eos_token_id):
-    """(B, L) ids → (B, L) bool: True up to and including the first end-of-sequence token.
-
-    By position, not by value: padding may be the end-of-sequence token itself. With 9 as the end,
-    1 9 3 9 gives True True False False.
-    """
-    is_end_BL = completions == eos_token_id
-    return is_end_BL.long().cumsum(dim=1) - is_end_BL.long() == 0
 
 
 def token_logprobs(policy, rollout, temperature=1.0, precision="float32", routed=None):
@@ -349,7 +355,11 @@ class Task(NamedTuple):
 
 
 def judged(policy, prompts, task, settings, generator):
-    """The rollout of `prompts`, lists of ids, with its rewards and advantages."""
+    """The rollout of `prompts`, lists of ids, with its rewards and advantages.
+
+    dapo takes the penalty off before it compares: of two right answers, the one that ran out of
+    room is the worse. The rewards that are reported stay as they were.
+    """
     s, variant = settings, VARIANTS[settings.variant]
     rollout = roll_out(policy.eval(), prompts, s.group_size, s.max_new_tokens, task.eos_token_id,
                        s.temperature, generator)
@@ -366,7 +376,11 @@ def judged(policy, prompts, task, settings, generator):
 
 
 def collect(policy, task, settings, step):
-    """(the rollout to learn from, all that was drawn): they differ where dapo draws new prompts."""
+    """(the rollout to learn from, all that was drawn): they differ where dapo draws new prompts.
+
+    Of 128 groups 50 have signal: they are kept, and 78 prompts are drawn. Of these 30 have signal:
+    80 are kept, 48 drawn. So it goes on, at most `resamplings` times, until there are 128.
+    """
     s, resample = settings, VARIANTS[settings.variant].resample
     drawn, kept, wanted = [], [], s.prompts
     for attempt in range(1 + s.resamplings if resample else 1):
@@ -378,30 +392,24 @@ def collect(policy, task, settings, step):
         wanted -= len(kept[-1].mask) // s.group_size
         if wanted == 0:
             break
-    return [Rollout(*map(stacked, zip(*parts, strict=True))) for parts in (kept, drawn)]
+    return batches.joined(kept), batches.joined(drawn)
 
 
 # %% One step, whole: draw, judge, update
 def grpo_step(policy, reference, optimizer, task, settings, step):
     """Step number `step`, from 0 on: changes the policy, returns the step's figures.
 
-    Of the policy that drew, `reward`, `entropy`, `length` and `signal` (the share of completions in
-    groups whose rewards differ) over all that was drawn; `kl` over what is learnt from.
+    They are those of `rollout_figures` and `update`, and `kl`: of the policy that drew, over what
+    is learnt from. Without a penalty nothing but this figure needs the reference, which then reads
+    one completion of each prompt only.
     """
-    rollout, drawn = collect(policy, task, settings, step)
-    ref_logp = fixed_logprobs(reference, rollout, settings)
-    figures = {
-        "step": step + 1,
-        "reward": drawn.rewards.mean().item(),
-        "kl": mean_of(k3(rollout.logp, ref_logp), rollout.mask),
-        "entropy": mean_of(-drawn.logp, drawn.mask),
-        "length": drawn.mask.sum(dim=1).float().mean().item(),
-        "signal": has_signal(drawn.rewards, settings.group_size).float().mean().item(),
-        "completions": len(drawn.mask),
-    }
-    figures |= update(policy, optimizer, rollout, ref_logp, settings, step)
-    refresh = settings.refresh_reference
-    if refresh and (step + 1) % refresh == 0:
+    s, (rollout, drawn) = settings, collect(policy, task, settings, step)
+    compared = rollout if s.kl_coef else rollout.rows(slice(0, None, s.group_size))
+    ref_logp = fixed_logprobs(reference, compared, s)
+    kl = mean_of(k3(compared.logp, ref_logp), compared.mask)
+    figures = {"step": step + 1, **rollout_figures(drawn, s.group_size), "kl": kl}
+    figures |= update(policy, optimizer, rollout, ref_logp if s.kl_coef else None, s, step)
+    if s.refresh_reference and (step + 1) % s.refresh_reference == 0:
         reference.load_state_dict(policy.state_dict())
     return {**figures, "learning_rate": optimizer.param_groups[0]["lr"]}
 
@@ -409,11 +417,19 @@ def grpo_step(policy, reference, optimizer, task, settings, step):
 def update(policy, optimizer, rollout, ref_logp, settings, step):
     """An update for each minibatch, then the routing bias; returns the mean figures.
 
-    With several minibatches, the step of dapo follows a mean of their means over tokens.
+    Without a penalty (ref_logp may then be None), a completion with zero advantage has zero
+    gradient. It is skipped, and `weight`, the share of the completions (dapo: of the tokens) that
+    are left, counts it in the average: with 2 of 8 left, weight = 1/4, and the mean of 2 becomes a
+    mean of 8. The balance loss and the experts' load do not see what is skipped.
+
+    dapo's mean over all tokens is taken minibatch by minibatch: a token of a minibatch with few
+    tokens counts for more than one of a minibatch with many.
     """
     s, loads, history = settings, {}, []
     policy.train()
-    parts, weight = minibatches(rollout, s, step)
+    taken = (rollout.advantages != 0) | (s.kl_coef > 0)
+    counts = rollout.mask.sum(dim=1) if VARIANTS[s.variant].average == "token" else None
+    parts, weight = batches.weighed_parts(taken, counts, s.minibatches, s.passes, s.seed, step)
     # log π_old before the first update, in the same minibatches: so the first ratio is exactly 1.
     # Before a single update, the policy itself is still π_old.
     old_logp = rollout.logp if s.rollout_logprobs else None
@@ -423,32 +439,16 @@ def update(policy, optimizer, rollout, ref_logp, settings, step):
         minibatch, routed = rollout.rows(rows), []
         logp = token_logprobs(policy, minibatch, s.temperature, s.precision, routed)
         loss, figures = grpo_loss(
-            logp, logp.detach() if old_logp is None else old_logp[rows], ref_logp[rows],
-            minibatch.advantages, minibatch.mask, kl_coef=s.kl_coef, max_length=s.max_new_tokens,
-            variant=s.variant,
+            logp, logp.detach() if old_logp is None else old_logp[rows],
+            None if ref_logp is None else ref_logp[rows], minibatch.advantages, minibatch.mask,
+            kl_coef=s.kl_coef, max_length=s.max_new_tokens, variant=s.variant,
         )
         balance_loss = sum(layer.balance_loss() for layer in routed)
         norm = descend(optimizer, weight * loss + balance_loss)
         add_loads(loads, routed)
         history.append({**figures, "loss": weight * loss.item(), "gradient_norm": norm})
     move_routing_bias(loads, s.gamma)
-    names = ("loss", "gradient_norm", "ratio", "clip_low", "clip_high")
-    return {n: sum(h[n] for h in history) / max(1, len(history)) for n in names}
-
-
-def minibatches(rollout, settings, step):
-    """(the row numbers of each update, the weight of their losses).
-
-    Without a KL term, a completion with zero advantage has zero gradient: it is skipped, and
-    `weight`, the share of the completions (or tokens) that are left, counts it in the average.
-    The balance loss and the experts' load do not see what is skipped.
-    """
-    s, lengths = settings, rollout.mask.sum(dim=1)
-    counts = lengths if VARIANTS[s.variant].average == "token" else torch.ones_like(lengths)
-    rows = ((rollout.advantages != 0) | (s.kl_coef > 0)).nonzero().squeeze(1)
-    weight = (counts[rows].sum() / counts.sum().clamp(min=1)).item()
-    seed = s.seed * 1_000_003 + step * 64
-    return shuffled_parts(rows, s.minibatches, seed, s.passes), weight
+    return batches.means(history, "loss", "gradient_norm", "ratio", "clip_low", "clip_high")
 
 
 @torch.no_grad()
@@ -456,13 +456,16 @@ def fixed_logprobs(policy, rollout, settings, parts=None):
     """log π (B, L) without gradient; `parts`: of which rows, default: all, part by part."""
     logp, s = torch.zeros_like(rollout.logp), settings
     size = math.ceil(s.prompts * s.group_size / s.minibatches)
-    for rows in parts or [slice(i, i + size) for i in range(0, len(logp), size)]:
+    for rows in parts or batches.runs(len(logp), size):
         logp[rows] = token_logprobs(policy, rollout.rows(rows), s.temperature, s.precision)
     return logp
 
 
 def descend(optimizer, loss):
-    """One update, the gradient's norm cut to 1; returns the norm before."""
+    """One update, the gradient's norm cut to 1; returns the norm before.
+
+    The gradient (3, −4) has the norm 5 and counts as (0.6, −0.8): no step is led by one large loss.
+    """
     optimizer.zero_grad()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0).item()
@@ -471,14 +474,11 @@ def descend(optimizer, loss):
     return norm
 
 
-def add_loads(loads, routed):
-    """Adds to {layer: (E,) how often each expert was chosen} what one pass has routed."""
-    for each in routed:
-        loads[each.layer] = loads.get(each.layer, 0) + each.load()
-
-
 def move_routing_bias(loads, gamma):
-    """After a step's last update: a bias that moves earlier sends tokens to other experts."""
+    """After a step's last update: a bias that moves earlier sends tokens to other experts.
+
+    Loads of 5, 2, 2 and 2 and γ = 0.5 move the bias by −0.5, 0.5, 0.5 and 0.5: phase 5's rule.
+    """
     for layer, load in loads.items():
         if isinstance(layer.gate, TopKRouter):
             layer.gate.update_bias(load, gamma)
@@ -511,9 +511,7 @@ class Settings:
         check_settings(self)
         if VARIANTS[self.variant].overlong:
             check_ranges(overlong_buffer=(1, self.overlong_buffer, self.max_new_tokens))
-        completions = self.prompts * self.group_size
-        require(self.minibatches <= completions,
-                f"minibatches={self.minibatches} exceed the {completions} completions of a step")
+        check_no_more(minibatches=self.minibatches, completions=self.prompts * self.group_size)
 
 
 def policy_optimizer(policy, settings):
@@ -586,8 +584,7 @@ def warm_up(policy, prompts, watched, seed, most_steps=400, target=0.25, batch=1
     """
     device, source = policy.lm_head.weight.device, random.Random(seed)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-3, betas=(0.0, 0.99), weight_decay=0.0)
-    steps = range(1, most_steps + 1)
-    for step in lesson.progress_bar(most_steps, "warm-up", iterable=steps):
+    for step in shown_steps(most_steps, "warm-up", start=1):
         policy.train()
         optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, step / 20)
         chosen, routed = source.sample(prompts, batch), []
@@ -627,11 +624,9 @@ def train(policy, task, settings, steps):
     """Returns the figures of every step. The policy as it is now becomes the reference."""
     reference = policy.copy().eval().requires_grad_(False)
     optimizer, history = policy_optimizer(policy, settings), []
-    bar = lesson.progress_bar(steps, settings.variant, iterable=range(steps))
-    for step in bar:
+    for step in shown_steps(steps, settings.variant, history, "reward"):
         optimizer.param_groups[0]["lr"] = rate_of(settings, step, step / steps)
         history.append(grpo_step(policy, reference, optimizer, task, settings, step))
-        bar.set_postfix_str(f"reward {history[-1]['reward']:.2f}", refresh=False)
     return history
 
 
@@ -721,15 +716,8 @@ def check_cached_logprobs(demo, policy, task, settings):
 
 
 # %% The demonstration
-CURVES = dict(reward="mean reward", kl="KL to the reference (nats per token)",
-              entropy="entropy (nats per token)", length="completion length (tokens)")
-
-
-@demonstration(
-    __doc__, flag("steps", 300, "GRPO steps", at_least=1),
-    flag("picture", "pictures/grpo.png", "where to draw the run", endings=(".png", ".pdf", ".svg")),
-    settings=Settings, quick="a smoke test of a few seconds",
-)
+@demonstration(__doc__, flag("steps", 300, "GRPO steps", at_least=1), settings=Settings,
+               quick="a smoke test of a few seconds", picture="pictures/grpo.png")
 def main(demo, arguments):
     settings, steps = arguments.settings, arguments.steps
     prompts, watched, held_out = addition_prompts()
@@ -755,7 +743,7 @@ def main(demo, arguments):
     learnt = start <= 0.35 and end >= 0.85 or not as_documented
     demo.check(f"held-out sums right, sampled ({len(held_out):,})", "T = 1",
                f"{start:.1%} → {end:.1%} (greedy {greedy:.1%})", learnt)
-    lesson.panels(arguments.picture, history, CURVES, xlabel="GRPO step", free=("length",))
+    panels(arguments.picture, history, CURVES, xlabel="GRPO step", free=("length",))
     demo.note(f"reward, KL, entropy and length: {arguments.picture}")
     demo.finish(
         "--variant dr_grpo, --variant dapo: which learns faster?",

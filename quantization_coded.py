@@ -42,6 +42,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from lesson import check_settings, demonstration, flag, require, require_shape, setting, surgery
+from lesson.bits import joined_bytes, nonzero, packed_bytes, parted_bytes, unpacked_bytes
+from lesson.checks import check_count, entry_of
+from lesson.surgery import linears_of
 from mla_coded import LatentCache, MultiHeadLatentAttention
 from moe_coded import Experts, MixtureOfExperts, SwiGLU, TopKRouter, TransformerBlock
 from mtp_coded import CausalLM, next_token_loss, small_language, train_small
@@ -66,8 +69,7 @@ def absmax_quantize(x, bits=8, dim=None, scale_dtype=torch.float32):
     """
     x = x if x.dtype == torch.float64 else x.float()
     largest = x.abs().amax() if dim is None else x.abs().amax(dim, keepdim=True)
-    scale = (largest / largest_code(bits)).to(scale_dtype)
-    scale = torch.where(scale == 0, 1, scale)
+    scale = nonzero((largest / largest_code(bits)).to(scale_dtype))
     return nearest_codes(x, scale, bits), scale
 
 
@@ -112,8 +114,7 @@ def zero_point_quantize(x, bits=8, dim=None):
     limit, x = 2 * largest_code(bits) + 1, x.float()
     options = dict() if dim is None else dict(dim=dim, keepdim=True)
     low, high = x.amin(**options).clamp(max=0), x.amax(**options).clamp(min=0)
-    scale = (high - low) / limit
-    scale = torch.where(scale == 0, 1, scale)
+    scale = nonzero((high - low) / limit)
     zero = (-low / scale).round().clamp(0, limit)
     codes = ((x / scale).round() + zero).clamp(0, limit)
     return codes.to(torch.uint8), scale, zero.to(torch.uint8)
@@ -134,34 +135,14 @@ def pack_bits(codes, bits):
     Codes are stored as code + 2^(bits−1). INT4: two to a byte, the first in the low half:
     [−8, 7] → 0b1111_0000. 6 bits: four codes in three bytes. 8 bits: the codes as they are.
     """
-    if bits == 8:
-        return codes
-    size = math.ceil(codes.shape[-1] * bits / 8)
-    packed = regrouped(codes.long() + 2 ** (bits - 1), bits, 8)
-    return packed[..., :size].to(torch.uint8)
+    return codes if bits == 8 else packed_bytes(codes + 2 ** (bits - 1), bits)
 
 
 def unpack_bits(packed, bits, count):
     """The inverse of `pack_bits`: bytes (..., ⌈count · bits / 8⌉) → codes (..., count), int8."""
     if bits == 8:
         return packed.view(torch.int8)
-    if bits == 4:  # simply the low and the high half of each byte
-        codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)[..., :count]
-        return codes.view(torch.int8) - 8
-    codes = regrouped(packed.long(), 8, bits)[..., :count]
-    return (codes - 2 ** (bits - 1)).to(torch.int8)
-
-
-def regrouped(numbers, old, new):
-    """The bits of numbers of `old` bits each, read as numbers of `new` bits each, lowest first.
-
-    `new` numbers of `old` bits are one word, and so are `old` numbers of `new` bits: eight codes of
-    6 bits are 48 bits, six bytes.
-    """
-    places = torch.arange(max(old, new), device=numbers.device)
-    padded = F.pad(numbers, (0, -numbers.shape[-1] % new)).unflatten(-1, (-1, new))
-    words = (padded << (old * places[:new])).sum(dim=-1, keepdim=True)
-    return ((words >> (new * places[:old])) & (2**new - 1)).flatten(-2)
+    return unpacked_bytes(packed, bits, count).view(torch.int8) - 2 ** (bits - 1)
 
 
 # %% Floating point in 8 bits: every number has a step of its own
@@ -208,8 +189,7 @@ def block_quantize(x, rows, columns=128):
     height, width = x.shape
     padded = F.pad(x.float(), (0, -width % columns, 0, -height % rows))
     blocks = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
-    scale = blocks.abs().amax(dim=(1, 3), keepdim=True) / E4M3_MAX
-    scale = torch.where(scale == 0, 1, scale)
+    scale = nonzero(blocks.abs().amax(dim=(1, 3), keepdim=True) / E4M3_MAX)
     # Beyond the end: blocks so small that their scale is rounded coarsely; not all casts saturate.
     codes = (blocks / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return codes.flatten(2).flatten(0, 1)[:height, :width].contiguous(), scale[:, 0, :, 0]
@@ -224,9 +204,7 @@ def block_dequantize(codes, scale, rows, columns=128):
 
 def tile_rounded(x, columns=128):
     """x (..., C) rounded to E4M3 in tiles of 1×128, in FP32."""
-    if not x.numel():  # an expert without tokens
-        return x.float()
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.flatten(0, -2)
     return block_dequantize(*block_quantize(flat, 1, columns), 1, columns).view_as(x)
 
 
@@ -406,12 +384,13 @@ class QuantizedLinear(surgery.TypesKept):
     does. A cast changes neither codes nor scales.
     """
 
+    refusal = "quantised already"
+
     def __init__(self, in_features, out_features, bias=False, scaled_input=False):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.register_buffer("bias", torch.zeros(out_features) if bias else None)
         smoothing = torch.ones(in_features, dtype=torch.bfloat16) if scaled_input else None
-        self.register_buffer("input_scale", smoothing)
+        self.hold(bias=torch.zeros(out_features) if bias else None, input_scale=smoothing)
 
     def rounded_weight(self):
         """Ŵ (out, in), FP32."""
@@ -459,14 +438,12 @@ class IntegerLinear(QuantizedLinear):
         super().__init__(in_features, out_features, bias, scaled_input)
         self.bits, self.group_size = bits, group_size or in_features
         codes, scale = round_nearest(torch.zeros(out_features, in_features), bits, group_size)
-        self.register_buffer("codes", pack_bits(codes, bits))
-        self.register_buffer("scale", scale)
+        self.hold(codes=pack_bits(codes, bits), scale=scale)
 
     def fill(self, codes, scale, smoothing=None):
         """codes (out, in), int8; scale (out, groups), BF16; smoothing (in,), BF16."""
-        rows, width = self.out_features, self.in_features
-        got = tuple(codes.shape), tuple(scale.shape)
-        want = (rows, width), (rows, width // self.group_size)
+        got, rows = (tuple(codes.shape), tuple(scale.shape)), self.out_features
+        want = (rows, self.in_features), (rows, self.in_features // self.group_size)
         require(got == want, f"codes and scale must be {want[0]} and {want[1]}, got {got}")
         self.codes = pack_bits(codes, self.bits)
         self.scale, self.input_scale = scale, smoothing
@@ -509,8 +486,7 @@ class Fp8Linear(QuantizedLinear):
         super().__init__(in_features, out_features, bias)
         self.rounds_input = rounds_input
         codes, scale = block_quantize(torch.zeros(out_features, in_features), 128)
-        self.register_buffer("codes", codes)
-        self.register_buffer("weight_scale_inv", scale)
+        self.hold(codes=codes, weight_scale_inv=scale)
 
     def fill_nearest(self, weight):
         """weight (out, in), rounded in its blocks."""
@@ -553,11 +529,10 @@ class Scheme:
     def __post_init__(self):
         check_settings(self)
         largest_code(self.bits)
-        size, fitting = self.group_size, METHODS[self.method]
-        fits = size in (None, "auto") or (type(size) is int and size >= 1)
-        require(fits, f"group_size={size!r} must be a number above 0, None or 'auto'")
-        fits = self.layer == "weights" or (self.bits, size) == (8, None)
-        require(fits, f"layer={self.layer!r} takes bits=8 and group_size=None")
+        check_count("auto", group_size=self.group_size)
+        fits, fitting = (self.bits, self.group_size) == (8, None), METHODS[self.method]
+        require(fits or self.layer == "weights",
+                f"layer={self.layer!r} takes bits=8 and group_size=None")
         require(self.layer in fitting, f"method={self.method!r} is for layer={fitting[0]!r}")
 
     def groups(self, width):
@@ -579,13 +554,6 @@ SCHEMES = {
 }
 
 
-def scheme_of(scheme):
-    """The `Scheme` of that name, or the `Scheme` itself."""
-    found = SCHEMES.get(str(scheme), scheme)
-    require(isinstance(found, Scheme), f"scheme={scheme!r} must be one of {', '.join(SCHEMES)}")
-    return found
-
-
 # %% From a model to its quantised copy: every `nn.Linear` gives way to its layer
 def quantize_model(model, scheme, calibration=None):
     """A quantised copy for inference; the argument is untouched.
@@ -598,8 +566,8 @@ def quantize_model(model, scheme, calibration=None):
     or a `Scheme`. calibration: token ids (B, T), for methods that look at inputs: each block is
     rounded to the inputs that it gets from the rounded blocks before it.
     """
-    scheme = scheme_of(scheme)
-    quantized = listed_experts(unrounded_copy(model)).eval().requires_grad_(False)
+    scheme, copied = entry_of(SCHEMES, scheme=scheme), surgery.changeable_copy(model, CausalLM)
+    quantized = listed_experts(copied).eval().requires_grad_(False)
     calibrates = scheme.method != "nearest"
     if calibrates:
         needed = f"method {scheme.method!r} needs calibration: calibration must be token ids"
@@ -613,14 +581,6 @@ def quantize_model(model, scheme, calibration=None):
             block.set_submodule(name, quantized_linear(linear, scheme, full_name, seen))
     quantized.quantization = asdict(scheme)
     return quantized.prepared()
-
-
-def unrounded_copy(model):
-    """A copy to change; ValueError for a model that is rounded already."""
-    qat = "prepared for QAT: convert_qat makes it integer"
-    refused = {QuantizedLinear: "quantised already", FakeQuantize: qat}
-    surgery.check_parts(model, CausalLM, refused)
-    return model.copy()
 
 
 class ExpertList(Experts):
@@ -639,15 +599,7 @@ class ExpertList(Experts):
 
 def listed_experts(model):
     """The model itself, its experts now an `ExpertList` in the same memory."""
-    for moe in model.moe_layers().values():
-        if not isinstance(moe.experts, ExpertList):
-            surgery.matrices_apart(moe.experts).__class__ = ExpertList
-    return model
-
-
-def linears_of(block):
-    """{name: `nn.Linear`} of attention, dense, shared and (listed) routed feed-forward."""
-    return {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
+    return surgery.matrices_apart(model, Experts, ExpertList)
 
 
 @torch.no_grad()
@@ -672,8 +624,8 @@ def quantized_linear(linear, scheme, name, statistics=None):
     """
     weight, width = linear.weight.detach().float(), linear.in_features
     require(weight.isfinite().all(), f"{name}: the weights hold NaN or infinite numbers")
-    require(width % scheme.groups(width) == 0,
-            f"{name}: group_size={scheme.group_size} must divide {width}")
+    size = scheme.groups(width)
+    require(width % size == 0, f"{name}: group_size={size} must divide {width}")
     layer = empty_layer(linear, scheme, name)
     if linear.bias is not None:
         layer.bias = linear.bias.detach()
@@ -721,6 +673,8 @@ class FakeQuantize(nn.Module):
     What training moves stays exact: many small steps add up until a weight falls on the next code.
     """
 
+    refusal = "prepared for QAT: convert_qat makes it integer"
+
     def __init__(self, scheme):
         super().__init__()
         self.scheme = scheme
@@ -737,10 +691,10 @@ def prepare_qat(model, scheme):
     Whoever reads a weight, be it MLA's absorption, gets it rounded; the optimizer moves the number
     behind it.
     """
-    scheme = scheme_of(scheme)
+    scheme = entry_of(SCHEMES, scheme=scheme)
     fits = (scheme.layer, scheme.method) == ("weights", "nearest")
     require(fits, "QAT is for schemes that round weights to nearest: int8 and int4")
-    model = unrounded_copy(model)
+    model = surgery.changeable_copy(model, CausalLM)
     for block in model.blocks():
         surgery.read_matrices_through(FakeQuantize(scheme), block, (nn.Linear, Experts))
     return model
@@ -790,14 +744,14 @@ def prepare_fp8_training(model):
 
     Neither does the attention operator, as in V3; the projections around it do.
     """
-    model = listed_experts(unrounded_copy(model))
+    model = listed_experts(surgery.changeable_copy(model, CausalLM))
     for block in model.blocks():
         for linear in linears_of(block).values():
             linear.__class__ = Fp8TrainingLinear
     return model
 
 
-# %% The latent cache in fewer than 8 bits, no bit wasted
+# %% The latent cache in 8 bits or fewer, no bit wasted
 class QuantizedLatentCache(LatentCache):
     """A `LatentCache` of packed integers and two BF16 scales a token: latent and rotary key apart.
 
@@ -816,20 +770,16 @@ class QuantizedLatentCache(LatentCache):
         parts = memory.detach().split(widths, dim=-1)
         rounded = [round_nearest(part, self.bits) for part in parts]
         codes, scales = (torch.cat(part, dim=-1) for part in zip(*rounded, strict=True))
-        packed, scales = pack_bits(codes, self.bits).view(torch.uint8), scales.view(torch.uint8)
-        sizes = packed.shape[-1], scales.shape[-1]
-        rows = self.rows.append(torch.cat([packed, scales], dim=-1))
-        packed, scales = rows.split(sizes, dim=-1)
+        stored = pack_bits(codes, self.bits), scales
+        packed, scales = parted_bytes(self.rows.append(joined_bytes(*stored)), *stored)
         codes = unpack_bits(packed, self.bits, width).split(widths, dim=-1)
-        scales = scales.contiguous().view(torch.bfloat16).split(1, dim=-1)
-        parts = [code * scale.to(memory.dtype) for code, scale in zip(codes, scales, strict=True)]
-        return torch.cat(parts, dim=-1)
+        scales = scales.to(memory.dtype).split(1, dim=-1)
+        return torch.cat([code * scale for code, scale in zip(codes, scales, strict=True)], dim=-1)
 
 
 def quantize_cache(model, bits):
     """The model itself, from now on with latent caches of `bits` (2 to 8; None: as they were)."""
-    if bits is not None:
-        largest_code(bits)
+    largest_code(8 if bits is None else bits)  # refuses others
     for attention in (block.self_attn for block in model.blocks()):
         options = dict(bits=bits, latent_width=attention.kv_lora_rank)
         smaller = functools.partial(QuantizedLatentCache, **options)
@@ -1067,12 +1017,11 @@ def show_fp8_training(demo, steps):
 
 @demonstration(
     __doc__,
-    flag("bits", 3, "bits of the weights where rounding hurts, 2 to 4", at_least=2),
+    flag("bits", 3, "bits of the weights where rounding hurts, 2 to 4", at_least=2, at_most=4),
     flag("steps", 150, "training steps of each small model", at_least=1),
 )
 def main(demo, arguments):
     bits, steps = arguments.bits, arguments.steps
-    require(bits <= 4, f"--bits={bits} must be from 2 to 4")
     for show in (show_shared_scales, show_formats, show_outliers, show_layers):
         show(demo)
     show_methods(demo, bits)

@@ -57,8 +57,8 @@ CHANGES = {
 def compare_variants(trainer, held_out, budget):
     """{run: figures} of all CHANGES, from copies of the trainer's policy; prints them as a table.
 
-    budget: completions of each run. KL and entropy are in nats per token; "worst reward" is the
-    lowest share of right answers in any step.
+    budget: completions of each run. KL (without a penalty: of one completion of each prompt) and
+    entropy are in nats per token; "worst reward" is the lowest share of right answers in any step.
     """
     results, rows = {}, []
     for name, changes in CHANGES.items():

@@ -35,6 +35,7 @@ from lesson.command_line import (
     parse_arguments,
     pick_device,
     progress_bar,
+    shown_steps,
 )
 from lesson.pictures import bands, curves, draw_bands, panels, picture
 from lesson.settings import add_flags, check_settings, chosen_settings, setting
@@ -76,4 +77,5 @@ __all__ = [
     "require_shape",
     "require_shapes",
     "setting",
+    "shown_steps",
 ]

@@ -5,10 +5,11 @@ import torch
 from lesson.checks import require
 
 
-def padded(rows, fill, device=None, side="left"):
+def padded(rows, fill, device=None, side="left", times=1):
     """Lists of ids → ids (B, L), `fill` on one side of the shorter rows; (B, L) bool: no padding.
 
-    `padded([[1], [2, 3]], 0)`: [[0, 1], [2, 3]] and [[False, True], [True, True]].
+    `padded([[1], [2, 3]], 0)`: [[0, 1], [2, 3]] and [[False, True], [True, True]]. times: how often
+    each row comes, one below the other.
     """
     longest, ids, real = max(map(len, rows)), [], []
     for row in rows:
@@ -16,7 +17,8 @@ def padded(rows, fill, device=None, side="left"):
         before, after = (gap, 0) if side == "left" else (0, gap)
         ids.append([fill] * before + list(row) + [fill] * after)
         real.append([False] * before + [True] * len(row) + [False] * after)
-    return torch.tensor(ids, device=device), torch.tensor(real, device=device)
+    both = torch.tensor(ids, device=device), torch.tensor(real, device=device)
+    return tuple(each.repeat_interleave(times, dim=0) for each in both)
 
 
 def stacked(tensors):
@@ -68,6 +70,66 @@ def step_generator(seed, step, purpose, device):
     """
     number = (seed * 1_000_003 + step) * 16 + purpose
     return torch.Generator(device).manual_seed(number % 2**63)
+
+
+def completion_mask(completions, eos_token_id):
+    """(B, L) ids → (B, L) bool: True up to and including the first end-of-sequence token.
+
+    By position, not by value: padding may be the end-of-sequence token itself. With 9 as the end,
+    1 9 3 9 gives True True False False.
+    """
+    is_end_BL = completions == eos_token_id
+    return is_end_BL.long().cumsum(dim=1) - is_end_BL.long() == 0
+
+
+def texts(rows, decode):
+    """`rows.completions` (B, L) as `decode` writes each: a list of ids, where `rows.mask` is True.
+
+    An end-of-sequence token that was drawn is among them.
+    """
+    pairs = zip(rows.completions.cpu(), rows.mask.cpu(), strict=True)
+    return [decode(ids[counted].tolist()) for ids, counted in pairs]
+
+
+def picked(rows, chosen):
+    """A named tuple of tensors (B, ...) → the same of some rows; `chosen` indexes (B,)."""
+    return type(rows)(*(tensor[chosen] for tensor in rows))
+
+
+def joined(parts):
+    """Named tuples of tensors → one, their rows below each other: see `stacked`."""
+    return type(parts[0])(*map(stacked, zip(*parts, strict=True)))
+
+
+def runs(count, size):
+    """Row numbers 0 … count − 1 as slices of `size`, the last one shorter."""
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
+def weighed_parts(taken, counts, number, passes, seed, step):
+    """(`shuffled_parts` of the rows where `taken` (B,) is True, their share of all `counts`).
+
+    counts: (B,), how much a row counts; None: all rows the same. The order depends on seed and
+    step alone.
+    """
+    counts = torch.ones_like(taken, dtype=torch.long) if counts is None else counts
+    rows = taken.nonzero().squeeze(1)
+    weight = (counts[rows].sum() / counts.sum().clamp(min=1)).item()
+    return shuffled_parts(rows, number, seed * 1_000_003 + step * 64, passes), weight
+
+
+def add_loads(loads, routed):
+    """Adds to {layer: (E,) how often each expert was chosen} what one pass has routed.
+
+    routed: a list of what has a `layer` and says by `load()` how often its experts were chosen.
+    """
+    for each in routed:
+        loads[each.layer] = loads.get(each.layer, 0) + each.load()
+
+
+def means(history, *names):
+    """{name: its mean} of a list of {name: number}; 0 if the list is empty."""
+    return {name: sum(h[name] for h in history) / max(1, len(history)) for name in names}
 
 
 def without_padding(attention_mask, start, end):

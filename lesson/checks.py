@@ -272,3 +272,29 @@ def check_tokens(x, width, token_mask, dispatch, dispatches):
     check_choice(dispatches, dispatch=dispatch)
     check_input(x, width)
     require_shapes(x.shape[:-1], token_mask=token_mask)
+
+
+def check_count(*words, **numbers):
+    """Every named number must be an integer above 0, None, or one of the words that may stand."""
+    for name, number in numbers.items():
+        fits = number is None or number in words or (type(number) is int and number >= 1)
+        *most, last = ["a number above 0", "None", *map(repr, words)]
+        require(fits, f"{name}={number!r} must be {', '.join(most)} or {last}")
+
+
+def entry_of(table, **named):
+    """The entry of {name: entry} with the given name, or the very entry that was given.
+
+    `entry_of({"a": 1.5}, size="a")` is 1.5, and so is `entry_of({"a": 1.5}, size=1.5)`;
+    ValueError for "b": "size='b' must be one of a".
+    """
+    (what, given), kind = *named.items(), type(next(iter(table.values())))
+    found = table.get(str(given), given)
+    require(isinstance(found, kind), f"{what}={given!r} must be one of {', '.join(table)}")
+    return found
+
+
+def check_no_more(**sizes):
+    """Of two named numbers, the first must not be larger than the second."""
+    (name, number), (limit_name, limit) = sizes.items()
+    require(number <= limit, f"{name}={number} exceed the {limit} {limit_name}")

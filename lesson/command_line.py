@@ -22,29 +22,35 @@ class Flag(NamedTuple):
     help: str
     at_least: float = -math.inf
     endings: tuple = ()
+    at_most: float = math.inf
 
     def check(self, value):
-        low, endings = self.at_least, self.endings
-        if low > -math.inf:
+        low, endings, high = self.at_least, self.endings, self.at_most
+        if high < math.inf:
+            require(low <= value <= high, f"--{self.name}={value} must be from {low} to {high}")
+        elif low > -math.inf:
             require(low <= value, f"--{self.name}={value} must be at least {low}")
         if endings:
             allowed = f"{', '.join(endings[:-1])} or {endings[-1]}"
             require(value.endswith(endings), f"--{self.name}={value} must end in {allowed}")
 
 
-def flag(name, default, help, at_least=-math.inf, endings=()):
-    """`--name` with a default of its type; refused: below `at_least`, or without such an ending."""
-    return Flag(name, default, help, at_least, endings)
+def flag(name, default, help, at_least=-math.inf, endings=(), at_most=math.inf):
+    """`--name` with a default of its type; refused: out of bounds, or without such an ending."""
+    return Flag(name, default, help, at_least, endings, at_most)
 
 
-def demonstration(docstring, *flags, settings=None, names=(), quick=None):
+def demonstration(docstring, *flags, settings=None, names=(), quick=None, picture=None):
     """Turns `main(demo, arguments)` into a lesson's `main(argv=None)`.
 
     docstring: the module's own, shown by --help. Every lesson has --seed and --device; `flags` come
     on top, then a flag for each of the fields `names` (default: all with a help text) of the
     dataclass `settings`, of which `arguments.settings` is then one, made from all flags that were
-    given; then --quick, whose help is `quick`.
+    given; then --quick, whose help is `quick`. `picture`: where --picture is by default.
     """
+    if picture:
+        endings = (".png", ".pdf", ".svg")
+        flags += (flag("picture", picture, "where to draw the run", endings=endings),)
 
     def decorate(function):
         script = pathlib.Path(function.__code__.co_filename).name
@@ -142,3 +148,16 @@ def progress_bar(total, label, **options):
     interval = 0.5 if sys.stderr.isatty() else 15.0
     return tqdm(total=total, desc=f"  {label}", file=sys.stderr, mininterval=interval,
                 **{"leave": False, **options})
+
+
+def shown_steps(total, label, history=(), figure="", start=0):
+    """Yields `total` numbers from `start` on, with a bar.
+
+    history: a list of {name: number} that grows; the bar shows its newest `figure`.
+    """
+    with progress_bar(total, label) as bar:
+        for number in range(start, start + total):
+            yield number
+            if history:
+                bar.set_postfix_str(f"{figure} {history[-1][figure]:.2f}", refresh=False)
+            bar.update()

@@ -16,12 +16,23 @@ def linear_around(weight):
     return linear
 
 
-def matrices_apart(module):
-    """The module itself: each parameter (E, out, in) is now a list of E `nn.Linear`s, its views."""
-    for name, matrices in list(module.named_parameters(recurse=False)):
-        delattr(module, name)
-        setattr(module, name, nn.ModuleList(map(linear_around, matrices)))
-    return module
+def matrices_apart(model, kind, apart_kind):
+    """The model itself: each module of `kind` becomes one of its subclass `apart_kind`.
+
+    Each of its parameters (E, out, in) is then a list of E `nn.Linear`s, its views.
+    """
+    for module in list(model.modules()):
+        if isinstance(module, kind) and not isinstance(module, apart_kind):
+            for name, matrices in list(module.named_parameters(recurse=False)):
+                delattr(module, name)
+                setattr(module, name, nn.ModuleList(map(linear_around, matrices)))
+            module.__class__ = apart_kind
+    return model
+
+
+def linears_of(module):
+    """{name: `nn.Linear`} of all its parts that are one."""
+    return {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
 
 
 @contextlib.contextmanager
@@ -65,6 +76,11 @@ class TypesKept(nn.Module):
     Its parameters are moved and cast as always.
     """
 
+    def hold(self, **tensors):
+        """A buffer for each tensor; None may become one later."""
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
     def _apply(self, function, recurse=True):
         buffers, self._buffers = self._buffers, {}
         try:
@@ -78,10 +94,14 @@ class TypesKept(nn.Module):
         return self
 
 
-def check_parts(model, kind, refused):
-    """ValueError unless the model is of a kind and has no part of {class: what it would be}."""
+def changeable_copy(model, kind):
+    """A copy of a model that is of this kind, and that has no part with a `refusal`: a text.
+
+    A class of layers that must not be changed once more says so in this attribute.
+    """
     got = type(model).__name__
     require(isinstance(model, kind), f"the model must be a {kind.__name__}, got {got}")
     for module in model.modules():
-        for part, what in refused.items():
-            require(not isinstance(module, part), f"the model is {what}")
+        refusal = getattr(module, "refusal", None)
+        require(refusal is None, f"the model is {refusal}")
+    return model.copy()

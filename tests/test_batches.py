@@ -1,21 +1,31 @@
 """Rows for a batch, and two checks of what stands in them."""
 
 import math
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from lesson.batches import (
+    add_loads,
+    completion_mask,
     drawn_from,
     grouped,
+    joined,
+    means,
     padded,
+    picked,
     real_rows,
+    runs,
     shuffled_parts,
     stacked,
     step_generator,
+    texts,
+    weighed_parts,
     without_padding,
 )
-from lesson.checks import check_ranges, check_rows
+from lesson.checks import check_no_more, check_ranges, check_rows
 
 
 def test_rows_are_padded_on_either_side():
@@ -23,6 +33,75 @@ def test_rows_are_padded_on_either_side():
     assert ids.tolist() == [[0, 1], [2, 3]] and real.tolist() == [[False, True], [True, True]]
     ids, real = padded([[7], [7, 3]], 7, side="right")  # padding is known by its place alone
     assert ids.tolist() == [[7, 7], [7, 3]] and real.tolist() == [[True, False], [True, True]]
+
+
+def test_padded_rows_may_come_several_times():
+    ids, real = padded([[1], [2, 3]], 0, times=2)
+    assert ids.tolist() == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert real.tolist() == [[False, True]] * 2 + [[True, True]] * 2
+
+
+def test_rows_up_to_their_end_are_read_without_the_rest():
+    ids = torch.tensor([[1, 9, 3, 9], [1, 2, 3, 4]])
+    mask = completion_mask(ids, 9)
+    assert mask.tolist() == [[True, True, False, False], [True] * 4]
+    assert texts(SimpleNamespace(completions=ids, mask=mask), str) == ["[1, 9]", "[1, 2, 3, 4]"]
+
+
+class Pair(NamedTuple):
+    ids: torch.Tensor
+    numbers: torch.Tensor
+
+
+def test_named_tuples_of_rows_are_picked_and_joined():
+    one = Pair(torch.tensor([[1], [2]]), torch.tensor([1.0, 2.0]))
+    assert [x.tolist() for x in picked(one, torch.tensor([1]))] == [[[2]], [2.0]]
+    assert type(picked(one, slice(1))) is Pair and len(picked(one, slice(0)).ids) == 0
+    other = Pair(torch.tensor([[3, 4]]), torch.tensor([3.0]))
+    both = joined([one, other])
+    assert type(both) is Pair and both.numbers.tolist() == [1, 2, 3]
+    assert both.ids.tolist() == [[0, 1], [0, 2], [3, 4]]
+
+
+def test_runs_are_slices_of_a_size():
+    assert runs(5, 2) == [slice(0, 2), slice(2, 4), slice(4, 6)] and runs(0, 2) == []
+
+
+def test_parts_of_the_rows_taken_weigh_as_much_as_they_count():
+    taken, counts = torch.tensor([True, False, True, False]), torch.tensor([1, 2, 3, 4])
+    for weights, share in ((counts, 4 / 10), (None, 2 / 4), (counts * 0, 0)):
+        parts, weight = weighed_parts(taken, weights, 2, 1, seed=0, step=0)
+        assert sorted(torch.cat(parts).tolist()) == [0, 2] and weight == pytest.approx(share)
+    assert weighed_parts(taken & False, counts, 2, 1, seed=0, step=0) == ([], 0)
+    every = torch.ones(20, dtype=torch.bool)
+    orders = [torch.cat(weighed_parts(every, None, 2, 1, *at)[0]).tolist()
+              for at in ((0, 0), (0, 0), (0, 1), (1, 0))]
+    assert orders[0] == orders[1] and len(set(map(tuple, orders))) == 3
+
+
+def test_loads_are_added_layer_by_layer():
+    class Routed(NamedTuple):
+        layer: str
+        chosen: torch.Tensor
+
+        def load(self):
+            return self.chosen
+
+    loads = {}
+    for name, chosen in (("a", [1, 0]), ("b", [2, 2]), ("a", [0, 5])):
+        add_loads(loads, [Routed(name, torch.tensor(chosen))])
+    assert {name: load.tolist() for name, load in loads.items()} == {"a": [1, 5], "b": [2, 2]}
+
+
+def test_means_of_figures():
+    history = [{"a": 1.0, "b": None, "c": 2}, {"a": 2.0, "b": None, "c": 4}]
+    assert means(history, "a", "c") == {"a": 1.5, "c": 3} and means([], "a") == {"a": 0}
+
+
+def test_a_number_that_exceeds_another_is_named():
+    check_no_more(parts=3, rows=3)
+    with pytest.raises(ValueError, match="^parts=4 exceed the 3 rows$"):
+        check_no_more(parts=4, rows=3)
 
 
 def test_stacked_rows_of_unequal_length_get_zeros_on_the_left():

@@ -46,7 +46,7 @@ from grpo_coded import (
     update,
     warm_up,
 )
-from lesson.batches import drawn_from, stacked
+from lesson.batches import drawn_from, joined
 from moe_coded import MixtureOfExperts, Routed, Routing, SwitchRouter
 from mtp_coded import Sampling
 from pipeline.trainer import GRPOTrainer, checked_rewards
@@ -176,6 +176,7 @@ def test_figures_by_hand():
     assert figures["entropy"] == pytest.approx(-sum(drawn) / 4)
     _, figures = grpo_loss(logp, old_logp, None, advantages, mask, variant="gspo")
     assert figures["ratio"] == pytest.approx((0.75 ** (1 / 3) + 1.1) / 2)
+    assert round(0.75 ** (1 / 3), 2) == 0.91
     assert figures["kl"] is None
 
 
@@ -236,7 +237,7 @@ def test_reinforce_by_hand():
     logp = torch.tensor([[-1.0, -2.0], [-3.0, 0.0]], requires_grad=True)
     mask = torch.tensor([[True, True], [True, False]])
     loss = reinforce_loss(logp, torch.tensor([2.0, 1.0]), mask)
-    assert loss.item() == pytest.approx((2 * 3 + 3) / 2)
+    assert loss.item() == pytest.approx((2 * 3 + 3) / 2) == 4.5
     (gradient,) = torch.autograd.grad(loss, logp)
     assert gradient.tolist() == [[-1, -1], [-0.5, 0]]  # −r/B
 
@@ -515,7 +516,7 @@ def test_generation_gives_the_logprobs_of_what_it_drew(policy):
 def test_joined_rollouts_keep_their_rows(policy):
     parts = [roll_out(policy, [encode(text)], 2, 3, END) for text in ("1+2=", "12+34=")]
     parts = [part._replace(rewards=torch.arange(2.0), advantages=torch.ones(2)) for part in parts]
-    both = Rollout(*map(stacked, zip(*parts, strict=True)))
+    both = joined(parts)
     assert both.rewards.tolist() == [0, 1, 0, 1]
     assert both.prompt_ids.shape == (4, 6) and both.completions.shape == (4, 3)
     for i, part in enumerate(parts):
@@ -835,6 +836,40 @@ def test_variants_normalise_in_their_own_way():
         wanted = group_advantages(rollout.rewards, 4, normalize_std=variant == "grpo")
         assert torch.equal(rollout.advantages, wanted)
     assert not torch.equal(*rewards.values())
+
+
+def watched_reference(trainer):
+    """Collects the rows that the reference reads."""
+    rows = []
+    trainer.reference.layers[0].register_forward_hook(lambda m, i, out: rows.append(len(out)))
+    return rows
+
+
+@pytest.mark.performance
+@pytest.mark.parametrize(("kl_coef", "read"), [(0.0, 4), (0.1, 16)])
+def test_without_a_penalty_the_reference_reads_one_completion_of_each_prompt(kl_coef, read):
+    trainer = trainer_for(small_policy(32, 2), likes_ones, kl_coef=kl_coef, learning_rate=3e-3)
+    trainer.step()  # from now on the policy is not its reference
+    rollout, _ = collected(trainer)
+    of_all = fixed_logprobs(trainer.reference, rollout, trainer.settings)
+    rows = watched_reference(trainer)
+    kl = trainer.step()["kl"]
+    assert sum(rows) == read
+    first = torch.arange(16) % (16 // read) == 0  # of each prompt's four neighbours, or all
+    wanted = k3(rollout.logp, of_all)[first][rollout.mask[first]].mean().item()
+    assert kl == pytest.approx(wanted, rel=1e-3) and kl > 0
+
+
+@EVERY_VARIANT
+def test_without_a_penalty_the_reference_changes_no_update(variant):
+    weights, policy = [], small_policy(32, 2)
+    for with_reference in (True, False):
+        trainer = trainer_for(policy.copy(), likes_ones, variant=variant, minibatches=2)
+        rollout, _ = collected(trainer)
+        ref_logp = torch.randn_like(rollout.logp) if with_reference else None
+        update(trainer.policy, trainer.optimizer, rollout, ref_logp, trainer.settings, 0)
+        weights.append(trainer.policy.lm_head.weight.detach())
+    assert torch.equal(*weights)
 
 
 def test_reference_is_frozen_until_it_is_refreshed():

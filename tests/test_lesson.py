@@ -3,6 +3,7 @@
 import argparse
 import copy
 import dataclasses
+import re
 import sys
 import types
 
@@ -29,8 +30,10 @@ from lesson import (
     require,
     require_shapes,
     setting,
+    shown_steps,
     surgery,
 )
+from lesson.checks import check_count, entry_of
 
 
 # %% Checks
@@ -38,6 +41,22 @@ def test_require_names_a_mistake_and_lets_the_rest_pass():
     require(2 > 1, "not raised")
     with pytest.raises(ValueError, match="^width=3 must be even$"):
         require(3 % 2 == 0, "width=3 must be even")
+
+
+def test_a_count_is_named_that_is_none():
+    check_count("auto", one=1, none=None, word="auto")
+    for value in (0, 1.5, "big", True):
+        with pytest.raises(ValueError, match=f"^size={value!r} must be a number above 0, None or"):
+            check_count("auto", size=value)
+    with pytest.raises(ValueError, match="^size=0 must be a number above 0 or None$"):
+        check_count(size=0)
+
+
+def test_an_entry_is_found_by_its_name_or_is_given_itself():
+    assert entry_of({"a": 1.5}, size="a") == entry_of({"a": 1.5}, size=1.5) == 1.5
+    for value in ("b", ["a"], None):
+        with pytest.raises(ValueError, match=re.escape(f"size={value!r} must be one of a, c")):
+            entry_of({"a": 1.5, "c": 2.5}, size=value)
 
 
 def test_a_tensor_of_another_shape_is_named_and_none_is_not_checked():
@@ -90,7 +109,8 @@ def test_columns_line_up_whatever_the_length_of_a_text(capsys):
 
 
 # %% The command line
-@demonstration("The docstring.", flag("most-steps", 3, "how many", at_least=2))
+@demonstration("The docstring.", flag("most-steps", 3, "how many", at_least=2),
+               flag("bits", 4, "how wide", at_least=2, at_most=8))
 def sample(demo, arguments):
     demo.note(f"{arguments.most_steps} steps")
     return demo
@@ -111,6 +131,8 @@ def test_a_demonstration_has_its_flags_and_those_of_all(capsys):
     ("arguments", "message"),
     [
         (["--most-steps", "1"], "error: --most-steps=1 must be at least 2\n"),
+        (["--bits", "1"], "error: --bits=1 must be from 2 to 8\n"),
+        (["--bits", "9"], "error: --bits=9 must be from 2 to 8\n"),
         (["--device", "abacus"], "error: device 'abacus' is not available, got here: "),
         (["--most-steps", "x"], "error: argument --most-steps: invalid int value: 'x'"),
         (["--nonsense"], "error: unrecognized arguments: --nonsense (see --help)\n"),
@@ -133,17 +155,16 @@ def test_a_demonstration_makes_its_settings_from_the_flags_given(capsys):
         def __post_init__(self):
             check_settings(self)
 
-    drawn = flag("picture", "a.png", "where", endings=(".png", ".pdf"))
-
-    @demonstration("Docs.", drawn, settings=Options, names=["width"], quick="a few seconds")
+    @demonstration("Docs.", settings=Options, names=["width"], quick="a few seconds",
+                   picture="a.png")
     def main(demo, arguments):
         return arguments
 
     given = main(["--width", "3", "--seed", "7", "--quick", "--picture", "b.pdf"])
-    assert given.settings == Options(width=3, seed=7) and given.quick
-    assert main([]).settings == Options() and not main([]).quick
+    assert given.settings == Options(width=3, seed=7) and given.quick and given.picture == "b.pdf"
+    assert main([]).settings == Options() and not main([]).quick and main([]).picture == "a.png"
     for wrong, line in ((["--width", "0"], "width=0 must be at least 1"),
-                        (["--picture", "b.txt"], "--picture=b.txt must end in .png or .pdf")):
+                        (["--picture", "b.txt"], "--picture=b.txt must end in .png, .pdf or .svg")):
         with pytest.raises(SystemExit) as exit_info:
             main(wrong)
         assert exit_info.value.code == 2 and capsys.readouterr().err == f"error: {line}\n"
@@ -199,6 +220,16 @@ def test_a_progress_bar_writes_to_stderr(capsys):
         bar.update(3)
     output = capsys.readouterr()
     assert output.out == "" and "  steps" in output.err and "3/3" in output.err
+
+
+def test_shown_steps_count_and_show_the_newest_figure(capsys):
+    history = []
+    for step in shown_steps(3, "steps", history, "reward", start=1):
+        history.append({"reward": step / 2})
+    assert [line["reward"] for line in history] == [0.5, 1.0, 1.5]
+    assert list(shown_steps(2, "more")) == [0, 1]
+    output = capsys.readouterr()
+    assert output.out == "" and "  steps" in output.err and "  more" in output.err
 
 
 # %% Settings
@@ -362,14 +393,21 @@ def test_a_linear_around_a_weight_shares_its_memory():
 
 
 def test_stacked_matrices_become_linears_in_the_same_memory():
-    module = nn.Module()
-    module.stack = nn.Parameter(torch.randn(3, 2, 5))
-    stack = module.stack
-    assert surgery.matrices_apart(module) is module
-    names = [name for name, _ in module.named_parameters()]
-    assert names == ["stack.0.weight", "stack.1.weight", "stack.2.weight"]
-    for linear, matrix in zip(module.stack, stack, strict=True):
-        assert linear.weight.data_ptr() == matrix.data_ptr() and linear.weight.requires_grad
+    class Stack(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stack = nn.Parameter(torch.randn(3, 2, 5))
+
+    class Apart(Stack):
+        pass
+
+    model = nn.Sequential(Stack(), nn.Linear(2, 2))
+    stack = model[0].stack
+    for _ in range(2):  # the second time it finds nothing to change
+        assert surgery.matrices_apart(model, Stack, Apart) is model and type(model[0]) is Apart
+        assert list(surgery.linears_of(model)) == ["0.stack.0", "0.stack.1", "0.stack.2", "1"]
+        for linear, matrix in zip(model[0].stack, stack, strict=True):
+            assert linear.weight.data_ptr() == matrix.data_ptr() and linear.weight.requires_grad
 
 
 def test_inputs_are_watched_within_the_block_only():
@@ -392,8 +430,8 @@ def test_taking_a_parametrization_from_a_copy_leaves_its_original_alone():
 
 def test_a_cast_moves_buffers_and_keeps_their_types():
     module = surgery.TypesKept()
-    module.register_buffer("codes", torch.ones(2, dtype=torch.int8))
-    module.register_buffer("scale", torch.ones(2))
+    module.hold(codes=torch.ones(2, dtype=torch.int8), scale=torch.ones(2), bias=None)
+    assert list(module.state_dict()) == ["codes", "scale"]
     module.bfloat16().to("meta")
     assert module.codes.dtype == torch.int8 and module.scale.dtype == torch.float32
     assert module.codes.is_meta and module.scale.is_meta
@@ -411,9 +449,15 @@ def test_parameters_beside_kept_buffers_are_cast_and_memory_can_be_given_later()
     assert module.bias.dtype == torch.float32 and not module.bias.is_meta
 
 
-def test_models_of_the_wrong_kind_or_with_refused_parts_are_named():
-    surgery.check_parts(nn.Linear(2, 2), nn.Module, {nn.Embedding: "embedded"})
+def test_a_copy_to_change_is_refused_for_the_wrong_kind_and_for_parts_that_refuse():
+    class Model(nn.Sequential):
+        copy = copy.deepcopy
+
+    model, finished = Model(nn.Linear(2, 2)), nn.Linear(2, 2)
+    copied = surgery.changeable_copy(model, nn.Module)
+    assert type(copied) is Model and copied[0].weight is not model[0].weight
     with pytest.raises(ValueError, match="the model must be a Embedding, got Linear"):
-        surgery.check_parts(nn.Linear(2, 2), nn.Embedding, {})
-    with pytest.raises(ValueError, match="the model is linear"):
-        surgery.check_parts(nn.Sequential(nn.Linear(2, 2)), nn.Module, {nn.Linear: "linear"})
+        surgery.changeable_copy(nn.Linear(2, 2), nn.Embedding)
+    finished.refusal = "finished"
+    with pytest.raises(ValueError, match="the model is finished"):
+        surgery.changeable_copy(Model(finished), nn.Module)

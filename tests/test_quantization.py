@@ -974,6 +974,7 @@ def poisoned(value):
         (lambda: convert_qat(small()), "was not prepared by prepare_qat"),
         (lambda: prepare_fp8_training(quantize_model(small(), "int8")), "quantised already"),
         (lambda: quantize_cache(small(), 9), "bits=9 must be from 2 to 8"),
+        (lambda: quantize_cache(small(), 0), "bits=0 must be from 2 to 8"),
     ],
 )
 def test_mistakes_are_named(call, message):
