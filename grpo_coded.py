@@ -314,14 +314,14 @@ def roll_out(
     policy, prompts, group_size, max_new_tokens, eos_token_id, temperature=1.0, generator=None
 ):
     """Draws `group_size` completions of each prompt (a list of lists of ids) → `Rollout`."""
-    device = policy.lm_head.weight.device
-    prompt_ids_BP, real_BP = padded(prompts, eos_token_id, device, times=group_size)
+    prompt_ids, real = padded(prompts, eos_token_id, policy.lm_head.weight.device)
     drawn = policy.complete(
-        prompt_ids_BP, max_new_tokens, Sampling(temperature, generator=generator),
-        attention_mask=None if bool(real_BP.all()) else real_BP,
-        eos_token_id=eos_token_id, pad_token_id=eos_token_id,
+        prompt_ids, max_new_tokens, Sampling(temperature, generator=generator),
+        attention_mask=None if bool(real.all()) else real, eos_token_id=eos_token_id,
+        pad_token_id=eos_token_id, copies=group_size,  # each prompt is read once
     )
-    completions_BL = drawn.ids[:, prompt_ids_BP.shape[1] :]
+    real_BP = real.repeat_interleave(group_size, dim=0)
+    prompt_ids_BP, completions_BL = drawn.ids.tensor_split([prompt_ids.shape[1]], dim=1)
     mask_BL = completion_mask(completions_BL, eos_token_id)
     return Rollout(prompt_ids_BP, real_BP, completions_BL, mask_BL, drawn.logprobs)
 
@@ -399,42 +399,44 @@ def collect(policy, task, settings, step):
 def grpo_step(policy, reference, optimizer, task, settings, step):
     """Step number `step`, from 0 on: changes the policy, returns the step's figures.
 
-    They are those of `rollout_figures` and `update`, and `kl`: of the policy that drew, over what
-    is learnt from. Without a penalty nothing but this figure needs the reference, which then reads
-    one completion of each prompt only.
+    They are those of `rollout_figures` and `update`, and `kl`: of the policy that drew, measured on
+    one completion of each prompt.
     """
     s, (rollout, drawn) = settings, collect(policy, task, settings, step)
-    compared = rollout if s.kl_coef else rollout.rows(slice(0, None, s.group_size))
-    ref_logp = fixed_logprobs(reference, compared, s)
-    kl = mean_of(k3(compared.logp, ref_logp), compared.mask)
+    compared = rollout.rows(slice(0, None, s.group_size))
+    kl = mean_of(k3(compared.logp, fixed_logprobs(reference, compared, s)), compared.mask)
     figures = {"step": step + 1, **rollout_figures(drawn, s.group_size), "kl": kl}
-    figures |= update(policy, optimizer, rollout, ref_logp if s.kl_coef else None, s, step)
+    figures |= update(policy, reference, optimizer, rollout, s, step)
     if s.refresh_reference and (step + 1) % s.refresh_reference == 0:
         reference.load_state_dict(policy.state_dict())
     return {**figures, "learning_rate": optimizer.param_groups[0]["lr"]}
 
 
-def update(policy, optimizer, rollout, ref_logp, settings, step):
+def update(policy, reference, optimizer, rollout, settings, step):
     """An update for each minibatch, then the routing bias; returns the mean figures.
 
-    Without a penalty (ref_logp may then be None), a completion with zero advantage has zero
-    gradient. It is skipped, and `weight`, the share of the completions (dapo: of the tokens) that
-    are left, counts it in the average: with 2 of 8 left, weight = 1/4, and the mean of 2 becomes a
-    mean of 8. The balance loss and the experts' load do not see what is skipped.
+    A group whose answers are worth the same says nothing about which is better: it is skipped, and
+    so is, without a penalty, any completion with zero advantage. `weight`, the share of the
+    completions (dapo: of the tokens) that are left, counts them in the average: with 2 of 8 left,
+    weight = 1/4, and the mean of 2 becomes a mean of 8. The balance loss and the experts' load do
+    not see what is skipped.
 
     dapo's mean over all tokens is taken minibatch by minibatch: a token of a minibatch with few
     tokens counts for more than one of a minibatch with many.
     """
     s, loads, history = settings, {}, []
     policy.train()
-    taken = (rollout.advantages != 0) | (s.kl_coef > 0)
+    taken = has_signal(rollout.advantages, s.group_size) if s.kl_coef else rollout.advantages != 0
     counts = rollout.mask.sum(dim=1) if VARIANTS[s.variant].average == "token" else None
     parts, weight = batches.weighed_parts(taken, counts, s.minibatches, s.passes, s.seed, step)
     # log π_old before the first update, in the same minibatches: so the first ratio is exactly 1.
     # Before a single update, the policy itself is still π_old.
+    first, ref_logp = parts[: s.minibatches], None
     old_logp = rollout.logp if s.rollout_logprobs else None
     if old_logp is None and len(parts) > 1:
-        old_logp = fixed_logprobs(policy, rollout, s, parts[: s.minibatches])
+        old_logp = fixed_logprobs(policy, rollout, s, first)
+    if s.kl_coef:
+        ref_logp = fixed_logprobs(reference, rollout, s, first)
     for rows in parts:
         minibatch, routed = rollout.rows(rows), []
         logp = token_logprobs(policy, minibatch, s.temperature, s.precision, routed)

@@ -27,7 +27,6 @@ from grpo_coded import (
     decode,
     encode,
     exact_match,
-    fixed_logprobs,
     judged,
     rate_of,
     roll_out,
@@ -176,8 +175,8 @@ def routing_report(trainer, gamma=0.01):
     compare(f"routing bias moved by ±{gamma}", policy, *before)
     learner = another(trainer, dataclasses.replace(s, gamma=0.0))
     again = judged(learner.policy, prompts, learner.task, learner.settings, trainer.generator(15))
-    ref_logp = fixed_logprobs(learner.reference, again, learner.settings)
-    update(learner.policy, learner.optimizer, again, ref_logp, learner.settings, learner.steps_done)
+    update(learner.policy, learner.reference, learner.optimizer, again, learner.settings,
+           learner.steps_done)
     compare("after the updates of one rollout", learner.policy, *before)
     return figures
 

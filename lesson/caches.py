@@ -1,4 +1,4 @@
-"""What every cache can say and do, whatever it keeps: its length, its bytes, and rolling back."""
+"""What every cache can say and do, whatever it keeps: its length, its bytes, going back, copies."""
 
 from lesson.checks import check_rollback
 
@@ -17,6 +17,10 @@ class Rows:
         """Forgets all rows after the first `length`: rolls back a guess that proved wrong."""
         check_rollback(length, self.length)
         self.rows = self.rows[..., :length, :] if self.length else None
+
+    def repeat(self, times):
+        """Each sequence of a batch so often, one below the other."""
+        self.rows = self.rows.repeat_interleave(times, dim=0)
 
     def used_bytes(self):
         return 0 if self.rows is None else self.rows.nbytes
@@ -40,6 +44,11 @@ class Cache:
         """Forgets all tokens after the first `length`."""
         for store in self.stores:
             store.truncate(length)
+
+    def repeat(self, times):
+        """Each sequence so often: a prompt is read once, and continued in many ways."""
+        for store in self.stores:
+            store.repeat(times)
 
     def used_bytes(self):
         return sum(store.used_bytes() for store in self.stores)

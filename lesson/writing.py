@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lesson.batches import without_padding
-from lesson.checks import check_prompts, check_token_ids, require_shapes
+from lesson.checks import check_prompts, check_token_ids, require, require_shapes
 from lesson.settings import check_settings, setting
 
 
@@ -71,6 +71,13 @@ class SamplingOptions:
         return tokens, probabilities.gather(1, tokens[:, None]).squeeze(1).log()
 
 
+def repeated(times, caches, *tensors):
+    """Tensors (B, ...) or None with each row so often, one below the other; caches in place."""
+    for cache in caches:
+        cache.repeat(times)
+    return [None if x is None else x.repeat_interleave(times, dim=0) for x in tensors]
+
+
 class LanguageModel(nn.Module):
     """What a model with `hidden_states` gets: texts, checks of what it reads, its parts by name.
 
@@ -82,10 +89,11 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def complete(self, input_ids, max_new_tokens, sampling, attention_mask=None,
-                 eos_token_id=None, pad_token_id=0):
-        """Continues each prompt (B, T): a `Generation`, whose ids are (B, T + new).
+                 eos_token_id=None, pad_token_id=0, copies=1):
+        """Continues each prompt (B, T): a `Generation`, whose ids are (B · copies, T + new).
 
         The prompts are read in one pass, then each new token alone: the caches keep the past.
+        copies: so many texts of each prompt, one below the other; it is read once for all.
 
         sampling: `SamplingOptions`. attention_mask: (B, T), 0 = padding, for prompts of unequal
             length: pad on the left. A prompt then has the logits that it has alone, up to rounding,
@@ -96,18 +104,21 @@ class LanguageModel(nn.Module):
         Raises: ValueError if prompt and new tokens exceed the context, before any work is done.
         """
         check_prompts(input_ids, max_new_tokens, attention_mask, pad_token_id, **self.limits)
-        ids, caches, n = input_ids.long(), self.new_caches(), 0
+        require(copies >= 1, f"copies={copies} must be at least 1")
+        unread_ids, path, caches, n = input_ids.long(), "expanded", self.new_caches(), 0
+        ids = unread_ids.repeat_interleave(copies, dim=0)
         logprobs = torch.zeros(len(ids), max_new_tokens, device=ids.device)
         finished = torch.zeros_like(ids[:, 0], dtype=torch.bool)
         while n < max_new_tokens and not finished.all():
-            unread_ids, path = (ids[:, -1:], "absorbed") if n else (ids, "expanded")
-            hidden = self.hidden_states(unread_ids, attention_mask, caches, path)
-            chosen, logprobs[:, n] = sampling.choose(self.lm_head(hidden[:, -1]))
+            hidden = self.hidden_states(unread_ids, attention_mask, caches, path)[:, -1]
+            if n == 0 and copies > 1:
+                hidden, attention_mask = repeated(copies, caches, hidden, attention_mask)
+            chosen, logprobs[:, n] = sampling.choose(self.lm_head(hidden))
             ids = torch.cat([ids, chosen.masked_fill(finished, pad_token_id)[:, None]], dim=1)
             finished = finished | (chosen == eos_token_id)  # None equals no token
             if attention_mask is not None:  # the new tokens are no padding
                 attention_mask = F.pad(attention_mask, (0, 1), value=1)
-            n += 1
+            unread_ids, path, n = ids[:, -1:], "absorbed", n + 1
         ids = F.pad(ids, (0, max_new_tokens - n), value=pad_token_id)
         used = sum(cache.used_bytes() for cache in caches)
         return Generation(ids, logprobs, forwards=n, tokens=n, cache_bytes=used)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from lesson import check_prompts, check_rollback, require
-from lesson.writing import Generation
+from lesson.writing import Generation, repeated
 from mtp_coded import Sampling, verify
 from pipeline.fast import EXPAND_FROM, decoding_head
 
@@ -36,16 +36,17 @@ class Task:
     pad_token_id: int
     prefill_chunk: int | None
     stream: Any
+    copies: int  # so many texts of each prompt
 
 
 def complete(
     model, input_ids, max_new_tokens, sampling, attention_mask=None, eos_token_id=None,
-    pad_token_id=0, speculative=False, depth=None, prefill_chunk=None, stream=None,
+    pad_token_id=0, speculative=False, depth=None, prefill_chunk=None, stream=None, copies=1,
 ):
-    """Continues each prompt (B, T): a `Generation`, whose ids are (B, T + new).
+    """Continues each prompt (B, T): a `Generation`, whose ids are (B · copies, T + new).
 
     Args:
-        sampling, attention_mask, eos_token_id, pad_token_id: see `LanguageModel.complete`.
+        sampling, attention_mask, eos_token_id, pad_token_id, copies: see `LanguageModel.complete`.
         speculative: draft with the MTP modules. Greedy text stays the same (in FP32, up to ties in
             the last bit, where a pass over several tokens may round differently than one over one;
             in BF16 such ties are common). Sampled text keeps its distribution.
@@ -63,17 +64,24 @@ def complete(
     chunk = prefill_chunk
     require(chunk is None or chunk >= 1, f"prefill_chunk={chunk} must be at least 1")
     require(depth is None or speculative, f"depth={depth} is for speculative=True")
+    require(copies >= 1, f"copies={copies} must be at least 1")
     input_ids = input_ids.long()
+    if speculative and copies > 1:  # each copy keeps its own pace from the start
+        input_ids, attention_mask = repeated(copies, [], input_ids, attention_mask)
+        copies = 1
     if max_new_tokens == 0 or len(input_ids) == 0:
-        ids = F.pad(input_ids, (0, max_new_tokens), value=pad_token_id)
+        ids = F.pad(input_ids.repeat_interleave(copies, dim=0), (0, max_new_tokens),
+                    value=pad_token_id)
         return Generation(ids, torch.zeros(len(ids), max_new_tokens, device=ids.device))
     prompts, lengths = left_aligned(input_ids, attention_mask)
     task = Task(
-        prompts, lengths, max_new_tokens, sampling, eos_token_id, pad_token_id, chunk, stream
+        prompts, lengths, max_new_tokens, sampling, eos_token_id, pad_token_id, chunk, stream,
+        copies,
     )
     result = write_with_drafts(model, task, depth) if speculative else write(model, task)
     # Clones are made outside of inference mode: they may enter later training.
-    result.ids = torch.cat([input_ids, result.ids.clone()], dim=1)
+    prompts = input_ids.repeat_interleave(copies, dim=0)
+    result.ids = torch.cat([prompts, result.ids.clone()], dim=1)
     result.logprobs = None if result.logprobs is None else result.logprobs.clone()
     return result
 
@@ -129,6 +137,12 @@ class PreallocatedRows:
         longest = int(length.max()) if each else length
         check_rollback(longest, self.length)
         self.length, self.lengths = longest, length if each else None
+
+    def repeat(self, times):
+        """Each sequence of a batch so often, one below the other."""
+        self.storage = self.storage.repeat_interleave(times, dim=0)
+        if self.lengths is not None:
+            self.lengths = self.lengths.repeat_interleave(times)
 
     def used_bytes(self):
         if self.storage is None:
@@ -234,17 +248,19 @@ def read_prompts(model, task, caches, last=None):
 # %% Writing token by token
 @torch.inference_mode()
 def write(model, task):
-    """`Generation` of the new tokens alone, (B, new). Each pass writes one token a row."""
-    (B, T), new_tokens = task.prompts.shape, task.new_tokens
+    """`Generation` of the new tokens alone, (B · copies, new). Each pass writes one token a row."""
+    T, new_tokens = task.prompts.shape[1], task.new_tokens
     head, caches = decoding_head(model.lm_head, new_tokens), new_caches(model, T + new_tokens - 1)
     # Rows of one length share their place in the caches, which then need no mask.
     even = bool((task.lengths == T).all())
-    start = T if even else task.lengths
     hidden = read_prompts(model, task, caches, last=1 if even else None)
-    hidden = hidden[:, -1:] if even else take(hidden, task.lengths - 1, 1)
-    output = task.prompts.new_full((B, new_tokens), task.pad_token_id)
-    logprobs = torch.zeros(B, new_tokens, device=output.device)
-    finished = torch.zeros_like(task.lengths, dtype=torch.bool)
+    hidden, lengths = hidden[:, -1:] if even else take(hidden, task.lengths - 1, 1), task.lengths
+    if task.copies > 1:
+        hidden, lengths = repeated(task.copies, caches, hidden, lengths)
+    start = T if even else lengths
+    output = task.prompts.new_full((len(lengths), new_tokens), task.pad_token_id)
+    logprobs = torch.zeros(output.shape, device=output.device)
+    finished = torch.zeros_like(lengths, dtype=torch.bool)
     for i in range(new_tokens):
         fresh, logprobs[:, i] = task.sampling.choose(head(hidden[:, 0]))
         output[:, i] = fresh.masked_fill(finished, task.pad_token_id)

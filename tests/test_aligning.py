@@ -14,7 +14,8 @@ from pipeline.run import read_metrics
 
 @pytest.fixture
 def any_line_is_valid(monkeypatch):
-    """A judge whose reward an untrained model finds."""
+    """A judge whose reward an untrained model finds, in half of its texts."""
+    monkeypatch.setattr(compiler, "whole_lines", lambda text: text)
     monkeypatch.setattr(
         compiler, "verdict", lambda prompt, text: "valid" if len(text) % 2 else "invalid"
     )
@@ -34,14 +35,14 @@ def test_a_stopped_alignment_resumes_with_the_same_figures(
     whole = AlignmentRun(tmp_path / "whole", options(), "cpu")
     whole.go()
     stopped = AlignmentRun(tmp_path / "stopped", options(), "cpu")
-    update = stopped.trainer.optimizer.step
+    step = stopped.trainer.step
 
-    def interrupted():
-        update()
+    def interrupted(rate):
         if stopped.state.step == 2:
             signal.raise_signal(signal.SIGINT)
+        return step(rate)
 
-    stopped.trainer.optimizer.step = interrupted
+    stopped.trainer.step = interrupted
     with pytest.raises(SystemExit) as exit_info:
         stopped.go()
     assert exit_info.value.code == 130 and stopped.state.step == 3

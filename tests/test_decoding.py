@@ -22,6 +22,7 @@ from mtp_coded import CausalLM, IndependentHead, Sampling, speculative_generate
 from multihead_attention_coded import KVCache, RowStore
 from pipeline import decoding
 from pipeline.decoding import Continuation, Depth, Drafter, PreallocatedRows, Task, last_outputs
+from quantization_coded import quantize_cache
 
 
 class Fast(CausalLM):
@@ -366,7 +367,7 @@ def test_stream_gives_the_text_as_it_comes(speculative):
 
 def test_what_is_confirmed_ends_at_the_end_and_at_a_stop():
     task = Task(ids_of(3, 4), torch.tensor([4, 2, 3]), 5, Sampling(), eos_token_id=9,
-                pad_token_id=0, prefill_chunk=None, stream=None)
+                pad_token_id=0, prefill_chunk=None, stream=None, copies=1)
     text = Continuation(task, room=3)
     drafts = torch.tensor([[1, 9, 3], [4, 5, 6], [1, 2, 3]])
     for row, (draft, length) in enumerate(zip(drafts, text.lengths.tolist(), strict=True)):
@@ -443,3 +444,36 @@ def test_generation_fills_the_context_exactly():
 def test_mistakes_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call(fast(depth=1, max_positions=12))
+
+
+# Several texts of one prompt
+@pytest.mark.parametrize("make", [build, fast])
+@pytest.mark.parametrize("even", [True, False])
+def test_copies_of_a_prompt_are_those_of_the_prompt_written_so_often(make, even):
+    model, ids = make(depth=1, std=0.2), ids_of(2, 5)
+    mask = None if even else torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+
+    def drawn(ids, mask, **options):
+        sampling = Sampling(1.0, generator=torch.Generator().manual_seed(0))
+        return model.complete(ids, 6, sampling, attention_mask=mask, **options)
+
+    read = []
+    model.embed_tokens.register_forward_hook(lambda m, args, out: read.append(len(args[0])))
+    once = drawn(ids, mask, copies=3)
+    assert read == [2] + [6] * 5  # the prompts alone are read once
+    often = drawn(ids.repeat_interleave(3, dim=0), None if even else mask.repeat_interleave(3, 0))
+    assert torch.equal(once.ids, often.ids) and len(set(map(tuple, once.ids.tolist()))) > 4
+    torch.testing.assert_close(once.logprobs, often.logprobs, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="copies=0 must be at least 1"):
+        drawn(ids, mask, copies=0)
+
+
+def test_copies_go_with_drafts_quantised_caches_and_nothing_to_write():
+    model, ids = fast(depth=1), ids_of(2, 4)
+    plain = model.generate(ids, 5).repeat_interleave(2, dim=0)
+    assert torch.equal(model.generate(ids, 5, copies=2, speculative=True), plain)
+    assert torch.equal(model.generate(ids, 0, copies=2), ids.repeat_interleave(2, dim=0))
+    assert torch.equal(build(depth=0).generate(ids, 0, copies=2), ids.repeat_interleave(2, dim=0))
+    quantize_cache(model, 8)
+    plain = model.generate(ids, 5).repeat_interleave(2, dim=0)
+    assert torch.equal(model.generate(ids, 5, copies=2), plain)

@@ -572,8 +572,7 @@ def collected(trainer):
 
 
 def updated(trainer, rollout):
-    ref_logp = fixed_logprobs(trainer.reference, rollout, trainer.settings)
-    update(trainer.policy, trainer.optimizer, rollout, ref_logp, trainer.settings,
+    update(trainer.policy, trainer.reference, trainer.optimizer, rollout, trainer.settings,
            trainer.steps_done)
 
 
@@ -745,7 +744,7 @@ def test_rollout_logprobs_can_be_kept(monkeypatch, minibatches):
 
 
 @EVERY_VARIANT
-def test_rows_without_advantage_are_left_out_but_counted(variant):
+def test_rows_without_advantage_are_left_out_but_counted(variant, monkeypatch):
     """The same gradient as with them."""
 
     def gradients(skip):
@@ -759,6 +758,8 @@ def test_rows_without_advantage_are_left_out_but_counted(variant):
             moe.balance_loss = None
         rollout, _ = collected(trainer)
         assert 0 < (rollout.advantages != 0).sum() < len(rollout.mask)
+        if not skip:
+            monkeypatch.setattr(grpo_coded, "has_signal", lambda a, size: torch.ones_like(a) > 0)
         updated(trainer, rollout)
         return [p.grad for p in trainer.policy.parameters()]
 
@@ -779,12 +780,13 @@ def test_rows_without_signal_cost_no_training_pass():
             lambda m, i, output: rows.append(len(output))
         )
         updated(trainer, rollout)
-        return sum(rows), int((rollout.advantages != 0).sum()), len(rollout.mask)
+        in_groups = int(has_signal(rollout.advantages, 16).sum())
+        return sum(rows), int((rollout.advantages != 0).sum()), in_groups, len(rollout.mask)
 
-    trained, with_signal, _ = rows_trained(kl_coef=0.0)
-    assert trained == with_signal
-    trained, with_signal, drawn = rows_trained(kl_coef=0.1)
-    assert trained == drawn > with_signal
+    for kl_coef in (0.0, 0.1):
+        trained, with_advantage, in_groups, drawn = rows_trained(kl_coef)
+        assert 0 < with_advantage <= in_groups < drawn
+        assert trained == (in_groups if kl_coef else with_advantage)
 
 
 def test_dapo_draws_groups_without_signal_again():
@@ -846,30 +848,33 @@ def watched_reference(trainer):
 
 
 @pytest.mark.performance
-@pytest.mark.parametrize(("kl_coef", "read"), [(0.0, 4), (0.1, 16)])
-def test_without_a_penalty_the_reference_reads_one_completion_of_each_prompt(kl_coef, read):
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+def test_the_reference_reads_one_completion_of_each_prompt_and_what_is_pulled_back(kl_coef):
     trainer = trainer_for(small_policy(32, 2), likes_ones, kl_coef=kl_coef, learning_rate=3e-3)
     trainer.step()  # from now on the policy is not its reference
     rollout, _ = collected(trainer)
     of_all = fixed_logprobs(trainer.reference, rollout, trainer.settings)
     rows = watched_reference(trainer)
     kl = trainer.step()["kl"]
-    assert sum(rows) == read
-    first = torch.arange(16) % (16 // read) == 0  # of each prompt's four neighbours, or all
+    signal = int(has_signal(rollout.advantages, 4).sum())
+    assert signal > 0 and sum(rows) == 4 + (signal if kl_coef else 0)
+    first = slice(0, None, 4)  # of each prompt's four neighbours
     wanted = k3(rollout.logp, of_all)[first][rollout.mask[first]].mean().item()
     assert kl == pytest.approx(wanted, rel=1e-3) and kl > 0
 
 
 @EVERY_VARIANT
-def test_without_a_penalty_the_reference_changes_no_update(variant):
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+def test_only_a_penalty_makes_the_reference_change_an_update(variant, kl_coef):
     weights, policy = [], small_policy(32, 2)
-    for with_reference in (True, False):
-        trainer = trainer_for(policy.copy(), likes_ones, variant=variant, minibatches=2)
+    for std in (0.08, 0.2):
+        trainer = trainer_for(policy.copy(), likes_ones, variant=variant, minibatches=2,
+                              kl_coef=kl_coef)
         rollout, _ = collected(trainer)
-        ref_logp = torch.randn_like(rollout.logp) if with_reference else None
-        update(trainer.policy, trainer.optimizer, rollout, ref_logp, trainer.settings, 0)
+        trainer.reference.init_weights(std)
+        updated(trainer, rollout)
         weights.append(trainer.policy.lm_head.weight.detach())
-    assert torch.equal(*weights)
+    assert torch.equal(*weights) == (kl_coef == 0)
 
 
 def test_reference_is_frozen_until_it_is_refreshed():
@@ -884,8 +889,11 @@ def test_reference_is_frozen_until_it_is_refreshed():
 
 
 def test_kl_pulls_back_to_the_reference():
-    trainer = trainer_for(small_policy(32, 2), lambda p, texts: [0.0] * len(texts), kl_coef=1.0,
-                          prompts=("1+2=",), group_size=32, learning_rate=3e-3)
+    def hardly_any_difference(prompt, texts):  # of groups without any, nothing is learnt
+        return [1e-6 * (i % 2) for i, _ in enumerate(texts)]
+
+    trainer = trainer_for(small_policy(32, 2), hardly_any_difference, kl_coef=1.0,
+                          variant="dr_grpo", prompts=("1+2=",), group_size=32, learning_rate=3e-3)
     with torch.no_grad():
         trainer.policy.lm_head.weight += 0.3 * torch.randn_like(trainer.policy.lm_head.weight)
     history = [trainer.step()["kl"] for _ in range(30)]
