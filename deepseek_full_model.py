@@ -380,7 +380,11 @@ def silence_blocks(model):
 
 # %% The run: this step over batches of the text, with V3's schedules of λ and γ
 class TrainingRun(training.TrainingRun):
-    """λ falls to a third after two thirds of the training, and γ ends at 0."""
+    """λ falls to a third after two thirds of the training, and γ ends at 0, both as in V3.
+
+    V3 trains its MTP module from the start. It makes a step of a model this small almost twice as
+    long, so a run of minutes learns more if it comes in late, at `mtp_from`, and drafts get worse.
+    """
 
     model_class = DeepSeekModel
 
@@ -402,10 +406,15 @@ class TrainingRun(training.TrainingRun):
         return training_step(
             self.model, self.optimizers, ids, document_ids,
             rate=learning_rate(used, options.learning_rate),
-            mtp_weight=options.mtp_weight / (1 if used < 2 / 3 else 3),
+            mtp_weight=self.mtp_weight(used),
             gamma=options.gamma if used < 0.95 else 0.0,
             precision=getattr(torch, options.precision),
         )
+
+
+    def mtp_weight(self, used):
+        weight = self.options.mtp_weight if used >= self.options.mtp_from else 0.0
+        return weight if used < 2 / 3 else weight / 3
 
 
 class AlignmentRun(aligning.AlignmentRun):

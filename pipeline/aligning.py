@@ -195,7 +195,8 @@ class AlignmentRun(Run):
             f"aligning {o.source}: {o.variant}, {o.prompts} prompts × {o.group_size} completions "
             f"a step, temperature 1, {o.max_new_tokens} tokens cut to whole lines, {o.precision}\n"
             f"reward 1 for prompt + completion that Python parses, with a statement added that "
-            f"does something{', each text once' if o.once else ''}; "
+            f"does something, {self.reward.first_step} where only its first lines are so"
+            f"{', each text once' if o.once else ''}; "
             f"{len(self.prompts):,} prompts, {len(self.held_out)} held out"
         )
 

@@ -71,28 +71,45 @@ def whole_lines(text):
     return text[: text.rfind("\n") + 1]
 
 
-class CompilerReward:
-    """1 for a valid completion that was not paid before, else 0; `paid` remembers the run's.
+def valid_beginning(prompt, completion):
+    """The longest valid part of a completion that is some of its first lines, "" if none is."""
+    lines = completion.splitlines(keepends=True)
+    parts = ("".join(lines[:count]) for count in range(len(lines), 0, -1))
+    return next((part for part in parts if verdict(prompt, part) == "valid"), "")
 
-    Without that memory one short line, good after any prompt, would be worth as much the
+
+class CompilerReward:
+    """1 for a valid completion, `first_step` for one that only begins with a valid line or more.
+
+    A weak model hardly ever writes a valid completion, and so would never learn from 0 and 1 what
+    is better: it cuts a bracket or a block open in its last line. Its first line is a step that it
+    can find. What is reported is the share of valid completions alone.
+
+    Each text is paid once in a run, of a completion that only begins well its beginning; `paid`
+    remembers. Without that memory one short line, good after any prompt, would be worth as much the
     thousandth time as the first, and the policy would say nothing else.
     """
 
-    def __init__(self, paid=(), memory=True):
-        self.paid, self.memory = set(paid), memory
+    def __init__(self, paid=(), memory=True, first_step=0.3):
+        self.paid, self.memory, self.first_step = set(paid), memory, first_step
 
     def __call__(self, prompt, completions):
         return [self._one(prompt, completion) for completion in completions]
 
     def _one(self, prompt, completion):
-        if verdict(prompt, completion) != "valid":
+        beginning = valid_beginning(prompt, completion)
+        whole = beginning == completion
+        if not beginning or self.memory and self._paid(beginning, whole):
             return 0.0
-        # By its words: a blank line more does not make it new.
-        name = hashlib.sha256(" ".join(completion.split()).encode()).hexdigest()[:16]
-        if self.memory and name in self.paid:
-            return 0.0
+        return 1.0 if whole else self.first_step
+
+    def _paid(self, text, whole):
+        """Whether it was; from now on it is. By its words: blank lines do not make it new."""
+        words = text.split() if whole else ["begins", *text.split()]
+        name = hashlib.sha256(" ".join(words).encode()).hexdigest()[:16]
+        was = name in self.paid
         self.paid.add(name)
-        return 1.0
+        return was
 
 
 def line_end_prompts(tokenizer, documents, shortest=12, longest=32):

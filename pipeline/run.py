@@ -238,6 +238,7 @@ def read_record(path, options_class=None):
         options = stored["options"]
         options["data"], State(**stored["state"]), stored["corpus"]
         if options_class is not None:
+            stored["options"] = options = {**getattr(options_class, "earlier", {}), **options}
             options_class(**options)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None

@@ -2,6 +2,7 @@
 
 import pathlib
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -17,7 +18,12 @@ DEFAULT_MINUTES = 4.6
 
 @dataclass
 class RunOptions:
-    """What a training run was asked for; stored with its checkpoint, so that it can resume."""
+    """What a training run was asked for; stored with its checkpoint, so that it can resume.
+
+    `earlier`: what the runs did that were stored before the field was there.
+    """
+
+    earlier: ClassVar = {"mtp_from": 0.0}
 
     config: str = setting(
         str(SMALL_CONFIG), "config.json of the model (default: configs/small.json)"
@@ -38,6 +44,9 @@ class RunOptions:
     )
     optimizer: str = setting("muon", choices=OPTIMIZERS)
     mtp_weight: float = setting(0.3, at_least=0)
+    mtp_from: float = setting(
+        0.7, "the share of the run after which the MTP module learns, too", at_least=0, below=1
+    )
     gamma: float = setting(0.005, at_least=0)
 
     def __post_init__(self):

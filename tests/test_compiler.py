@@ -73,6 +73,21 @@ def test_a_text_is_paid_once():
     assert compiler.CompilerReward(memory=False)(PROMPT, 2 * ["    return 1\n"]) == [1, 1]
 
 
+def test_a_completion_that_begins_well_earns_a_first_step_once():
+    reward = compiler.CompilerReward(first_step=0.25)
+    begun = ["    y = 1\n    if y:\n", "    y = 1\n    for (\n", "    pass\n    if (\n"]
+    assert reward(PROMPT, begun) == [0.25, 0, 0]  # one beginning, once; `pass` does nothing
+    assert reward(PROMPT, ["    y = 1\n"]) == [1]  # whole, it is another text
+    assert reward(PROMPT, ["    y = 2\n    y = 3\n    )\n", "    y = 2\n    (\n"]) == [0.25, 0.25]
+    resumed = compiler.CompilerReward(reward.paid, first_step=0.25)
+    assert resumed(PROMPT, ["    y = 1\n    while\n", "    y = 4\n    while\n"]) == [0, 0.25]
+    assert compiler.CompilerReward(memory=False, first_step=0.25)(PROMPT, begun[:2]) == [0.25, 0.25]
+    assert compiler.valid_beginning(PROMPT, "    y = 2\n    y = 3\n    )\n") == (
+        "    y = 2\n    y = 3\n"
+    )
+    assert compiler.valid_beginning(PROMPT, "    )\n    y = 3\n") == ""
+
+
 def test_completions_are_cut_to_whole_lines_unless_they_ended():
     assert compiler.whole_lines("a = 1\nb = ") == "a = 1\n"
     assert compiler.whole_lines("a = 1") == ""

@@ -330,6 +330,14 @@ def test_without_mtp_weight_the_modules_do_not_run():
     assert stayed == [False, False, True]
 
 
+def test_the_mtp_module_learns_late_and_then_counts_a_third():
+    run = TrainingRun.__new__(TrainingRun)
+    for begin, weights in ((0.5, [0.0, 0.3, 0.1]), (0.0, [0.3, 0.3, 0.1]), (0.8, [0.0, 0.0, 0.0])):
+        run.options = RunOptions(steps=1, mtp_from=begin)
+        assert [run.mtp_weight(used) for used in (0.49, 0.5, 0.7)] == pytest.approx(weights)
+    assert run.mtp_weight(0.8) == pytest.approx(0.1)
+
+
 def test_training_step_sets_the_rate_of_all_optimizers():
     model, ids = build("v3", num_nextn_predict_layers=1), ids_of(2, 9)
     optimizers = build_optimizers(model, 1e-3)
@@ -452,13 +460,14 @@ def test_the_whole_training_step_runs_on_rounded_weights(prepare):
 
 def test_schedules_of_the_run(small_run, tmp_path, monkeypatch):
     _, options = small_run
-    run, asked = TrainingRun(tmp_path / "run", RunOptions(**options, steps=1), "cpu"), []
+    chosen = RunOptions(**options, steps=1, mtp_from=0.5)
+    run, asked = TrainingRun(tmp_path / "run", chosen, "cpu"), []
     monkeypatch.setattr(full, "training_step", lambda *batch, **schedule: asked.append(schedule))
     for used in (0.0, 0.5, 0.7, 0.99):
         run.step(0, used)
     names = ("rate", "mtp_weight", "gamma")
     rates, weights, gammas = ([each[name] for each in asked] for name in names)
-    assert weights == pytest.approx([0.3, 0.3, 0.1, 0.1])
+    assert weights == pytest.approx([0.0, 0.3, 0.1, 0.1])
     assert gammas == 3 * [run.options.gamma] + [0.0]
     assert rates[1] > rates[2] > rates[3] > 0
 

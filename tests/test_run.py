@@ -10,7 +10,7 @@ import torch
 import deepseek_full_model as full
 from deepseek_full_model import RunOptions, TrainingRun
 from pipeline import checkpoint
-from pipeline.run import Budget, Run, State, expectation, learning_rate, read_metrics
+from pipeline.run import Budget, Run, State, expectation, learning_rate, read_metrics, read_record
 
 
 def run_for(tmp_path, budget, state=None, losses=None, stop_at=None, saves=None, save_every=60.0):
@@ -179,3 +179,12 @@ def test_a_damaged_run_is_named_and_a_killed_save_is_recovered(small_run, tmp_pa
                 full.main([*command, str(tmp_path / "run")])
             assert exit_info.value.code == 2
             assert "run.json is damaged" in capsys.readouterr().err
+
+
+def test_a_run_stored_before_mtp_from_goes_on_with_mtp_from_its_start(trained):
+    path = trained / "checkpoint" / "run.json"
+    stored = checkpoint.read_json(path)
+    assert stored["options"].pop("mtp_from") == 0.7
+    checkpoint.write_json(path, stored)
+    assert read_record(path, RunOptions)["options"]["mtp_from"] == 0.0
+    assert TrainingRun.options_class(**read_record(path, RunOptions)["options"]).mtp_from == 0.0
