@@ -50,8 +50,8 @@ from rope_coded import RotaryEmbedding, RotaryLatentAttention
 
 
 # %% One layer: phases 4, 5 and 7 put together
-def build_block(config, rotary, experts):
-    """One layer: rotary latent attention, then `experts` or a dense feed-forward."""
+def build_block(config, rotary, sparse):
+    """One layer: rotary latent attention, then experts (`sparse`) or a dense feed-forward."""
     attention = RotaryLatentAttention(
         hidden_size=config.hidden_size,
         num_attention_heads=config.num_attention_heads,
@@ -63,7 +63,7 @@ def build_block(config, rotary, experts):
         attention_bias=config.attention_bias,
         rotary=rotary,
     )
-    if experts:
+    if sparse:
         feed_forward = build_experts(config)
     else:
         feed_forward = moe.SwiGLU(config.hidden_size, config.intermediate_size)
@@ -171,7 +171,7 @@ class DeepSeekModel(ReleasedModel, CausalLM):
             config.vocab_size,
             config.hidden_size,
             blocks=[build_block(config, rotary, config.is_moe_layer(i)) for i in layers],
-            mtp_blocks=[build_block(config, rotary, experts=True) for _ in depths],
+            mtp_blocks=[build_block(config, rotary, sparse=True) for _ in depths],
             norm_eps=config.rms_norm_eps,
             max_positions=config.max_position_embeddings,
         )
@@ -320,8 +320,8 @@ def training_step(
     # `head_loss` is phase 6's `shifted_loss` of the head's logits, which it never stores whole.
     with torch.autocast(ids.device.type, precision, enabled=precision != torch.float32):
         hidden_BTD = model.hidden_states(ids, routed=routed)
-        # No document_ids here: the separator that opens a document is how the one before ends, and
-        # the model learns to stop by it. An MTP target behind it would be another text's start.
+        # The next token may be a separator, which opens a document: so the model learns where one
+        # ends. The token after next may then be another text's start, and is left out.
         next_loss = head_loss(model.lm_head, hidden_BTD, ids, shift=1)
         depths = model.mtp_hidden_states(hidden_BTD, ids, routed=routed) if mtp_weight else []
         further_losses = [
@@ -333,13 +333,14 @@ def training_step(
 
     loss = next_loss + mtp_weight * further_loss + balance_loss
     gradient_norm = descend(model, optimizers, loss, rate)
+    max_load = move_routing_biases(model, routed, gamma)
     return {
         "loss": next_loss.item(),
         "mtp_loss": further_loss.item() if further_losses else None,
         "balance_loss": balance_loss.item(),
         "gradient_norm": gradient_norm.item(),
         "learning_rate": rate,
-        "max_load": move_routing_biases(model, routed, gamma),
+        "max_load": max_load,
         "tokens": ids.numel(),
     }
 

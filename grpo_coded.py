@@ -560,7 +560,7 @@ def addition_prompts():
 
 # %% A policy that knows a little: GRPO needs answers that are right now and then
 def small_policy(width=96, layers=3):
-    """Phases 4 to 7 in small: rotary latent attention; two of four experts run, one is shared."""
+    """Phases 4 to 7 in small: rotary latent attention; two of four experts and a shared one."""
     rotary = RotaryEmbedding(16)
 
     def block():

@@ -517,7 +517,7 @@ def check_dropped_tokens(demo, layer, x_BTD):
     untouched = change_BT[~kept_BT].max() < 1e-5 < change_BT[kept_BT].min()
     dropped = int((~kept_BT).sum())
     ok = bool(dropped > 0 and untouched)
-    demo.check("Switch: dropped tokens are passed through", "M 40", f"{dropped} dropped", ok)
+    demo.check("Switch: dropped tokens are passed through", "(M, D)", f"{dropped} dropped", ok)
 
 
 def check_balance_losses(demo):

@@ -9,12 +9,12 @@ tile), what to do with large numbers (LLM.int8(), SmoothQuant), how to round so 
 schemes; then training with rounded weights, training in FP8, and the latent cache.
 
     absmax        q = round(x / s),  s = max|x| / (2^(bits−1) − 1),      x̂ = s q
-    W8A8          y_ij = s_i s_j Σ_k q_ik q_jk                           (integers inside the sum)
+    W8A8          y_ij = s_i t_j Σ_k q_ik p_jk,  x̂ = s q,  ŵ = t p       (integers inside the sum)
     LLM.int8()    columns with an |x| ≥ 6 apart, in high precision, the others as W8A8
     GPTQ          round column i; w_j −= (w_i − ŵ_i) [H⁻¹]_ij / [H⁻¹]_ii for j > i
                   with H = X Xᵀ of the columns from i on
     AWQ           Ŵ = round(σ W) / σ,  σ_j = mean|X_j|^α,  α by search
-    SmoothQuant   x W = (x / σ)(σ W),  σ_j = max|X_j|^α / max|W_j|^(1−α),  α = ½
+    SmoothQuant   x Wᵀ = (x / σ)(σ W)ᵀ,  σ_j = max|X_j|^α / max|W_j|^(1−α),  α = ½
     FP8 (V3)      E4M3, 1×128 tiles of x and 128×128 blocks of W, s = max|·| / 448
     QAT           forward ŵ, backward ∂w = ∂ŵ                            (straight-through)
 
@@ -686,7 +686,7 @@ class FakeQuantize(nn.Module):
 
 
 def prepare_qat(model, scheme):
-    """A copy that trains with rounded weights: `int8`, `int4` or another that rounds to nearest.
+    """A copy that trains with rounded weights: `int8`, `int4`, or a `Scheme` that rounds so.
 
     Whoever reads a weight, be it MLA's absorption, gets it rounded; the optimizer moves the number
     behind it.
