@@ -20,7 +20,7 @@ def beside(monkeypatch):
 @pytest.mark.parametrize("name", ["against_transformers", "scaling"])
 def test_quick_run_prints_and_saves(name, run_script, trained, tmp_path):
     more = ["--checkpoint", trained] if name == "against_transformers" else []
-    result = run_script(f"benchmarks/{name}.py", "--quick", *more, timeout=180)
+    result = run_script(f"benchmarks/{name}.py", "--quick", *more, timeout=300)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(f"{name}.py · processor") and "repeats 2" in result.stdout
     saved = json.loads((tmp_path / f"benchmark_results/{name}.json").read_text())
