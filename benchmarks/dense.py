@@ -152,15 +152,15 @@ def by_turns(contenders, budget, label):
             bar.refresh()
 
 
-def short_documents(documents, count=20, least=1000):
+def short_documents(documents, count, least=1000):
     """The shortest documents of at least so many bytes: scored in seconds."""
     longer = [document for document in documents if document.size >= least]
     return sorted(longer or documents, key=lambda document: document.size)[:count]
 
 
-def grid(run, kind, seconds):
+def grid(run, kind, seconds, documents):
     """(the best settings {size, rate, batch}, rows of all runs, each with its bits per byte)."""
-    documents, rows = short_documents(run.corpus.validation), []
+    rows = []
 
     def stage(settings):
         contenders = [Dense(kind, *each, run) for each in settings]
@@ -199,15 +199,15 @@ def main_run(checkpoint, seconds, directory):
     return run, seconds
 
 
-def in_full(run, settings, seconds):
-    """Trains the winners and this model by turns; rows with bits per byte of the test part."""
+def in_full(run, settings, seconds, documents):
+    """Trains the winners and this model by turns; rows with bits per byte of the documents."""
     contenders = [Dense(kind, **best, run=run) for kind, best in settings.items()] + [Ours(run)]
     by_turns(contenders, seconds, f"{len(contenders)} runs of {seconds:.0f} s")
     return [
         {"model": each.kind, "size": each.size,
          "parameters": sum(p.numel() for p in each.model.parameters()), "learning rate": each.rate,
          "batch": each.batch, "tokens": each.tokens,
-         "bits per byte": round(each.rate_of(run, run.corpus.test), 4)}
+         "bits per byte": round(each.rate_of(run, documents), 4)}
         for each in contenders
     ]
 
@@ -247,15 +247,17 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as directory:
         run, seconds = main_run(arguments.checkpoint, seconds, pathlib.Path(directory) / "run")
         facts["precision"] = run.options.precision
+        validation = short_documents(run.corpus.validation, 1 if quick else 20)
+        test = short_documents(run.corpus.test, 1) if quick else run.corpus.test
         for kind in measure.DENSE:
-            settings[kind], grids[kind] = grid(run, kind, grid_seconds)
+            settings[kind], grids[kind] = grid(run, kind, grid_seconds, validation)
             measure.print_table(f"{kind}, {grid_seconds:g} s a run, by turns", [
                 {**row, "tokens": f"{row['tokens']:,}",
                  "bits per byte": f"{row['bits per byte']:.4f}"} for row in grids[kind]
             ])
             for name in edges(settings[kind]):
                 print(f"the best {name} is at the edge of what was tried: {settings[kind][name]}")
-        rows = in_full(run, settings, seconds)
+        rows = in_full(run, settings, seconds, test)
     ratios = fewer(rows)
     measure.print_table(f"test part, {seconds:.0f} s of training each, {run.options.precision}",
                         shown(rows, ratios.values()))

@@ -23,6 +23,7 @@ import datetime
 import importlib.metadata
 import pathlib
 import re
+import signal
 import sys
 from typing import NamedTuple
 
@@ -337,6 +338,7 @@ def facts_of_machine():
 @one_line_errors
 def main(argv=None):
     arguments = arguments_of(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no part is left running
     quick, facts = arguments.quick, facts_of_machine()
     mode, out = facts["mode"], pathlib.Path(arguments.out)
     measure.print_header("everything.py", facts)
