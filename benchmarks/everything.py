@@ -172,7 +172,9 @@ def rows_of_main_job(record, mode):
 def rows_of_alignment(aligned, mode):
     before, after = aligned["before"], aligned["after"]
     more = after["test"]["bits_per_byte"] / before["test"]["bits_per_byte"] - 1
-    times = after["valid"] / before["valid"] if before["valid"] else float("inf")
+    times = float("inf") if after["valid"] else 1.0  # from nothing
+    if before["valid"]:
+        times = after["valid"] / before["valid"]
     return [
         judged("alignment: steps", aligned["steps"], mode, digits=0),
         judged("alignment: valid completions before, %", 100 * before["valid"], mode, digits=1),
