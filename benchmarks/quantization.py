@@ -426,7 +426,7 @@ def main(argv=None):
     steps, seeds = (2, 1) if quick else (arguments.steps, arguments.seeds)
     facts = {**measure.machine(), "repeats": repeats}
     measure.print_header("quantization.py", facts)
-    if "AVX512" not in facts["capability"]:
+    if "AVX-512" not in facts["mode"]:
         print("note: without AVX-512 these kernels were not measured; the ratios may be others")
     trained = Trained(arguments.checkpoint, quick) if arguments.checkpoint else None
     parts = {
