@@ -48,19 +48,11 @@ def causal_mask(query_length, key_length=None, device=None):
         1 1 1 0
         1 1 1 1
 
-    Raises: ValueError if there are fewer keys than queries: some query would see nothing.
+    Fewer keys than queries are refused: the first query would see nothing.
     """
-    key_length = query_length if key_length is None else key_length
-    message = f"key_length={key_length} must be at least query_length={query_length}"
-    require(key_length >= query_length, message)
-    ones = torch.ones(query_length, key_length, dtype=torch.bool, device=device)
-    return ones.tril(diagonal=key_length - query_length)
-
-
-def causal_and(mask, query_length, key_length, device=None):
-    """The causal mask and on top of it `mask`, where there is one: it can only take keys away."""
-    triangle_TS = causal_mask(query_length, key_length, device)
-    return triangle_TS if mask is None else triangle_TS & mask
+    T, S = query_length, query_length if key_length is None else key_length
+    require(S >= T, f"key_length={S} must be at least query_length={T}")
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(diagonal=S - T)
 
 
 # %% The module
@@ -78,7 +70,8 @@ class CausalSelfAttention(SelfAttention):
         `mask`: boolean, broadcastable to (..., T, T), for padding: on top of the causal one.
         """
         query, key, value = self.project(x)
-        allowed = causal_and(mask, query.shape[-2], key.shape[-2], x.device)
+        allowed = causal_mask(x.shape[-2], device=x.device)
+        allowed = allowed if mask is None else allowed & mask
         dropout = self.dropout if self.training else 0.0
         output, _ = scaled_dot_product_attention(query, key, value, allowed, dropout_p=dropout)
         return output

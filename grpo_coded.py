@@ -379,7 +379,7 @@ def collect(policy, task, settings, step):
     """(the rollout to learn from, all that was drawn): they differ where dapo draws new prompts.
 
     Of 128 groups 50 have signal: they are kept, and 78 prompts are drawn. Of these 30 have signal:
-    80 are kept, 48 drawn. So it goes on, at most `resamplings` times, until there are 128.
+    80 are kept, 48 drawn. So it goes on until there are 128, at most `resamplings` times.
     """
     s, resample = settings, VARIANTS[settings.variant].resample
     drawn, kept, wanted = [], [], s.prompts
@@ -543,7 +543,8 @@ def exact_match(prompt, completions):
 
 
 def sum_of(prompt):
-    """The answer to "a+b=", its last digit first: so each digit needs one carry, not all."""
+    """The answer to "a+b=", its last digit first: to write a digit, it is enough to know
+    the carry of the one before."""
     first, second = prompt.rstrip("=").split("+")
     return str(int(first) + int(second))[::-1]
 

@@ -359,8 +359,8 @@ class TransformerBlock(nn.Module):
 
 # %% Balance losses: what training adds so that experts are used alike
 # Scores are (B, T, E) or (M, E), indices (B, T, A) or (M, A); token_mask False = padding, which is
-# left out. Each loss is α when what it counts is even. As a rule, uneven use costs more, since the
-# scores P favour the experts that are chosen more often:
+# left out. Each loss is α when what it counts is even (communication: when tokens reach all the
+# devices that they may). As a rule, uneven use costs more, since P favours what is chosen often:
 #
 #     scores (.7 .1 .1 .1) and (.5 .3 .1 .1), both tokens choose experts 0 and 1
 #     experts       f  = (2, 2, 0, 0), P  = (.6, .2, .1, .1), loss 1.6 α

@@ -23,7 +23,7 @@ Run:  python multihead_attention_coded.py [--heads 8] [--kv-heads 2]
 import torch
 from torch import nn
 
-from causal_attention_coded import causal_and
+from causal_attention_coded import causal_mask
 from lesson import caches, check_forward, check_heads, checks, demonstration, flag
 from self_attention_coded import scaled_dot_product_attention
 
@@ -60,7 +60,9 @@ def allowed_keys(query, key, mask=None, causal=True):
     (B, H, T, S), with 1 for a dimension that makes no difference: (1, 1, T, S) if just causal.
     """
     T, S = query.shape[-2], key.shape[-2]
-    mask = causal_and(mask, T, S, query.device) if causal else mask
+    if causal:
+        triangle_TS = causal_mask(T, S, query.device)
+        mask = triangle_TS if mask is None else triangle_TS & mask
     return checks.boolean_mask(mask, (*query.shape[:-1], S))
 
 

@@ -151,7 +151,8 @@ def float8_grid(exponent_bits, mantissa_bits):
 
     E4M3 gives up infinity for range: only the last pattern is NaN, so it ends at 448. E5M2 keeps
     the whole last exponent for infinity and NaN, as IEEE does, and ends at 57,344. From 1 to 2,
-    E4M3 goes in steps of 1/8, from 256 on in steps of 32: always an eighth of the power of two.
+    E4M3 goes in steps of 1/8, from 256 on in steps of 32: always an eighth of the power of two
+    (down to 1/64; below, the steps stay 1/512).
     """
     bias = 2 ** (exponent_bits - 1) - 1
     values = []
@@ -190,7 +191,7 @@ def block_quantize(x, rows, columns=128):
     padded = F.pad(x.float(), (0, -width % columns, 0, -height % rows))
     blocks = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
     scale = nonzero(blocks.abs().amax(dim=(1, 3), keepdim=True) / E4M3_MAX)
-    # Beyond the end: blocks so small that their scale is rounded coarsely; not all casts saturate.
+    # In blocks so small that the scale itself is rounded, a code may come out above 448: clamped.
     codes = (blocks / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return codes.flatten(2).flatten(0, 1)[:height, :width].contiguous(), scale[:, 0, :, 0]
 
@@ -210,7 +211,7 @@ def tile_rounded(x, columns=128):
 
 # %% Outliers: a few large inputs, and the product that rounds all others
 def w8a8_product(x, codes, scale):
-    """x Ŵᵀ with integers inside the sum: y_ij = s_i s_j Σ_k q_ik q_jk.
+    """x Ŵᵀ with integers inside the sum: y_ij = s_i t_j Σ_k q_ik p_jk.
 
     A row x = (12.7, −1.0, 0.2) has the codes (127, −10, 2) and the step 0.1, a row w of the matrix
     (1.27, −0.5, 0.0) has (127, −50, 0) and 0.01:
@@ -477,8 +478,8 @@ class W8A8Linear(IntegerLinear):
 class Fp8Linear(QuantizedLinear):
     """E4M3 weights in blocks of 128×128, inputs rounded to E4M3 in tiles of 1×128 (V3, 3.3).
 
-    V3 multiplies FP8 by FP8 and adds up 128 products at a time in FP32, since its GPUs keep fewer
-    bits of a longer sum; here both are dequantised first and all sums are FP32.
+    V3 multiplies FP8 by FP8. Its GPUs keep few bits of a long sum, so every 128 products their sum
+    is added to an FP32 number; here both are dequantised first and all sums are FP32.
     `rounds_input=False` leaves the inputs alone.
     """
 

@@ -7,14 +7,14 @@ two tokens stand, a score knows just how far apart they are. MLA has a problem w
 moves W_UK to the queries, and a rotation of the keys would stand in between. DeepSeek therefore
 *decouples* position from content: a small extra part, q_R and k_R, is rotated, and the content is
 not. In training the slow pairs never complete a full circle, so positions beyond the training
-length look new to them: YaRN slows just those pairs down.
+length look new to them: YaRN slows those pairs down, and those that turn a few times in part.
 
     θ_i = base^(−2i/R),   (x_2i, x_2i+1) at position m  →  rotated by m·θ_i
     as complex numbers:   (x_2i + j x_2i+1) · e^(j m θ_i)
     R_m q · R_n k = q · R_(n−m) k
     rotated content:  R_m q · R_n W_UK c = q · (R_(n−m) W_UK) c      (no fixed matrix to absorb)
     decoupled:        q_C · W_UK c + R_m q_R · R_n k_R               (W_UKᵀ q_C is absorbed)
-    YaRN:  θ'_i = θ_i/s · ramp_i + θ_i · (1 − ramp_i),   score scale · (0.1·mscale·ln s + 1)²
+    YaRN:  θ'_i = θ_i/s · ramp_i + θ_i · (1 − ramp_i),   scores · (0.1·mscale_all_dim·ln s + 1)²
 
 Papers: RoFormer (Su et al., arXiv 2104.09864), equations 12–16 and 34–37; DeepSeek-V2 (arXiv
 2405.04434), section 2.1.3, equations 14–19, and 3.1.4; YaRN (Peng et al., arXiv 2309.00071),
