@@ -17,6 +17,7 @@ from pipeline.fast import (
     QuickLinear,
     QuickNorm,
     decoding_head,
+    few_rows,
     grouped_linear,
     head_loss,
     product_attention,
@@ -25,6 +26,7 @@ from pipeline.fast import (
     speed_up,
 )
 from pipeline.fast.attention import kernel_attention
+from pipeline.fast.few_rows import in_parts
 from rope_coded import RotaryEmbedding
 
 SIZES = dict(
@@ -322,6 +324,9 @@ def test_a_whole_text_needs_no_mask_of_its_own():
 @pytest.mark.parametrize("shape", [(64,), (1, 1, 64), (3, 64), (2, 3, 64)])
 def test_a_few_rows_shared_out_are_the_same_product(cores, shape, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    monkeypatch.setattr(few_rows, "sharing_pays_from", lambda cores, several: 64 * 1000)
+    shared = []
+    monkeypatch.setattr(few_rows, "in_parts", lambda *a: shared.append(len(a[1])) or in_parts(*a))
     for out in (1536, 1537):  # which two and three cores can share out, and which not
         layer, x = QuickLinear(64, out, bias=False), torch.randn(shape)
         expected = torch.nn.functional.linear(x, layer.weight)
@@ -331,7 +336,23 @@ def test_a_few_rows_shared_out_are_the_same_product(cores, shape, monkeypatch):
             torch.testing.assert_close(
                 shared_linear(x, layer.weight), expected, rtol=1e-5, atol=1e-5
             )
+            shared_linear(x, layer.weight[:900])  # too small
         assert layer(x).requires_grad  # with gradients, PyTorch's own
+    assert shared == {1: [], 2: [1536, 1536], 3: [1536, 1536]}[cores]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_the_size_from_which_sharing_pays_is_the_first_that_is_faster(several, monkeypatch):
+    def pretended(product, rows, weights, *cores):
+        assert rows.shape == (3 if several else 1, weights.shape[2])
+        large = weights[0].numel() >= 2**20
+        return 1.0 if not cores else 0.8 if large else 0.95
+
+    monkeypatch.setattr(few_rows, "seconds", pretended)
+    measure = few_rows.sharing_pays_from.__wrapped__
+    assert measure(2, several) == 2**20
+    monkeypatch.setattr(few_rows, "seconds", lambda product, *a: float(product is in_parts))
+    assert measure(2, several) == float("inf")
 
 
 def test_norm_of_a_single_row_is_torchs():
