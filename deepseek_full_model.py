@@ -11,7 +11,7 @@ and stored in the released layout, so transformers reads what this script writes
 
 Papers: DeepSeek-V2 (2024, arXiv:2405.04434), section 2; DeepSeek-V3 (2024, arXiv:2412.19437),
 sections 2 and 4.2. Attention, MoE, MTP and RoPE: phases 4 to 7.
-Simplified: one device. Ours are Muon beside AdamW, blocks that add nothing at first, MTP late in the
+Simplified: one device. Ours are Muon beside AdamW, blocks that add nothing at first, MTP late in a
 run, and a cosine schedule from the start: V3 used AdamW alone and MTP throughout, and held the
 learning rate constant for most of the training before it decayed.
 Documents are packed without attention masks between them, as in V3.
