@@ -479,8 +479,8 @@ def check_training_step(demo, model, ids_BT, gamma=0.01):
         rate=1e-3, mtp_weight=0.3, gamma=gamma,
     )
     guess, loss = math.log(model.config.vocab_size), figures["loss"]
-    demo.check("first loss = ln W", "scalar", f"{loss:.3f}, ln W {guess:.3f}",
-               abs(loss - guess) < 0.1)
+    demo.check("first loss is about ln W", "scalar", f"{loss:.3f}, ln W {guess:.3f}",
+               abs(loss - guess) < 0.2)
     moved = [layer.gate.e_score_correction_bias for layer in model.moe_layers().values()]
     wanted = [gamma * torch.sign(load_E.mean() - load_E) for load_E in loads_E]
     demo.same("biases move by γ against the load", "(layers, E)", torch.stack(moved),
