@@ -82,6 +82,23 @@ def test_optimizer_state_of_one_kind_is_whole_for_all_its_parameters():
         checkpoint.restore_optimizers(model, [torch.optim.AdamW(model.parameters())], state.items())
 
 
+def test_mtp_modules_have_no_state_before_they_are_trained_and_all_of_it_then():
+    model = torch.nn.ModuleDict({"head": torch.nn.Linear(2, 3), "mtp": torch.nn.Linear(2, 3)})
+    optimizers = [torch.optim.AdamW(model.parameters())]
+    for trained in (["head"], ["head", "mtp"]):
+        for name in trained:
+            model[name](torch.ones(1, 2)).sum().backward()
+        optimizers[0].step()
+        state = checkpoint.optimizer_tensors(model, optimizers)
+        assert {name.split(".")[0] for name in state} == set(trained)
+        fresh = [torch.optim.AdamW(model.parameters())]
+        checkpoint.restore_optimizers(model, fresh, state.items())
+        assert checkpoint.optimizer_tensors(model, fresh).keys() == state.keys()
+    half = {name: value for name, value in state.items() if not name.startswith("mtp.bias")}
+    with pytest.raises(ValueError, match=r"mtp\.bias is incomplete"):
+        checkpoint.restore_optimizers(model, [torch.optim.AdamW(model.parameters())], half.items())
+
+
 def test_unreadable_files_are_named(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"not tensors")
     with pytest.raises(ValueError, match="is no safetensors file"):

@@ -316,6 +316,13 @@ def test_silent_blocks_add_nothing_at_first_and_learn():
     assert len(last) >= 8 and all(p.any() for p in last)
 
 
+def test_a_new_run_starts_with_silent_blocks(small_run, tmp_path):
+    run = TrainingRun(tmp_path / "run", RunOptions(**small_run[1], steps=1), "cpu")
+    named = dict(run.model.named_parameters())
+    last = [named[name] for name in named if "o_proj" in name or "down_proj" in name]
+    assert last and not any(p.any() for p in last)
+
+
 def test_without_mtp_weight_the_modules_do_not_run():
     model, ids = build("v3", num_nextn_predict_layers=1), ids_of(2, 9)
     before = {name: p.clone() for name, p in model.mtp.named_parameters() if "block" in name}

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import deepseek_full_model as full
+import pipeline.run
 from deepseek_full_model import RunOptions, TrainingRun
 from pipeline import checkpoint
 from pipeline.run import Budget, Run, State, expectation, learning_rate, read_metrics, read_record
@@ -56,6 +57,17 @@ def test_what_to_expect_from_the_pace():
     assert in_steps == "20 tokens/s at first: expect about 2,500 tokens in 2:10 minutes"
     in_minutes = expectation(Budget(minutes=2), warm, state)
     assert in_minutes == "20 tokens/s at first: expect about 2,300 tokens in 2:00 minutes"
+
+
+def test_a_run_says_what_to_expect_after_some_steps_and_only_once(tmp_path, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(pipeline.run, "expectation", lambda budget, warm, state: seen.append(
+        (warm.step, state.step)) or "expected")
+    monkeypatch.setattr(Run, "look_ahead", 3)
+    run_for(tmp_path, dict(steps=9))
+    assert seen == [(1, 4)] and "expected\n" in capsys.readouterr().out  # the first is left out
+    run_for(tmp_path, dict(steps=3))  # too short to say
+    assert len(seen) == 1
 
 
 def test_a_run_is_saved_on_its_way(tmp_path):
