@@ -148,7 +148,8 @@ def wide(repeats, quick):
     print(f"{active:,} parameters active a token")
     for scheme in ("int8", "int4", "w8a8"):
         models[scheme] = quantize_model(models["FP32"], scheme)
-    prompt, long = torch.randint(8192, (1, 16)), torch.randint(8192, (1, 256))
+    vocabulary = models["FP32"].config.vocab_size
+    prompt, long = (torch.randint(vocabulary, (1, tokens)) for tokens in (16, 256))
     rows, result = speed_rows(models, prompt, long, 8 if quick else 32, repeats)
     for row in rows:
         stored, before = matrix_bytes(models[row["scheme"]])

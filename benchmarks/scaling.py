@@ -279,8 +279,8 @@ def child(side, work, changes, tokens):
     sides.quiet_transformers()
     if work == "nothing":
         return measure.own_peak()
-    ids = torch.randint(8192, (1, tokens))
-    model = side_alone(side, sides.default_config(**changes))
+    config = sides.default_config(**changes)
+    model, ids = side_alone(side, config), torch.randint(config.vocab_size, (1, tokens))
     if work == "write":
         decoder = sides.our_decoder if side == "ours" else sides.their_decoder
         decoder(model, ids)(4)

@@ -139,10 +139,8 @@ class PreallocatedRows:
         self.length, self.lengths = longest, length if each else None
 
     def repeat(self, times):
-        """Each sequence of a batch so often, one below the other."""
+        """Each sequence so often, one below the other, while all have one length: after prompts."""
         self.storage = self.storage.repeat_interleave(times, dim=0)
-        if self.lengths is not None:
-            self.lengths = self.lengths.repeat_interleave(times)
 
     def used_bytes(self):
         if self.storage is None:
