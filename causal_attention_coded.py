@@ -1,16 +1,18 @@
 """Phase 2: causal attention, where no token sees a later one.
 
-A language model predicts the next token, so while it trains, token t must not look at t+1: it
-would read the answer. A mask removes those keys before the softmax. When some keys come from
-earlier calls (a cache, phase 3), there are more keys than queries; the *last* query then lines
-up with the *last* key, so the triangle of the mask is shifted to the right.
+A language model predicts the next token. In training it reads a whole text, so token t must not
+look at token t + 1: it would read the answer. A mask removes the later keys before the softmax.
+With a cache (phase 3), some keys come from earlier calls, so there are more keys than queries. The
+*last* query then lines up with the *last* key: the triangle of the mask moves to the right.
 
     M_ij = 1  if  j ≤ i + (S − T),  else 0
-    CausalAttention(Q, K, V) = softmax(Q Kᵀ / √d_k  where M, −∞ elsewhere) V
+    CausalAttention(Q, K, V) = softmax(Q Kᵀ / √d_k  where M = 1,  −∞ elsewhere) V
 
-Paper: Vaswani et al., "Attention Is All You Need" (2017), section 3.2.3 (masking). Dropout
-on the weights is in the authors' code; section 5.4 names it for sub-layer outputs and embeddings.
+Paper: Vaswani et al., "Attention Is All You Need" (2017, arXiv:1706.03762), section 3.2.3
+(masking). Section 5.4 has dropout on sub-layer outputs and embeddings; only the authors' code has
+it on the attention weights.
 Simplified: one head, no output projection.
+Before: phase 1. Reading 7 minutes, running 5 seconds.
 
 Dimensions: B batch · T query positions · S key positions · D model width · K query/key width ·
 V value width.
@@ -24,7 +26,7 @@ from lesson import check_dropout, demonstration, flag, require
 from self_attention_coded import SelfAttention, scaled_dot_product_attention
 
 
-# %% The naive reference: each query sees a shorter or longer list of keys
+# %% The naive reference: each query gets its own list of keys
 def causal_attention_loops(query, key, value):
     """Causal attention without a mask: query i attends to the first i + 1 + (S − T) keys.
 
@@ -41,14 +43,14 @@ def causal_attention_loops(query, key, value):
 
 # %% The mask
 def causal_mask(query_length, key_length=None, device=None):
-    """(T, S) boolean mask, True = may attend; the last query sees the last key.
+    """Boolean mask (T, S), True = may attend. The last query lines up with the last key.
 
-    `key_length` defaults to `query_length`. With 2 queries over 4 keys:
+    `key_length` defaults to `query_length`. With 2 queries and 4 keys:
 
         1 1 1 0
         1 1 1 1
 
-    Fewer keys than queries are refused: the first query would see nothing.
+    ValueError for fewer keys than queries: the first query could attend to no key.
     """
     T, S = query_length, query_length if key_length is None else key_length
     require(S >= T, f"key_length={S} must be at least query_length={T}")
@@ -57,7 +59,7 @@ def causal_mask(query_length, key_length=None, device=None):
 
 # %% The module
 class CausalSelfAttention(SelfAttention):
-    """One causal head; phase 1's projections, a mask, and dropout on the weights in training."""
+    """One causal head: phase 1's projections, a mask, and dropout on the weights in training."""
 
     def __init__(self, d_in, d_out, dropout=0.0, bias=False):
         super().__init__(d_in, d_out, bias)
@@ -67,7 +69,7 @@ class CausalSelfAttention(SelfAttention):
     def forward(self, x, mask=None):
         """(B, T, d_in) or (T, d_in) → (..., T, d_out).
 
-        `mask`: boolean, broadcastable to (..., T, T), for padding: on top of the causal one.
+        `mask`: boolean, broadcastable to (..., T, T). It can remove more keys, such as padding.
         """
         query, key, value = self.project(x)
         allowed = causal_mask(x.shape[-2], device=x.device)
@@ -77,9 +79,9 @@ class CausalSelfAttention(SelfAttention):
         return output
 
 
-# %% Two tests that the future is not seen
+# %% Two tests that no token sees a later one
 def largest_leak_by_perturbation(attention, x):
-    """Changes each token in turn; the largest change of any output before it. x: (T, D)."""
+    """Changes each token in turn; returns the largest change of an earlier output. x: (T, D)."""
     before = attention(x)
     leak = 0.0
     for position in range(1, x.shape[0]):
@@ -91,7 +93,7 @@ def largest_leak_by_perturbation(attention, x):
 
 
 def gradient_reach(attention, x):
-    """(T, T) table: size of the gradient of output i with respect to input j. x: (T, D)."""
+    """Returns (T, T): the size of the gradient of output i with respect to input j. x: (T, D)."""
     x = x.detach().requires_grad_()
     output = attention(x)
     rows = [torch.autograd.grad(row.sum(), x, retain_graph=True)[0] for row in output]
@@ -110,16 +112,16 @@ def main(demo, arguments):
         demo.note(f"mask of 2 queries over 4 keys: {row}")
     query_TK, key_SK, value_SV = attention.project(x_TD)
     loops_TV = causal_attention_loops(query_TK, key_SK, value_SV)
-    demo.same("shrinking key lists = mask", "(T, V)", attention(x_TD), loops_TV)
+    demo.same("a key list for each query = mask", "(T, V)", attention(x_TD), loops_TV)
     mask_2S = causal_mask(2, length, device=device)
     last_two_2V, _ = scaled_dot_product_attention(query_TK[-2:], key_SK, value_SV, mask_2S)
-    demo.same("2 queries over T keys = last 2 rows", "(2, V)", last_two_2V, loops_TV[-2:])
+    demo.same("the last 2 queries alone = the last 2 rows", "(2, V)", last_two_2V, loops_TV[-2:])
 
     leak = largest_leak_by_perturbation(attention, x_TD)
-    demo.check("changing a token leaves all before it alone", "(T, D)", f"leak {leak}", leak == 0)
+    demo.check("changing a token changes no earlier output", "(T, D)", f"leak {leak}", leak == 0)
     reach_TS = gradient_reach(attention, x_TD)
     future, past = reach_TS.triu(1).max(), reach_TS.diagonal().min()
-    demo.check("no gradient from later tokens, some from its own", "(T, T)",
+    demo.check("gradient: none at later tokens, some at the own one", "(T, T)",
                f"later {future:.1e}, own at least {past:.1e}", future == 0 and past > 0)
 
     nothing_TS = torch.zeros(length, length, dtype=torch.bool, device=device)
@@ -131,8 +133,8 @@ def main(demo, arguments):
     dropped, _ = scaled_dot_product_attention(query, key, value, dropout_p=arguments.dropout)
     demo.check("dropout keeps the mean of the output", "(20000, 1, 1)",
                f"mean {dropped.mean():.3f}, want 1 within 0.05", abs(dropped.mean() - 1) < 0.05)
-    demo.finish("--length 12: the mask grows, the last row still sees everything",
-                "--dropout 0.9: the mean stays, the spread grows")
+    demo.finish("--length 12: a longer text, and still no leak",
+                "--dropout 0.9: single outputs differ more, their mean stays near 1")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,24 @@
 """Phase 4: multi-head latent attention (MLA), DeepSeek's small KV cache.
 
-Phase 3 cached every head's keys and values. MLA caches one short vector a token instead, the
-latent c_KV, from which all heads' keys and values can be rebuilt by a matrix. A few more numbers,
-k_R, carry the position; phase 7 rotates them, here they pass unrotated. Better still, the cache
-need not be expanded at all: the matrix that would rebuild the keys can be applied to the (few)
-queries, and the one that would rebuild the values to the (few) outputs. That is *absorption*:
-the same function, computed in another order.
+Phase 3 cached every head's keys and values. MLA caches one short vector for each token instead, the
+latent c_KV. One matrix can rebuild the keys and values of all heads from it. A few more numbers,
+k_R, carry the position: phase 7 rotates them, here they stay as they are. We can even leave the
+rebuilding out. W_UK, which rebuilds the keys, can be applied to the queries instead. W_UV, which
+rebuilds the values, can be applied to the outputs instead. A decoding step has many cached tokens
+but only one query per head, so this saves much work. It is called *absorption*: the same function,
+computed in another order. RMSNorm divides a vector by the root of its mean square.
 
     c_KV = RMSNorm(W_DKV h)        k_R = W_KR h          (one k_R for all heads, from h itself)
     [k_C ; v_C] = [W_UK ; W_UV] c_KV
     c_Q = RMSNorm(W_DQ h)          [q_C ; q_R] = [W_UQ ; W_QR] c_Q
     o_i = Σ_j softmax_j((q_C·k_C + q_R·k_R) / √(N + R)) v_C        (one scale for both scores)
-    absorbed:  q_C·k_C = (W_UKᵀ q_C)·c_KV        o_i = W_UV Σ_j p_j c_KV
+    absorbed:  q_C·k_C = (W_UKᵀ q_C)·c_KV        o_i = W_UV Σ_j p_j c_KV       (p_j: the softmax)
 
-Papers: DeepSeek-V2 (2024), section 2.1, equations 9–19 and 37–47, Table 1, the norms of the
-latents in 3.1.2; cache sizes: "Insights into DeepSeek-V3" (2025), Table 1. Attribute names are
-those of the released checkpoints.
+Papers: DeepSeek-V2 (2024, arXiv:2405.04434), section 2.1, equations 9–19 and 37–47, Table 1, and
+3.1.2 for the norms of the latents; cache sizes: "Insights into DeepSeek-V3" (2025,
+arXiv:2505.09343), Table 1. Attribute names are those of the released checkpoints.
 Simplified: k_R and q_R are not rotated yet; phase 7 overrides `rotate`.
+Before: phases 1 to 3. Reading 15 minutes, running 5 seconds.
 
 Dimensions: B batch · T query positions · S key positions · D model width · H heads · N
 no-position part and R rotary part of a query/key · V value width · C KV latent · Q query latent.
@@ -35,29 +37,35 @@ from self_attention_coded import masked_softmax
 
 # %% The cache
 class LatentCache(caches.Cache):
-    """One layer's [c_KV | k_R], (B, length, C + R): normed latent, position key.
+    """One layer's [c_KV | k_R], (B, length, C + R): the normed latent and the position key.
 
-    The latent is cached after its norm, so it is normed once; k_R after its rotation (phase 7).
+    The latent is cached after its norm and k_R after its rotation (phase 7), so neither is done
+    again. DeepSeek-V3 has 61 layers, C = 512 and R = 64. At 2 bytes a number, a token takes
+
+        61 · (512 + 64) · 2 = 70,272 bytes
+
+    instead of the keys of width 192 and the values of width 128 that phase 3 would cache for
+    128 heads: 61 · 128 · (192 + 128) · 2 = 4,997,120 bytes.
     """
 
     def __init__(self, store=RowStore):
         super().__init__(rows=store())
 
     def append(self, memory):
-        """Stores (B, new, C + R); returns all of it so far, (B, S, C + R)."""
+        """Stores the rows of new tokens (B, new, C + R); returns all rows so far (B, S, C + R)."""
         return self.rows.append(memory)
 
 
-# %% The module: what it projects, what it remembers, and how it attends
+# %% The module: its projections, its memory, and four paths that attend
 class MultiHeadLatentAttention(nn.Module):
     """MLA with the projections of the released checkpoints.
 
-    `q_lora_rank` is Q, or None for a plain `q_proj` (V2-Lite). The rows of `q_b_proj` (`q_proj`)
-    are [N | R] per head, those of `kv_a_proj_with_mqa` [C | R], those of `kv_b_proj` [N | V] per
-    head. The norms of the latents have eps 1e-6, whatever the model's other norms have.
+    `q_lora_rank` is Q, or None for a plain `q_proj` (V2-Lite). Each head has the rows [N | R] in
+    `q_b_proj` (or `q_proj`) and [N | V] in `kv_b_proj`. `kv_a_proj_with_mqa` has the rows [C | R].
+    The norms of the latents have eps 1e-6, even if the model's other norms have another eps.
     """
 
-    paths = ("naive", "expanded", "einsum", "absorbed")  # a method each
+    paths = ("naive", "expanded", "einsum", "absorbed")  # each is a method
     new_cache = LatentCache  # phase 8 puts a smaller one here
     attend = staticmethod(fused_attention)
 
@@ -98,9 +106,9 @@ class MultiHeadLatentAttention(nn.Module):
         self.o_proj = nn.Linear(heads_width, hidden_size, bias=attention_bias)
 
     def rotate(self, x, positions):
-        """Rotates queries (B, H, T, R) or keys (B, T, R) by their positions: not here, in phase 7.
+        """Returns x as it is. Phase 7 overrides this and rotates x by the positions.
 
-        positions: (T,) or (B, T).
+        x: queries (B, H, T, R) or keys (B, T, R). positions: (T,) or (B, T).
         """
         return x
 
@@ -114,7 +122,7 @@ class MultiHeadLatentAttention(nn.Module):
         return q_BHTK.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
 
     def remember(self, hidden, positions, cache=None):
-        """(B, T, D) → what later tokens need of these, behind what the cache has: (B, S, C + R)."""
+        """(B, T, D) → [c_KV | k_R] of the cached tokens, then of these tokens: (B, S, C + R)."""
         rows = self.kv_a_proj_with_mqa(hidden)
         latent_BTC, k_rope_BTR = self.split_memory(rows)
         k_rope_BTR = self.rotate(k_rope_BTR, positions)
@@ -122,21 +130,21 @@ class MultiHeadLatentAttention(nn.Module):
         return memory if cache is None else cache.append(memory)
 
     def split_memory(self, memory):
-        """(B, S, C + R) → latents (B, S, C) and the one position key of all heads (B, S, R)."""
+        """(B, S, C + R) → latents (B, S, C) and position keys (B, S, R), which all heads share."""
         return memory.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
 
     def forward(self, hidden, positions=None, mask=None, cache=None, path="expanded"):
         """Causal attention, (B, T, D) → (B, T, D).
 
         Args:
-            positions: (T,) or (B, T); default: they follow on from what the cache holds.
-            mask: boolean, broadcastable to (B, H, T, S), on top of the causal one.
-            cache: a `LatentCache`; the T tokens are appended and attend to all that it holds. For
-                inference: no gradient flows through what is cached.
-            path: "naive" goes head by head through the equations, "expanded" rebuilds keys and
-                values (best for many queries: training, prompts). Two are the absorbed form, which
-                attends to the latents themselves (best for few queries: decoding): "einsum" writes
-                its equation line by line, "absorbed" has phase 3's attention do it.
+            positions: (T,) or (B, T); default: they continue after the cached tokens.
+            mask: boolean, broadcastable to (B, H, T, S). It can remove more keys, such as padding.
+            cache: a `LatentCache`. The T tokens are appended to it and attend to all its tokens.
+                For inference: no gradient flows through the cache.
+            path: "naive" computes the equations head by head. "expanded" rebuilds keys and values,
+                which is best for many queries: training and prompts. "einsum" and "absorbed" attend
+                to the latents themselves, which is best for few queries: decoding. "einsum" writes
+                the equations line by line; "absorbed" calls phase 3's attention.
         """
         check_forward(hidden, self.hidden_size, self.num_heads, mask, cache, path, self.paths)
         if positions is None:
@@ -155,7 +163,7 @@ class MultiHeadLatentAttention(nn.Module):
 
     # The naive reference
     def naive(self, q_nope_BHTN, q_rope_BHTR, memory, mask):
-        """Equations 9–19, one head after another; both scores are added, then scaled."""
+        """Equations 9–19, one head after another. The two scores are added, then scaled."""
         latent_BSC, k_rope_BSR = self.split_memory(memory)
         w_uk_HNC, w_uv_HVC = self.up_projections(memory.dtype)
         H = self.num_heads
@@ -169,7 +177,7 @@ class MultiHeadLatentAttention(nn.Module):
             heads.append(masked_softmax(scores_BTS, allowed_BHTS[:, h]) @ v_BSV)
         return torch.stack(heads, dim=1)
 
-    # All heads' keys and values rebuilt
+    # Expanded: the keys and values of all heads are rebuilt
     def expanded(self, q_nope_BHTN, q_rope_BHTR, memory, mask):
         """Rebuilds keys and values from the latents, then attends as in phase 3."""
         latent_BSC, k_rope_BSR = self.split_memory(memory)
@@ -180,9 +188,9 @@ class MultiHeadLatentAttention(nn.Module):
         k_BHSK = torch.cat([k_nope_BHSN, k_rope_BHSR], dim=-1)
         return self.attend(q_BHTK, k_BHSK, v_BHSV, mask, scale=self.softmax_scale, causal=True)
 
-    # Absorbed. No keys, no values: W_UK goes to the queries, W_UV to the outputs
+    # Absorbed: no keys or values are rebuilt; W_UK goes to the queries, W_UV to the outputs
     def einsum(self, q_nope_BHTN, q_rope_BHTR, memory, mask):
-        """The absorbed form, an equation a line: every head attends to the latents."""
+        """The absorbed form, one equation a line. Every head attends to the latents."""
         latent_BSC, k_rope_BSR = self.split_memory(memory)
         w_uk_HNC, w_uv_HVC = self.up_projections(memory.dtype)
         allowed_BHTS = allowed_keys(q_nope_BHTN, memory, mask)
@@ -196,10 +204,10 @@ class MultiHeadLatentAttention(nn.Module):
         return torch.einsum("bhtc,hvc->bhtv", mixed_BHTC, w_uv_HVC)
 
     def absorbed(self, q_nope_BHTN, q_rope_BHTR, memory, mask):
-        """The same as phase 3's multi-query attention: the memory is the one key and value head.
+        """The same as multi-query attention (phase 3): the memory is the only key/value head.
 
-        [q_latent | q_R] against [c_KV | k_R] gives the sum of both scores. The memory serves as
-        values as well; its last R columns are mixed along, then cut off.
+        The dot product of [q_latent | q_R] and [c_KV | k_R] is the sum of both scores. The memory
+        also serves as the values. Its last R columns are not needed there: they are cut off.
         """
         w_uk_HNC, w_uv_HVC = self.up_projections(memory.dtype)
         query = torch.cat([q_nope_BHTN @ w_uk_HNC, q_rope_BHTR], dim=-1)  # (B, H, T, C + R)
@@ -210,7 +218,7 @@ class MultiHeadLatentAttention(nn.Module):
 
 # %% The cost: numbers cached per token, and arithmetic per decoded token
 def cache_elements_per_token(kind, layers, heads=1, head_width=0, groups=1, latent=0, rotary=0):
-    """Numbers that a token leaves in the cache of the whole model (DeepSeek-V2, Table 1).
+    """Counts the numbers that one token adds to the caches of all layers (DeepSeek-V2, Table 1).
 
     `kind`: "MHA" 2·heads·head_width·layers, "GQA" 2·groups·head_width·layers, "MQA"
     2·head_width·layers, "MLA" (latent + rotary)·layers.
@@ -226,23 +234,23 @@ def cache_elements_per_token(kind, layers, heads=1, head_width=0, groups=1, late
 
 
 def decode_flops(attention, context, path):
-    """Floating-point operations from queries to heads' outputs, one token, one layer, batch 1.
+    """Counts the floating-point operations of one token in one layer, from queries to outputs.
 
-    Counted: rebuilding keys and values (expanded) or moving W_UK and W_UV (absorbed), and the two
-    products of the attention itself over `context` keys. The projections, equal in both, are not.
+    It counts the rebuilding of `context` keys and values (expanded) or the products with W_UK and
+    W_UV (absorbed), then the two products of attention. Other projections cost the same in both.
     """
     H, C, R = attention.num_heads, attention.kv_lora_rank, attention.qk_rope_head_dim
     N, V = attention.qk_nope_head_dim, attention.v_head_dim
     require(path in ("expanded", "absorbed"), f"path={path!r} must be 'expanded' or 'absorbed'")
     if path == "expanded":
         return 2 * context * C * H * (N + V) + 2 * context * H * (N + R + V)
-    # The rotary part is mixed along with the latents and then cut off.
+    # The second C + R: as values, the R columns are averaged like the latents, then cut off.
     return 2 * H * C * (N + V) + 2 * context * H * (C + R + C + R)
 
 
 # %% The demonstration
 def check_paths(demo, attention, x_BTD, name):
-    """All paths are one function, also through the cache; returns the bytes cached per token."""
+    """Checks that all paths agree, with and without a cache; returns the cached bytes per token."""
     cache = LatentCache()
     with torch.no_grad():
         naive = attention(x_BTD, path="naive")
@@ -258,7 +266,7 @@ def check_paths(demo, attention, x_BTD, name):
 
 
 def check_published_sizes(demo):
-    """DeepSeek-V2's Table 1 with V2's own sizes, and the published KB per token."""
+    """Checks V2's Table 1 (d_h: head width, l: layers) and the published KB per token."""
     v2 = dict(layers=60, heads=128, head_width=128, groups=8, latent=512, rotary=64)
     published = {"MHA": 1_966_080, "GQA": 122_880, "MQA": 15_360, "MLA": 34_560}
     for kind, numbers in published.items():
@@ -299,9 +307,10 @@ def main(demo, arguments):
     expanded, absorbed = (decode_flops(attention, context, p) for p in ("expanded", "absorbed"))
     figure = f"expanded {expanded / 1e9:.2f}, absorbed {absorbed / 1e9:.2f}"
     fewer = context == 1 or absorbed < expanded
-    what = f"V3, one layer, a token after {context}: {expanded / absorbed:.0f}× fewer"
+    what = f"V3, one layer, one token, {context} keys: {expanded / absorbed:.0f}× fewer"
     demo.check(what, "GFLOP", figure, fewer)
-    demo.finish("--context 131072", "--kv-lora-rank 8: a smaller cache, a lower-rank attention")
+    demo.finish("--context 131072: absorbed needs 114× fewer, at --context 1 about as many",
+                "--kv-lora-rank 8: 64 cached bytes per token, but keys and values of lower rank")
 
 
 if __name__ == "__main__":

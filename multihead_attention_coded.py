@@ -1,18 +1,21 @@
 """Phase 3: multi-head attention, with a KV cache and shared key/value heads.
 
-One head can follow one relation between tokens at a time. Multi-head attention runs H small heads
-side by side and mixes their outputs with one matrix. When text is generated token by token, the
-keys and values of the past do not change, so they are kept in a cache: that cache, not the
-arithmetic, is what makes decoding after a long context expensive. Grouped-query attention (GQA)
-shrinks it by letting several query heads share a key/value head; multi-query attention (MQA) keeps
-just one. Phase 4 shows DeepSeek's better bargain.
+One head gives each token one set of weights, so it can follow one relation at a time. Multi-head
+attention runs H small heads side by side and mixes their outputs with one matrix. When a model
+generates token by token, the keys and values of past tokens do not change, so a cache keeps them.
+After a long context, this cache makes decoding expensive, more than the arithmetic does. In
+grouped-query attention (GQA), several query heads share one key/value head, so the cache is
+smaller. Multi-query attention (MQA) has a single key/value head. Phase 4 shows DeepSeek's way.
 
     head_h = Attention(X W_Q^h, X W_K^g, X W_V^g)   with g = ⌊h · groups / H⌋
     MultiHead(X) = [head_0; …; head_{H−1}] W_O
 
-Papers: Vaswani et al. (2017), section 3.2.2; Shazeer (2019), multi-query attention; Ainslie et
-al. (2023), grouped-query attention. Cache sizes: DeepSeek-V2, Table 1.
+Papers: heads: Vaswani et al. (2017, arXiv:1706.03762), section 3.2.2; MQA: Shazeer (2019,
+arXiv:1911.02150), section 3; GQA: Ainslie et al. (2023, arXiv:2305.13245), section 2.2; cache
+sizes: DeepSeek-V2 (2024, arXiv:2405.04434), Table 1; the fused kernel: FlashAttention, Dao et al.
+(2022, arXiv:2205.14135), section 3.1.
 Simplified: no positions (phase 7); query, key and value heads have equal widths.
+Before: phases 1 and 2. Reading 12 minutes, running 5 seconds.
 
 Dimensions: B batch · T query positions · S key positions · D model width · H heads · K head
 width · V value width.
@@ -30,15 +33,15 @@ from self_attention_coded import scaled_dot_product_attention
 
 # %% The naive reference: one head after another
 def attention_by_heads(query, key, value, mask=None, dropout_p=0.0, causal=False):
-    """Each query head attends by itself, to the key/value head of its group.
+    """Each query head h attends by itself, to the key/value head g of its group.
 
-    Neighbours share. Of 8 query heads over 2 key/value heads, g = ⌊h · 2 / 8⌋:
+    Neighbouring heads share. With 8 query heads and 2 key/value heads, g = ⌊h · 2 / 8⌋:
 
         h    0 1 2 3 4 5 6 7
         g    0 0 0 0 1 1 1 1
 
     query (B, H, T, K), key and value (B, groups, S, K); H is a multiple of groups. mask: boolean,
-    broadcastable to (B, H, T, S), True = may attend; `causal` adds the causal one. Returns:
+    broadcastable to (B, H, T, S), True = may attend. `causal` adds the causal mask to it. Returns:
     (B, H, T, K).
     """
     H, groups = query.shape[1], key.shape[1]
@@ -55,9 +58,10 @@ def attention_by_heads(query, key, value, mask=None, dropout_p=0.0, causal=False
 
 
 def allowed_keys(query, key, mask=None, causal=True):
-    """True where a query may attend to a key. None: all may attend to all.
+    """The mask that is True where a query may attend to a key; None if all may attend to all.
 
-    (B, H, T, S), with 1 for a dimension that makes no difference: (1, 1, T, S) if just causal.
+    Its shape is (B, H, T, S), with 1 for each dimension that makes no difference. The causal mask
+    alone is (1, 1, T, S).
     """
     T, S = query.shape[-2], key.shape[-2]
     if causal:
@@ -68,9 +72,9 @@ def allowed_keys(query, key, mask=None, causal=True):
 
 # %% All heads at once: H is one more batch dimension
 def attention_at_once(query, key, value, mask=None, dropout_p=0.0, causal=False):
-    """`attention_by_heads` as one batch of products; a shared key/value head is repeated.
+    """Computes `attention_by_heads` as one batch of products; repeats shared key/value heads.
 
-    `repeat_interleave` puts the copies of a head side by side, 0 0 0 0 1 1 1 1 as above. `repeat`
+    `repeat_interleave` puts the copies of a head side by side: 0 0 0 0 1 1 1 1, as above. `repeat`
     would give 0 1 0 1 0 1 0 1: the wrong heads would share.
     """
     shared_by = query.shape[1] // key.shape[1]
@@ -81,12 +85,12 @@ def attention_at_once(query, key, value, mask=None, dropout_p=0.0, causal=False)
     return output_BHTK
 
 
-# %% The cache: keys and values of the past are kept, not computed again
+# %% The cache keeps keys and values of the past, so that they are not computed again
 class RowStore(caches.Rows):
-    """Rows (..., length, width) that grow by `torch.cat`. For inference: no gradient flows in."""
+    """Rows (..., length, width) that grow by `torch.cat`. For inference: it passes no gradient."""
 
     def append(self, rows):
-        """Adds rows (..., new, width) behind the others; returns all of them."""
+        """Adds rows (..., new, width) after the others; returns all rows."""
         rows = rows.detach()
         self.rows = rows if self.rows is None else torch.cat([self.rows, rows], dim=-2)
         return self.rows
@@ -95,11 +99,11 @@ class RowStore(caches.Rows):
 class KVCache(caches.Cache):
     """Keys and values of one layer, (B, groups, length, K) each: 2 · groups · K numbers a token.
 
-    Only new tokens ask, so the queries of the past are not kept. With the sizes of DeepSeek-V2 (60
-    layers, 128 heads of width 128, 2 bytes a number, texts of up to 131,072 tokens), all layers
-    together keep:
+    A query is used only once, when its token is new, so it is not kept. Take the sizes of
+    DeepSeek-V2: 60 layers, 128 heads of width 128, 2 bytes a number, 131,072 tokens of context. The
+    first column of numbers counts one layer and one token; the others count all layers:
 
-                          numbers a layer   bytes a token   a whole text
+                          numbers a layer   bytes a token   full context
         MHA                 2 · 128 · 128       3,932,160       515.4 GB
         GQA, 8 groups         2 · 8 · 128         245,760        32.2 GB
         MQA                   2 · 1 · 128          30,720         4.0 GB
@@ -110,40 +114,41 @@ class KVCache(caches.Cache):
         super().__init__(keys=store(), values=store())
 
     def append(self, key, value):
-        """Stores one or more tokens; returns all keys and all values so far."""
+        """Stores keys and values of one or more tokens; returns all keys and values so far."""
         return self.keys.append(key), self.values.append(value)
 
 
-# %% The fused kernel: the same function, without all the weights in memory at one time
+# %% The fused kernel: the same function, but never all weights in memory at once
 def fused_attention(query, key, value, mask=None, scale=None, dropout_p=0.0, causal=False):
-    """`attention_at_once` by PyTorch's fused kernel, which never has all T × S weights.
+    """Computes `attention_at_once` by PyTorch's fused kernel, which never stores all T × S weights.
 
-    It goes through the keys block by block. For each query it keeps the running maximum m of the
-    scores s_j, the sum l of the exponentials and the output o so far. Each block corrects all three
-    (*online softmax*), because exp(s − m) depends on the maximum:
+    It goes through the keys block by block. For each query it keeps three running results: the
+    maximum m of the scores s_j, the sum l of their exponentials, and the sum o of the values v_j,
+    weighted by the exponentials. If a block raises the maximum to m', exp(m − m') corrects the old
+    sums. This is called *online softmax*:
 
         m' = max(m, s_j …)                        j: the keys of the block
         l' = l · exp(m − m') + Σ_j exp(s_j − m')
         o' = o · exp(m − m') + Σ_j exp(s_j − m') v_j          at the end: o / l
 
-    Three keys, a block each, with the scores 0, ln 2, 0 and the values 1, 4, 1:
+    Take three keys in blocks of one, with the scores 0, ln 2, 0 and the values 1, 4, 1:
 
         m     0    ln 2           ln 2
         l     1    1/2 + 1        3/2 + 1/2 = 2
         o     1    1/2 + 4        9/2 + 1/2 = 5        o / l = 5/2 = (1 · 1 + 2 · 4 + 1 · 1) / 4
 
-    A text of 4,096 tokens has 128 · 4096² weights in 128 heads: 4.3 GB a layer at 2 bytes a number.
-    The running numbers are 2 + V a query, 0.1 GB at V = 128.
+    With 4,096 tokens, 128 heads have 128 · 4096² weights: 4.3 GB a layer at 2 bytes a number. The
+    running numbers are 2 + V for each query and head, which is 0.1 GB at V = 128.
 
-    The kernel has a causal flag of its own. It lines up the *first* query with the first key, so 2
-    queries over 4 keys would see 1 and 2 of them; 3 and 4 are right. Hence a mask says it here.
-    Where no kernel fits, PyTorch stores all weights: on a CPU with dropout, for example.
+    The kernel's own causal flag lines up the *first* query with the first key: 2 queries over 4
+    keys would see 1 and 2 of them, but 3 and 4 are right. So we pass a mask instead. Where no fused
+    kernel fits, PyTorch stores all weights: on a CPU with dropout, for example.
 
     query (B, H, T, K), key (B, groups, S, K), value (B, groups, S, V) → (B, H, T, V).
     `scale`: default 1/√K.
     """
     mask = allowed_keys(query, key, mask, causal)
-    missing = max(query.shape[-1] - value.shape[-1], 0)  # zeros fill up: a CPU's kernel wants V = K
+    missing = max(query.shape[-1] - value.shape[-1], 0)  # the CPU kernel needs V = K: add zeros
     output = nn.functional.scaled_dot_product_attention(
         query, key, nn.functional.pad(value, (0, missing)), mask, dropout_p, scale=scale,
         enable_gqa=True,
@@ -153,9 +158,9 @@ def fused_attention(query, key, value, mask=None, scale=None, dropout_p=0.0, cau
 
 # %% The module: projections, heads, and the matrix that mixes them
 class MultiHeadAttention(nn.Module):
-    """H query heads over `num_kv_heads` key/value heads (H: MHA; 1: MQA; between: GQA).
+    """H query heads share `num_kv_heads` key/value heads. H of them: MHA; 1: MQA; between: GQA.
 
-    `d_model` is D; heads have width K = D / H.
+    `d_model` is D; each head has width K = D / H.
     """
 
     paths = {"loop": attention_by_heads, "explicit": attention_at_once, "fused": fused_attention}
@@ -171,17 +176,17 @@ class MultiHeadAttention(nn.Module):
         self.o_proj = nn.Linear(d_model, d_model, bias=bias)
 
     def split_heads(self, x_BTD):
-        """(B, T, heads · K) → (B, heads, T, K): head h is the columns h·K … h·K + K − 1."""
+        """(B, T, heads · K) → (B, heads, T, K): head h gets the columns h·K … h·K + K − 1."""
         return x_BTD.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
 
     def forward(self, x, mask=None, cache=None, causal=True, path="fused"):
         """(B, T, D) → (B, T, D).
 
         Args:
-            mask: boolean, broadcastable to (B, H, T, S), on top of the causal one.
-            cache: a `KVCache`; the T tokens are appended and attend to all that it stores. For
-                inference: no gradient flows through what is cached.
-            causal: False lets every token see every other.
+            mask: boolean, broadcastable to (B, H, T, S). It can remove more keys, such as padding.
+            cache: a `KVCache`. The T tokens are appended to it and attend to all its tokens. For
+                inference: no gradient flows through the cache.
+            causal: False lets every token attend to every token.
             path: "loop" (the naive reference), "explicit" (all heads at once) or "fused".
         """
         check_forward(x, self.q_proj.in_features, self.num_heads, mask, cache, path, self.paths)
@@ -197,7 +202,7 @@ class MultiHeadAttention(nn.Module):
 
 # %% The demonstration
 def check_paths(demo, attention, x_BTD, kind):
-    """All paths are one function, also through the cache; returns the bytes cached per token."""
+    """Checks that all paths agree, with and without a cache; returns the cached bytes per token."""
     cache = KVCache()
     with torch.no_grad():
         loop = attention(x_BTD, path="loop")
@@ -206,12 +211,12 @@ def check_paths(demo, attention, x_BTD, kind):
         pieces = torch.cat([attention(chunk, cache=cache) for chunk in chunks], dim=1)
     demo.same(f"{kind}: a loop of heads = all heads at once", "(B, T, D)", at_once, loop)
     demo.same(f"{kind}: fused kernel = loop", "(B, T, D)", fused, loop)
-    demo.same(f"{kind}: appends of 1, 1, 4, 1, 3 = one pass", "(B, T, D)", pieces, loop)
+    demo.same(f"{kind}: cached 1, 1, 4, 1, 3 at a time = one pass", "(B, T, D)", pieces, loop)
     return cache.used_bytes() // x_BTD[..., 0].numel()
 
 
 def heads_read(attend, heads, groups):
-    """The number of the key/value head that each query head reads: all its values are that."""
+    """The key/value head that each query head reads. All values of head g are the number g."""
     number = torch.arange(float(groups)).reshape(1, groups, 1, 1)
     read = attend(torch.ones(1, heads, 1, 1), torch.ones_like(number), number)
     return read.flatten().int().tolist()
@@ -236,7 +241,7 @@ def main(demo, arguments):
     demo.check("GQA: the key/value head that each query head reads", "(H,)",
                " ".join(map(str, read[0])), read == [neighbours_share] * len(paths))
     demo.finish("--heads 16 --kv-heads 4: narrower heads; GQA's cache stays, MQA's is halved",
-                "--heads 4 --kv-heads 3: what does the error say?")
+                "--heads 4 --kv-heads 3: an error, since 4 heads cannot form 3 equal groups")
 
 
 if __name__ == "__main__":

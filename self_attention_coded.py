@@ -3,14 +3,16 @@
 Every token asks a question (its query), offers a label (its key) and carries content (its
 value). A token's output is a weighted average of all values; the weight of a value is high when
 its key matches the token's query. The weights come from a softmax, so they are positive and sum
-to one. Nothing here knows the order of the tokens: that comes with masks (phase 2) and rotary
-positions (phase 7).
+to one. Attention alone ignores the order of the tokens. Masks (phase 2) and rotary positions
+(phase 7) bring it in.
 
     Q = X W_Q,  K = X W_K,  V = X W_V
     Attention(Q, K, V) = softmax(Q Kᵀ / √d_k) V
 
-Paper: Vaswani et al., "Attention Is All You Need" (2017), section 3.2.1, equation 1.
-Simplified: one head, no output projection (both arrive in phase 3).
+Paper: Vaswani et al., "Attention Is All You Need" (2017, arXiv:1706.03762), section 3.2.1,
+equation 1.
+Simplified: one head, no output projection. Phase 3 adds more heads and the projection.
+Before: matrix products and PyTorch's `nn.Linear`. Reading 8 minutes, running 5 seconds.
 
 Dimensions: B batch · T query positions · S key positions · D model width · K query/key width (d_k
 in the equation) · V value width.
@@ -28,9 +30,9 @@ from lesson import check_attention, check_input, check_sizes, demonstration, exp
 
 # %% The naive reference: one sequence, explicit loops
 def self_attention_loops(x, w_q, w_k, w_v):
-    """Attention of one sequence, a query at a time and a key at a time.
+    """Attention within one sequence, by a loop over the queries and a loop over the keys.
 
-    Args: `x` (T, D); `w_q`, `w_k` (K, D) and `w_v` (V, D), laid out as `nn.Linear.weight`.
+    Args: `x` (T, D); `w_q`, `w_k` (K, D) and `w_v` (V, D), laid out like `nn.Linear.weight`.
     Returns: output (T, V) and weights (T, T).
     """
     queries = [w_q @ token for token in x]
@@ -40,7 +42,7 @@ def self_attention_loops(x, w_q, w_k, w_v):
     outputs, all_weights = [], []
     for query in queries:
         scores = torch.stack([query.dot(key) / math.sqrt(d_k) for key in keys])
-        exponentials = torch.exp(scores - scores.max())
+        exponentials = torch.exp(scores - scores.max())  # the maximum cancels; no overflow
         weights = exponentials / exponentials.sum()
         outputs.append(sum(weight * value for weight, value in zip(weights, values, strict=True)))
         all_weights.append(weights)
@@ -49,19 +51,19 @@ def self_attention_loops(x, w_q, w_k, w_v):
 
 # %% The same with matrices, for any number of leading dimensions
 def scaled_dot_product_attention(query, key, value, mask=None, scale=None, dropout_p=0.0):
-    """softmax(Q Kᵀ · scale) V (Vaswani et al., equation 1), returning the weights as well.
+    """Computes softmax(Q Kᵀ · scale) V (equation 1) and also returns the weights.
 
     Args:
         query: (..., T, K). key: (..., S, K). value: (..., S, V). Leading dimensions broadcast.
-        mask: boolean, broadcastable to (..., T, S); True = this query may attend to this key.
+        mask: boolean, broadcastable to (..., T, S). True = this query may attend to this key.
         scale: factor on the scores; default 1/√K.
-        dropout_p: share of the weights set to zero (the rest grow to keep the mean), always
-            applied when above 0: pass 0.0 outside training.
+        dropout_p: share of the weights that are set to zero. The others grow, so that the mean
+            stays. Dropout always acts when this is above 0: pass 0.0 outside training.
 
-    Returns: output (..., T, V) and the weights (..., T, S) that made it. A query that may attend
-        to nothing gets zero weights and a zero output, where a plain softmax would give NaN.
+    Returns: output (..., T, V) and weights (..., T, S). If a query may attend to no key, its
+        weights and its output are zero. A plain softmax would give NaN.
 
-    Raises: ValueError on widths or lengths that do not fit, or a mask that is not boolean.
+    Raises: ValueError if widths, lengths or the mask do not fit, or the mask is not boolean.
     """
     check_attention(query, key, value)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
@@ -75,7 +77,7 @@ def scaled_dot_product_attention(query, key, value, mask=None, scale=None, dropo
 
 
 def masked_softmax(scores, mask):
-    """Softmax over the keys with mask True; all zeros, not NaN, for a query that has none."""
+    """Softmax over the keys where the mask is True. A query without such a key gets zeros."""
     weights = torch.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1)
     return weights.masked_fill(~mask, 0.0)
 
@@ -84,7 +86,7 @@ def masked_softmax(scores, mask):
 class SelfAttention(nn.Module):
     """One head of self-attention: three projections and `scaled_dot_product_attention`.
 
-    `d_in` is the model width D, `d_out` the width of queries, keys and values (K = V).
+    `d_in` is the model width D. `d_out` is the width of queries, keys and values (K = V).
     """
 
     def __init__(self, d_in, d_out, bias=False):
@@ -107,14 +109,15 @@ class SelfAttention(nn.Module):
 
 # %% Why the scale is √d_k
 def softmax_health(d_k, scale, queries=256, keys=32, seed=0):
-    """How saturated the softmax is for queries and keys of independent unit-variance entries.
+    """Measures how saturated the softmax is for random queries and keys.
 
-    Q·K is then a sum of d_k products of variance 1: its standard deviation is √d_k. Without the
-    scale, one key takes nearly all the weight when d_k is large, and the softmax passes almost no
-    gradient back to its own input. With the scale, the gradient stays the same size for every d_k.
+    Their numbers are independent and have variance 1. A dot product of a query and a key is a sum
+    of d_k products of variance 1, so its standard deviation is √d_k. Without the scale and with a
+    large d_k, one key takes nearly all the weight. Such a softmax is *saturated*: almost no
+    gradient reaches the scores. With the scale, the gradient stays the same size for every d_k.
 
-    Returns: (mean of each row's largest weight, mean norm of the gradient at the scores, for a
-        random gradient on the weights).
+    Returns: two means over the queries: the largest weight, and the norm of the gradient at the
+        scores when the gradient at the weights is random.
     """
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(queries, d_k, generator=generator)
@@ -133,14 +136,14 @@ def main(demo, arguments):
     x_BTD = torch.randn(2, 5, 16, device=demo.device)
     output_BTV = attention(x_BTD)
     shapes = f"{tuple(x_BTD.shape)} → {tuple(output_BTV.shape)}"
-    demo.check("a vector per token in, a vector per token out", "(B, T, D) → (B, T, V)", shapes,
+    demo.check("one vector in, one vector out for each token", "(B, T, D) → (B, T, V)", shapes,
                output_BTV.shape == (2, 5, 8))
 
     projections = (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
     loop_TV, loop_weights_TS = self_attention_loops(x_BTD[1], *projections)
     demo.same("explicit loops = batched matrices", "(T, V)", output_BTV[1], loop_TV)
     _, weights_BTS = scaled_dot_product_attention(*attention.project(x_BTD))
-    demo.same("weights of the loops = weights", "(T, S)", weights_BTS[1], loop_weights_TS)
+    demo.same("weights of the loops = batched weights", "(T, S)", weights_BTS[1], loop_weights_TS)
     row_sums_BT = weights_BTS.sum(dim=-1)
     demo.same("each row of weights sums to 1", "(B, T)", row_sums_BT, torch.ones_like(row_sums_BT))
     order = torch.tensor([3, 0, 4, 1, 2])
@@ -148,7 +151,7 @@ def main(demo, arguments):
     demo.same("shuffled tokens give shuffled outputs", "(B, T, V)", shuffled_BTV,
               output_BTV[:, order])
 
-    demo.note("why √d_k: largest weight of a row, and gradient through the softmax (32 keys)")
+    demo.note("why the scale is 1/√d_k: a row's largest weight, and the gradient at the scores")
     widths = [width for width in (4, 16, 64, 256, 1024) if width < arguments.d_k] + [arguments.d_k]
     for d_k in widths:
         weight, gradient = softmax_health(d_k, scale=1.0, seed=demo.seed)
@@ -157,10 +160,10 @@ def main(demo, arguments):
                   f"scaled {scaled_weight:.3f}, gradient {scaled_gradient:.4f}")
     demo.check("the scale keeps the softmax soft", f"d_k {d_k}",
                f"largest weight {weight:.2f} → {scaled_weight:.2f}", scaled_weight < weight)
-    demo.check("and keeps its gradient alive", f"d_k {d_k}",
+    demo.check("the scale keeps the gradient alive", f"d_k {d_k}",
                f"{gradient:.3f} → {scaled_gradient:.3f}", scaled_gradient > gradient or d_k < 64)
-    demo.finish("--d-k 4096: how saturated does the unscaled softmax get?",
-                "--seed 1: other random numbers, the same conclusions")
+    demo.finish("--d-k 4096: the unscaled weight comes still nearer to 1, the scaled one stays",
+                "--seed 1: the random numbers change, the conclusions do not")
 
 
 if __name__ == "__main__":

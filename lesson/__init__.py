@@ -1,8 +1,8 @@
-"""What every lesson's demonstration uses, so that a lesson holds nothing but its idea.
+"""Tools that all lessons share, so that a lesson contains only its idea.
 
-`demonstration` turns a function into a lesson's `main`: flags, device, header, check lines, errors
-in one line. `require` checks an argument. `setting` declares a dataclass field with its bounds and
-its flag. `curves`, `panels` and `bands` draw. This package knows no lesson.
+`demonstration` turns a function into a lesson's `main`, with flags, a device, a header, check lines
+and one-line errors. `require` checks an argument. `setting` declares a dataclass field with its
+bounds and its flag. `curves`, `panels` and `bands` draw. This package imports no lesson.
 """
 
 from lesson.checks import (

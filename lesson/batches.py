@@ -1,4 +1,4 @@
-"""Rows for a batch: padded where of unequal length, read so, joined, grouped, shuffled."""
+"""Functions for the rows of a batch: they pad, join, group, draw, shuffle and decode rows."""
 
 import torch
 
@@ -6,10 +6,10 @@ from lesson.checks import require
 
 
 def padded(rows, fill, device=None, side="left", times=1):
-    """Lists of ids → ids (B, L), `fill` on one side of the shorter rows; (B, L) bool: no padding.
+    """Lists of ids → ids (B, L) with `fill` as padding, and a mask (B, L), False at the padding.
 
-    `padded([[1], [2, 3]], 0)`: [[0, 1], [2, 3]] and [[False, True], [True, True]]. times: how often
-    each row comes, one below the other.
+    `padded([[1], [2, 3]], 0)` is [[0, 1], [2, 3]] and [[False, True], [True, True]]. side: where
+    the padding goes. times: number of copies of each row, one below the other.
     """
     longest, ids, real = max(map(len, rows)), [], []
     for row in rows:
@@ -22,9 +22,9 @@ def padded(rows, fill, device=None, side="left", times=1):
 
 
 def stacked(tensors):
-    """Tensors (B, L) of several B and L below each other; zeros stand left of the shorter rows.
+    """Joins tensors (B, L) of any B and L along B. Zeros pad the shorter rows on the left.
 
-    Tensors (B,) are joined as they are.
+    Tensors (B,) are joined without padding.
     """
     if tensors[0].dim() == 2:
         longest = max(x.shape[1] for x in tensors)
@@ -33,7 +33,7 @@ def stacked(tensors):
 
 
 def grouped(numbers, size, what="numbers", size_name="size"):
-    """Finite numbers (B,), a tensor or a list, as floats (B / size, size); else ValueError."""
+    """Numbers (B,), a tensor or a list → floats (B / size, size). All must be finite."""
     numbers = torch.as_tensor(numbers)
     numbers = numbers if numbers.is_floating_point() else numbers.float()
     require(numbers.dim() == 1, f"{what} must be (B,), got {tuple(numbers.shape)}")
@@ -44,15 +44,15 @@ def grouped(numbers, size, what="numbers", size_name="size"):
 
 
 def drawn_from(rows, count, generator):
-    """A list of so many of the rows at random, on any device; one may come twice."""
+    """Draws a list of `count` rows at random, with a generator on any device; a row may repeat."""
     numbers = torch.randint(len(rows), (count,), generator=generator, device=generator.device)
     return [rows[i] for i in numbers.tolist()]
 
 
 def shuffled_parts(rows, count, seed, passes=1):
-    """Row numbers (B,) in random order, in at most `count` parts, none empty; again for each pass.
+    """Shuffles row numbers (B,) and splits them into up to `count` parts, none empty, in each pass.
 
-    A single part stays in its order.
+    With `count` = 1 the rows keep their order.
     """
     parts, order = [], rows
     for number in range(passes):
@@ -64,9 +64,9 @@ def shuffled_parts(rows, count, seed, passes=1):
 
 
 def step_generator(seed, step, purpose, device):
-    """Random numbers that depend on these numbers alone: so a run can be taken up again.
+    """A generator that depends only on seed, step and purpose, so that a stopped run can resume.
 
-    purpose: from 0 to 15.
+    purpose: from 0 to 15, so that one step can have several generators.
     """
     number = (seed * 1_000_003 + step) * 16 + purpose
     return torch.Generator(device).manual_seed(number % 2**63)
@@ -75,42 +75,42 @@ def step_generator(seed, step, purpose, device):
 def completion_mask(completions, eos_token_id):
     """(B, L) ids → (B, L) bool: True up to and including the first end-of-sequence token.
 
-    By position, not by value: padding may be the end-of-sequence token itself. With 9 as the end,
-    1 9 3 9 gives True True False False.
+    The position decides, not the value, because padding may be the end-of-sequence token itself. If
+    this token is 9, the row 1 9 3 9 gives True True False False.
     """
     is_end_BL = completions == eos_token_id
     return is_end_BL.long().cumsum(dim=1) - is_end_BL.long() == 0
 
 
 def texts(rows, decode):
-    """`rows.completions` (B, L) as `decode` writes each: a list of ids, where `rows.mask` is True.
+    """Decodes each row of `rows.completions` (B, L), only the ids where `rows.mask` is True.
 
-    An end-of-sequence token that was drawn is among them.
+    decode: a function from a list of ids to text. A drawn end-of-sequence token is included.
     """
     pairs = zip(rows.completions.cpu(), rows.mask.cpu(), strict=True)
     return [decode(ids[counted].tolist()) for ids, counted in pairs]
 
 
 def picked(rows, chosen):
-    """A named tuple of tensors (B, ...) → the same of some rows; `chosen` indexes (B,)."""
+    """Picks rows of a named tuple of tensors (B, ...); `chosen` is an index into B."""
     return type(rows)(*(tensor[chosen] for tensor in rows))
 
 
 def joined(parts):
-    """Named tuples of tensors → one, their rows below each other: see `stacked`."""
+    """Joins named tuples of tensors into one, row below row: see `stacked`."""
     return type(parts[0])(*map(stacked, zip(*parts, strict=True)))
 
 
 def runs(count, size):
-    """Row numbers 0 … count − 1 as slices of `size`, the last one shorter."""
+    """Splits the row numbers 0 … count − 1 into slices of `size`; the last may be shorter."""
     return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def weighed_parts(taken, counts, number, passes, seed, step):
-    """(`shuffled_parts` of the rows where `taken` (B,) is True, their share of all `counts`).
+    """Returns `shuffled_parts` of the rows where `taken` (B,) is True, and these rows' weight.
 
-    counts: (B,), how much a row counts; None: all rows the same. The order depends on seed and
-    step alone.
+    counts: (B,), how much each row counts; None: all rows count the same. The weight is the taken
+    rows' share of all counts. The order depends only on seed and step.
     """
     counts = torch.ones_like(taken, dtype=torch.long) if counts is None else counts
     rows = taken.nonzero().squeeze(1)
@@ -119,24 +119,24 @@ def weighed_parts(taken, counts, number, passes, seed, step):
 
 
 def add_loads(loads, routed):
-    """Adds to {layer: (E,) how often each expert was chosen} what one pass has routed.
+    """Adds the loads of one pass to `loads`, {layer: (E,) how often each expert was chosen}.
 
-    routed: a list of what has a `layer` and says by `load()` how often its experts were chosen.
+    routed: a list of objects with a `layer` and a method `load()`, which returns such a tensor.
     """
     for each in routed:
         loads[each.layer] = loads.get(each.layer, 0) + each.load()
 
 
 def means(history, *names):
-    """{name: its mean} of a list of {name: number}; 0 if the list is empty."""
+    """{name: mean} over a list of {name: number}; the mean is 0 if the list is empty."""
     return {name: sum(h[name] for h in history) / max(1, len(history)) for name in names}
 
 
 def without_padding(attention_mask, start, end):
-    """Options with which a block that reads tokens start … end − 1 of each row leaves padding out.
+    """Options for a block that reads tokens start … end − 1 of each row, so that it skips padding.
 
-    attention_mask: (B, S ≥ end), 0 = padding; None: no options. Padding is not attended to, not
-    counted by experts, and takes no position: 0 0 1 1 1 gives the positions 0 0 0 1 2.
+    attention_mask: (B, S ≥ end), 0 = padding; None: no options. No token attends to padding, no
+    expert counts it, and it takes no position: the mask 0 0 1 1 1 gives the positions 0 0 0 1 2.
     """
     if attention_mask is None:
         return {}
@@ -148,7 +148,7 @@ def without_padding(attention_mask, start, end):
 
 
 def real_rows(token_mask, rows):
-    """Boolean, one for each of the rows (..., X): False where the mask says that it is padding."""
+    """One boolean for each of the rows (..., X), False at padding; all True without a mask."""
     if token_mask is None:
         return torch.ones(rows.shape[:-1], dtype=torch.bool, device=rows.device)
     return token_mask.bool().reshape(rows.shape[:-1])

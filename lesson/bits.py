@@ -1,4 +1,4 @@
-"""Numbers of a few bits in bytes, tensors of several types in one row of bytes, scales above 0."""
+"""Packs numbers of a few bits into bytes, and tensors of several types into one row of bytes."""
 
 import math
 
@@ -7,9 +7,9 @@ import torch.nn.functional as F
 
 
 def packed_bytes(numbers, bits):
-    """Numbers (..., n) of so many bits, from 0 on → bytes (..., ⌈n · bits / 8⌉), the first lowest.
+    """Numbers (..., n) from 0 to 2^bits − 1 → bytes (..., ⌈n · bits / 8⌉).
 
-    `packed_bytes([15, 0], 4)`: [0b0000_1111].
+    The first number takes the lowest bits: `packed_bytes([15, 0], 4)` is [0b0000_1111].
     """
     size = math.ceil(numbers.shape[-1] * bits / 8)
     return regrouped(numbers.long(), bits, 8)[..., :size].to(torch.uint8)
@@ -17,7 +17,7 @@ def packed_bytes(numbers, bits):
 
 def unpacked_bytes(packed, bits, count):
     """The inverse of `packed_bytes`: (..., ⌈count · bits / 8⌉) → (..., count), uint8."""
-    if bits == 4:  # quick: simply the low and the high half of each byte
+    if bits == 4:  # a faster way: the low and the high half of each byte
         numbers = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
     else:
         numbers = regrouped(packed.long(), 8, bits).to(torch.uint8)
@@ -25,10 +25,10 @@ def unpacked_bytes(packed, bits, count):
 
 
 def regrouped(numbers, old, new):
-    """The bits of numbers of `old` bits each, read as numbers of `new` bits each, lowest first.
+    """Regroups the bits of numbers of `old` bits each into numbers of `new` bits, lowest first.
 
-    `new` numbers of `old` bits are one word, and so are `old` numbers of `new` bits: eight codes of
-    6 bits are 48 bits, six bytes.
+    `new` numbers of `old` bits have as many bits as `old` numbers of `new` bits. They form one
+    word: eight numbers of 6 bits, for example, are 48 bits or six bytes.
     """
     places = torch.arange(max(old, new), device=numbers.device)
     padded = F.pad(numbers, (0, -numbers.shape[-1] % new)).unflatten(-1, (-1, new))
@@ -37,12 +37,12 @@ def regrouped(numbers, old, new):
 
 
 def joined_bytes(*tensors):
-    """Tensors (..., n) of any types → one of bytes (..., all their bytes), one after the other."""
+    """Tensors (..., n) of any types → one tensor of their bytes, joined in the last dimension."""
     return torch.cat([tensor.view(torch.uint8) for tensor in tensors], dim=-1)
 
 
 def parted_bytes(rows, *examples):
-    """The inverse of `joined_bytes`: tensors of the types and the row lengths of the examples."""
+    """The inverse of `joined_bytes`: tensors with the types and row lengths of the examples."""
     sizes = [example.shape[-1] * example.element_size() for example in examples]
     parts = [
         part if example.element_size() == 1 else part.contiguous()
@@ -52,5 +52,5 @@ def parted_bytes(rows, *examples):
 
 
 def nonzero(scale):
-    """A scale that can be divided by: 1 in the place of 0, which only zeros have."""
+    """Replaces a scale of 0 by 1, so that we can divide by it. Only zeros have a scale of 0."""
     return torch.where(scale == 0, 1, scale)

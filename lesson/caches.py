@@ -1,10 +1,10 @@
-"""What every cache can say and do, whatever it keeps: its length, its bytes, going back, copies."""
+"""The base classes of all caches: they know their length and bytes, roll back, and repeat rows."""
 
 from lesson.checks import check_rollback
 
 
 class Rows:
-    """Rows (..., length, width), None at first. A subclass says how `append` makes them grow."""
+    """Rows (..., length, width), None at first. A subclass defines `append`, which adds rows."""
 
     def __init__(self):
         self.rows = None
@@ -14,12 +14,12 @@ class Rows:
         return 0 if self.rows is None else self.rows.shape[-2]
 
     def truncate(self, length):
-        """Forgets all rows after the first `length`: rolls back a guess that proved wrong."""
+        """Forgets all rows after the first `length`, such as those of rejected drafts."""
         check_rollback(length, self.length)
         self.rows = self.rows[..., :length, :] if self.length else None
 
     def repeat(self, times):
-        """Each sequence of a batch so often, one below the other."""
+        """Repeats each sequence of a batch this many times, one copy below the other."""
         self.rows = self.rows.repeat_interleave(times, dim=0)
 
     def used_bytes(self):
@@ -27,9 +27,9 @@ class Rows:
 
 
 class Cache:
-    """Stores of rows that grow together, each an attribute: one of a latent, two of K and V.
+    """Stores of rows that grow together: one for latents, or two for keys and values.
 
-    A store is `Rows` or has what it has; decoding at speed passes one with room set aside.
+    Each is an attribute and has the methods of `Rows`. Fast decoding passes preallocated stores.
     """
 
     def __init__(self, **stores):
@@ -46,7 +46,7 @@ class Cache:
             store.truncate(length)
 
     def repeat(self, times):
-        """Each sequence so often: a prompt is read once, and continued in many ways."""
+        """Repeats each sequence, so that a prompt is read once and continued in many ways."""
         for store in self.stores:
             store.repeat(times)
 

@@ -1,4 +1,4 @@
-"""Checking an argument or a processor, and the check lines that a demonstration prints."""
+"""Checks of arguments and of the processor, and the check lines that a demonstration prints."""
 
 import functools
 import itertools
@@ -9,7 +9,7 @@ import torch
 
 
 def require(condition, message):
-    """Raises ValueError with the message if the condition is false."""
+    """Raises ValueError with this message if the condition is false."""
     if not condition:
         raise ValueError(message)
 
@@ -35,16 +35,16 @@ def check_input(x, width, batch="..."):
 
 
 def check_attention(query, key, value):
-    """query (..., T, K), key (..., S, K), value (..., S, V)."""
+    """Shapes must be: query (..., T, K), key (..., S, K), value (..., S, V)."""
     least = min(query.dim(), key.dim(), value.dim())
     require(least >= 2, "query, key and value must each be (..., length, width)")
     width, key_width, keys, values = query.shape[-1], key.shape[-1], key.shape[-2], value.shape[-2]
     require(width == key_width, f"query width {width} must equal key width {key_width}")
-    require(keys == values, f"got {keys} keys for {values} values, want as many")
+    require(keys == values, f"got {keys} keys for {values} values, want equal numbers")
 
 
 def expanded_mask(mask, shape):
-    """A boolean mask as a view of shape (..., T, S), None as None; ValueError for any other."""
+    """Expands a boolean mask to a view of shape (..., T, S); None stays None."""
     if mask is None:
         return None
     boolean = mask.dtype == torch.bool
@@ -58,8 +58,8 @@ def expanded_mask(mask, shape):
 def require_shape(tensor, what, **least):
     """ValueError unless a tensor has one dimension for each keyword, each at least that long.
 
-    `require_shape(ids, "the ids must be integers", B=1, T=2)`: "… integers (B, T) with B ≥ 1 and
-    T ≥ 2, got (5,)".
+    For ids of shape (5,), `require_shape(ids, "the ids must be integers", B=1, T=2)` says: "the ids
+    must be integers (B, T) with B ≥ 1 and T ≥ 2, got (5,)".
     """
     got = tuple(tensor.shape) if torch.is_tensor(tensor) else type(tensor).__name__
     sizes = got if torch.is_tensor(tensor) else ()
@@ -70,16 +70,16 @@ def require_shape(tensor, what, **least):
 
 @functools.cache
 def int_mm_is_exact():
-    """Whether `torch._int_mm` is: without VNNI instructions its 16-bit sums overflow silently."""
+    """True if `torch._int_mm` is exact: without VNNI, its 16-bit sums silently overflow."""
     largest = torch.full((16, 64), 127, dtype=torch.int8)
     return bool((torch._int_mm(largest, largest.T) == 64 * 127**2).all())
 
 
 def check_token_ids(ids, vocabulary, past=0, new=0, longest=None):
-    """ids must be (B, T ≥ 1) integers from 0 up to `vocabulary`, without it.
+    """ids must be integers (B, T ≥ 1) from 0 to `vocabulary` − 1.
 
-    past: tokens before them; new: tokens to be written after them; longest: how many tokens may
-    stand in a row, all together, None = no limit.
+    past: number of tokens before them. new: number of tokens to generate after them. longest: limit
+    of all these tokens together; None: no limit.
     """
     T = ids.shape[1] if ids.dim() == 2 else 0
     require(T > 0, f"input_ids must be (B, T) with T ≥ 1, got {tuple(ids.shape)}")
@@ -101,7 +101,7 @@ def check_attention_mask(attention_mask, shape):
 
 
 def check_prompts(ids, new, attention_mask, pad_token_id, vocabulary, longest=None):
-    """ids (B, T) must be prompts that `new` tokens can be written after: see `check_token_ids`.
+    """ids (B, T) must be prompts with room for `new` more tokens: see `check_token_ids`.
 
     attention_mask: (B, T), 0 = padding, which must be on the left, or None.
     """
@@ -124,34 +124,34 @@ def require_shapes(shape, **tensors):
 
 
 def check_dropout(dropout):
-    """A share of weights to drop must be at least 0 and below 1."""
+    """The share of weights to drop must be at least 0 and below 1."""
     require(0.0 <= dropout < 1.0, f"dropout={dropout} must be at least 0 and below 1")
 
 
 def check_heads(d_model, num_heads, num_kv_heads, dropout):
-    """The model's width must split into heads, and these into groups; see `check_dropout`."""
+    """The heads must divide the model width, and the key/value heads must divide the heads."""
     check_divides(d_model=d_model, num_heads=num_heads)
     check_divides(num_heads=num_heads, num_kv_heads=num_kv_heads)
     check_dropout(dropout)
 
 
 def check_positions(positions, B, T):
-    """positions of B texts of T tokens: (T,), the same for all, or (B, T)."""
+    """positions of B texts of T tokens must be (T,), the same for all, or (B, T)."""
     fits = positions.shape in ((T,), (B, T))
     require(fits, f"positions must be ({T},) or ({B}, {T}), got {tuple(positions.shape)}")
 
 
 def check_rollback(length, stored):
-    """A cache that has `stored` rows can go back to none, to all, or to a number between."""
+    """A cache of `stored` rows can be truncated to any length from 0 to `stored`."""
     fits = 0 <= length <= stored
     require(fits, f"cannot truncate a cache of length {stored} to {length}")
 
 
 def check_forward(x, width, heads, mask, cache, path, paths):
-    """What an attention's `forward` is called with, checked before its cache changes.
+    """Checks the arguments of an attention's `forward` before its cache changes.
 
-    x must be (B, T, width), `mask` boolean and broadcastable to (B, heads, T, S), or None, `path`
-    one of `paths`. S counts the keys of the cache, if there is one, and the new ones.
+    x must be (B, T, width) and `path` one of `paths`. `mask` must be None, or boolean and
+    broadcastable to (B, heads, T, S), where S counts the cached keys, if any, and the new ones.
     """
     check_input(x, width, batch="B")
     require(path in paths, f"path={path!r} must be one of {', '.join(paths)}")
@@ -166,15 +166,15 @@ def check_choice(choices, **named):
 
 
 def check_up_to(most, of, **numbers):
-    """Every named number must be from 1 to `most`, which the message calls `of`."""
+    """Every named number must be from 1 to `most`. The message shows `of` in its place."""
     for name, number in numbers.items():
         require(1 <= number <= most, f"{name}={number} must be from 1 to {of}")
 
 
 def check_ranges(**bounded):
-    """`check_ranges(clip=(0, clip, 1))`: ValueError unless 0 ≤ clip ≤ 1. None is not checked.
+    """`check_ranges(clip=(0, clip, 1))` raises ValueError unless 0 ≤ clip ≤ 1. None is not checked.
 
-    An upper bound of infinity leaves infinity out.
+    If the upper bound is infinity, infinity itself is refused.
     """
     for name, (low, value, high) in bounded.items():
         open_end = high == float("inf")
@@ -184,9 +184,9 @@ def check_ranges(**bounded):
 
 
 def check_rows(letters, rows=None, **tensors):
-    """All tensors must be of one shape, which `letters` name, such as "(B, L)", and not empty.
+    """All tensors must have the same shape and not be empty. `letters` names it: "(B, L)".
 
-    rows: {name: tensor} of one number a row, (B,). None is not checked.
+    rows: {name: tensor (B,)}, one number for each row. None is not checked.
     """
     name, first = next(iter(tensors.items()))
     fits = first.dim() == letters.count(",") + 1 and first.numel()
@@ -207,9 +207,9 @@ class Demonstration:
         self.failures = []
 
     def check(self, what, shape, figure, ok):
-        """One line: what is shown, the shape with its letters, the figure, ok or FAILED.
+        """Prints one line: what is shown, the shape with its letters, the figure, ok or FAILED.
 
-        A text wider than its column goes on below, so that the columns line up.
+        A text wider than its column continues below, so that the columns line up.
         """
         cells = [
             textwrap.wrap(text, width) or [""]
@@ -223,12 +223,12 @@ class Demonstration:
             self.failures.append(what)
 
     def same(self, what, shape, got, want, tolerance=1e-5):
-        """A check that two tensors are equal up to rounding."""
+        """Checks that two tensors are equal up to rounding."""
         difference = (got - want).abs().max().item()
         self.check(what, shape, f"largest difference {difference:.1e}", difference <= tolerance)
 
     def note(self, text):
-        """A line without a verdict."""
+        """Prints a line without a verdict."""
         print(f"  {text}", flush=True)
 
     def finish(self, *experiments):
@@ -242,21 +242,21 @@ class Demonstration:
 
 
 def check_even(**sizes):
-    """Every named size must be even and at least 0: its numbers are rotated in pairs."""
+    """Every named size must be even and at least 0, because its numbers are rotated in pairs."""
     for name, size in sizes.items():
         require(size >= 0 and size % 2 == 0, f"{name}={size} must be even: it rotates pairs")
 
 
 def boolean_mask(mask, shape):
-    """The mask itself with as many dimensions as (..., T, S) has, else as `expanded_mask`."""
+    """Checks a mask like `expanded_mask`, but only adds leading dimensions of 1 to it."""
     expanded = expanded_mask(mask, shape)
     return None if mask is None else mask[(None,) * (expanded.dim() - mask.dim())]
 
 
 def check_groups(experts, active, groups, best_groups, best_of_group):
-    """`active` of the experts in the `best_groups` of so many equal groups can be chosen.
+    """The experts must form equal groups, and `best_groups` of these must hold `active` experts.
 
-    A group's score is made from its `best_of_group` best experts, so it must have as many.
+    With several groups, a group's score uses its `best_of_group` best experts: it must have them.
     """
     check_divides(n_routed_experts=experts, n_group=groups)
     check_up_to(groups, f"n_group={groups}", topk_group=best_groups)
@@ -275,7 +275,7 @@ def check_tokens(x, width, token_mask, dispatch, dispatches):
 
 
 def check_count(*words, **numbers):
-    """Every named number must be an integer above 0, None, or one of the words that may stand."""
+    """Every named number must be an integer above 0, None, or one of `words`."""
     for name, number in numbers.items():
         fits = number is None or number in words or (type(number) is int and number >= 1)
         *most, last = ["a number above 0", "None", *map(repr, words)]
@@ -283,10 +283,10 @@ def check_count(*words, **numbers):
 
 
 def entry_of(table, **named):
-    """The entry of {name: entry} with the given name, or the very entry that was given.
+    """Looks up an entry by its name; an entry that was given itself is returned as it is.
 
-    `entry_of({"a": 1.5}, size="a")` is 1.5, and so is `entry_of({"a": 1.5}, size=1.5)`;
-    ValueError for "b": "size='b' must be one of a".
+    `entry_of({"a": 1.5}, size="a")` is 1.5, and so is `entry_of({"a": 1.5}, size=1.5)`. For "b" the
+    ValueError says: "size='b' must be one of a".
     """
     (what, given), kind = *named.items(), type(next(iter(table.values())))
     found = table.get(str(given), given)

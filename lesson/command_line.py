@@ -1,4 +1,4 @@
-"""From a command line to a running demonstration: flags, device, one-line errors, progress."""
+"""The command line of a demonstration: flags, device, one-line errors, progress bars."""
 
 import argparse
 import dataclasses
@@ -36,17 +36,17 @@ class Flag(NamedTuple):
 
 
 def flag(name, default, help, at_least=-math.inf, endings=(), at_most=math.inf):
-    """`--name` with a default of its type; refused: out of bounds, or without such an ending."""
+    """Declares `--name`. Its type is that of the default; bounds and endings limit its value."""
     return Flag(name, default, help, at_least, endings, at_most)
 
 
 def demonstration(docstring, *flags, settings=None, names=(), quick=None, picture=None):
     """Turns `main(demo, arguments)` into a lesson's `main(argv=None)`.
 
-    docstring: the module's own, shown by --help. Every lesson has --seed and --device; `flags` come
-    on top, then a flag for each of the fields `names` (default: all with a help text) of the
-    dataclass `settings`, of which `arguments.settings` is then one, made from all flags that were
-    given; then --quick, whose help is `quick`. `picture`: where --picture is by default.
+    docstring: the module's own; --help prints it. flags: added to --seed and --device, which every
+    lesson has. settings: a dataclass. Its fields `names` (default: all with a help text) become
+    flags, and `arguments.settings` is made from those that were given. quick: help of --quick.
+    picture: default of --picture. Without `quick` or `picture`, there is no such flag.
     """
     if picture:
         endings = (".png", ".pdf", ".svg")
@@ -81,7 +81,7 @@ def demonstration_parser(docstring, flags=()):
         description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the random inputs")
-    parser.add_argument("--device", default=None, help="cuda, mps or cpu; default: best there is")
+    parser.add_argument("--device", default=None, help="cuda, mps or cpu (default: best there is)")
     for each in flags:
         parser.add_argument(
             f"--{each.name}",
@@ -93,7 +93,7 @@ def demonstration_parser(docstring, flags=()):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Ends a wrong command line with one line, as all other mistakes end."""
+    """Answers a wrong command line with one line, like all other mistakes."""
 
     def error(self, message):
         self.exit(2, f"error: {message} (see --help)\n")
@@ -104,14 +104,14 @@ def inside_ipython():
 
 
 def parse_arguments(parser, argv):
-    """`parser.parse_args(argv)`, with no arguments inside IPython, and the device picked."""
+    """Like `parser.parse_args(argv)`, but picks the device and ignores IPython's own arguments."""
     arguments = parser.parse_args([] if argv is None and inside_ipython() else argv)
     arguments.device = pick_device(getattr(arguments, "device", None))
     return arguments
 
 
 def pick_device(name=None):
-    """The named device, or the best of cuda, mps and cpu. ValueError if it is not there."""
+    """The named device, or the best of cuda, mps and cpu. ValueError if it is not available."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     available["cpu"] = True
     if name is None:
@@ -126,7 +126,7 @@ def one_line_errors(main):
 
     @functools.wraps(main)
     def wrapped(argv=None):
-        for stream in (sys.stdout, sys.stderr):  # a console without √ or λ must not end a run
+        for stream in (sys.stdout, sys.stderr):  # a console that lacks √ or λ must not end a run
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")
         try:
@@ -142,7 +142,7 @@ def one_line_errors(main):
 
 
 def progress_bar(total, label, **options):
-    """A tqdm bar on stderr, which a file gets a line of every 15 seconds."""
+    """A tqdm bar on stderr. If stderr goes to a file, the file gets a line every 15 seconds."""
     from tqdm import tqdm
 
     interval = 0.5 if sys.stderr.isatty() else 15.0
@@ -151,9 +151,9 @@ def progress_bar(total, label, **options):
 
 
 def shown_steps(total, label, history=(), figure="", start=0):
-    """Yields `total` numbers from `start` on, with a bar.
+    """Yields `total` numbers from `start` on and shows a progress bar.
 
-    history: a list of {name: number} that grows; the bar shows its newest `figure`.
+    history: a list of {name: number} that grows. The bar shows its newest `figure`.
     """
     with progress_bar(total, label) as bar:
         for number in range(start, start + total):

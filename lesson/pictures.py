@@ -1,4 +1,4 @@
-"""Drawings that lessons and reports need: curves, panels of them, and bands that add up."""
+"""Drawings for lessons and reports: curves, panels of curves, and stacked bands."""
 
 import contextlib
 import pathlib
@@ -6,7 +6,7 @@ import pathlib
 
 @contextlib.contextmanager
 def picture(path, rows=1, columns=1, size=(8, 4.5), **options):
-    """Yields axes to draw on, one or an array; at the end the picture is in `path`."""
+    """Yields one axis or an array of axes to draw on; then saves the picture to `path`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -22,9 +22,9 @@ def picture(path, rows=1, columns=1, size=(8, 4.5), **options):
 
 
 def curves(axis, x, series, window=1, colors=None, **labels):
-    """Draws {label: values} against x, each as a mean over the last `window` values.
+    """Draws {label: values} against x; each curve is a mean over the last `window` values.
 
-    With a window above 1 the values themselves stand behind, pale. `labels`: title, xlabel, ylabel.
+    With a window above 1, pale curves of the values stand behind. `labels`: title, xlabel, ylabel.
     """
     for number, (label, values) in enumerate(series.items()):
         color = f"C{number}" if colors is None else colors[number]
@@ -37,7 +37,7 @@ def curves(axis, x, series, window=1, colors=None, **labels):
 
 
 def draw_bands(path, shares_by_title, ylabel, **labels):
-    """A picture of `bands` side by side, one for each {title: shares (steps, parts)}."""
+    """Draws `bands` side by side, for each entry of {title: shares (steps, parts)}."""
     count = len(shares_by_title)
     with picture(path, columns=count, size=(13, 3.6), sharey=True) as axes:
         for axis, (title, shares) in zip(axes, shares_by_title.items(), strict=True):
@@ -46,10 +46,10 @@ def draw_bands(path, shares_by_title, ylabel, **labels):
 
 
 def panels(path, history, titles, x="step", xlabel=None, window=5, free=()):
-    """Draws {name: title} from a list of {name: value}: a picture for each, in two columns.
+    """Draws a panel for each of {name: title}, in two columns, from a list of {name: value}.
 
-    Each is a curve against the values of `x`, its mean over `window` values in front. The y axis
-    starts at 0, but for the names in `free`.
+    A panel has the values against those of `x`, and in front their mean over `window` values. The
+    y axis starts at 0, except for the names in `free`.
     """
     rows = (len(titles) + 1) // 2
     with picture(path, rows=rows, columns=2, size=(9, 3 * rows), sharex=True) as axes:
@@ -62,7 +62,7 @@ def panels(path, history, titles, x="step", xlabel=None, window=5, free=()):
 
 
 def bands(axis, shares, **labels):
-    """Draws shares (steps, parts), which add up at every step, as bands on top of each other."""
+    """Draws shares (steps, parts) as bands on top of each other."""
     axis.stackplot(range(len(shares)), shares.T, edgecolor="white", linewidth=0.3)
     axis.set(**labels)
     axis.margins(0)

@@ -12,8 +12,8 @@ def setting(
 ):
     """A dataclass field with bounds for `check_settings` and a help text for `add_flags`.
 
-    at_least, above, below, at_most: bounds of a number, which must be finite. choices: the values
-    allowed. flag, metavar: the flag's name and that of its value, where the field's do not say it.
+    at_least, above, below, at_most: bounds of a number, which must be finite. choices: the allowed
+    values. flag, metavar: names of the flag and of its value, where they differ from the field's.
     """
     declared = dict(
         help=help, at_least=at_least, above=above, below=below, at_most=at_most, choices=choices,
@@ -25,9 +25,9 @@ def setting(
 def check_settings(settings, as_flags=False, types=False, whose=""):
     """ValueError for the first field of a dataclass that breaks its bounds; None is not checked.
 
-    as_flags: the message names `--learning-rate` where it else names `learning_rate`.
-    types: the values come from a file, so that their types are checked, too. whose: words that
-    stand before the name: `"YaRN "`.
+    as_flags: the message says `--learning-rate` instead of `learning_rate`. types: also checks the
+    type of each value, for values from a file. whose: words that the message puts before the name,
+    such as `"YaRN "`.
     """
     for field in dataclasses.fields(settings):
         value, bounds = getattr(settings, field.name), field.metadata
@@ -41,7 +41,7 @@ def check_settings(settings, as_flags=False, types=False, whose=""):
 
 
 def broken_bound(value, bounds):
-    """What a value should be and is not, as words; None if it keeps all its bounds."""
+    """Says in words which bound a value breaks; None if it keeps all bounds."""
     names = ("at_least", "above", "below", "at_most")
     at_least, above, below, at_most = map(bounds.get, names)
     if bounds.get("choices") and value not in bounds["choices"]:
@@ -58,7 +58,7 @@ def broken_bound(value, bounds):
 
 
 def broken_type(value, field):
-    """As `broken_bound`, for a value of any type; a number without bounds may be anything."""
+    """Like `broken_bound`, but also checks the type. A number without bounds may be anything."""
     kind, bounds = plain_type(field), field.metadata
     if value is None and isinstance(field.type, types.UnionType):  # int | None
         return None
@@ -77,7 +77,7 @@ def broken_type(value, field):
 
 
 def plain_type(field):
-    """int for `int | None`."""
+    """The type of a field without None: int for `int | None`."""
     if not isinstance(field.type, types.UnionType):
         return field.type
     return next(part for part in field.type.__args__ if part is not types.NoneType)
@@ -88,11 +88,11 @@ def flag_name(field):
 
 
 def add_flags(parser, settings_class, names):
-    """A flag for each named field of a dataclass: its type, its choices, its default in the help.
+    """Adds a flag for each named field of a dataclass, with its type, its choices and its help.
 
-    A list takes one value or more; a boolean flag turns its default around. A help text that names
-    the default itself stays as it is. Flags that are not given stay absent (`argparse.SUPPRESS`):
-    see `chosen_settings`.
+    A list takes one or more values; a boolean flag reverses its default. The help also names the
+    default, unless the text already does. A flag that is not given is absent from the arguments
+    (`argparse.SUPPRESS`): see `chosen_settings`.
     """
     fields = {field.name: field for field in dataclasses.fields(settings_class)}
     for name in names:

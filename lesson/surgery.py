@@ -1,4 +1,4 @@
-"""Changing the parts of a finished module: PyTorch's mechanics, for lessons that replace layers."""
+"""Functions that change parts of a finished module, for lessons that replace layers."""
 
 import contextlib
 
@@ -10,16 +10,16 @@ from lesson.checks import require
 
 
 def linear_around(weight):
-    """An `nn.Linear` around the very memory of a weight (out, in)."""
+    """An `nn.Linear` that shares the memory of a weight (out, in)."""
     linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
     linear.weight = nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
     return linear
 
 
 def matrices_apart(model, kind, apart_kind):
-    """The model itself: each module of `kind` becomes one of its subclass `apart_kind`.
+    """Turns each module of `kind` into its subclass `apart_kind`; returns the model itself.
 
-    Each of its parameters (E, out, in) is then a list of E `nn.Linear`s, its views.
+    Each parameter (E, out, in) becomes a list of E `nn.Linear`s, which share its memory.
     """
     for module in list(model.modules()):
         if isinstance(module, kind) and not isinstance(module, apart_kind):
@@ -31,13 +31,13 @@ def matrices_apart(model, kind, apart_kind):
 
 
 def linears_of(module):
-    """{name: `nn.Linear`} of all its parts that are one."""
+    """{name: layer} of all `nn.Linear` layers in a module."""
     return {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
 
 
 @contextlib.contextmanager
 def inputs_watched(watchers):
-    """Within the block, each module of {module: function} hands its function the inputs it gets."""
+    """Within the block, each of {module: function} passes the module's input to the function."""
     hooks = [
         module.register_forward_pre_hook(lambda _, inputs, watch=watch: watch(inputs[0]))
         for module, watch in watchers.items()
@@ -50,7 +50,7 @@ def inputs_watched(watchers):
 
 
 def read_matrices_through(function, model, kinds):
-    """The model's modules of these kinds: whoever reads a matrix gets what a module makes of it."""
+    """Lets `function`, a module, change every matrix that is read from modules of these kinds."""
     for module in list(model.modules()):
         if isinstance(module, kinds):
             for name, parameter in list(module.named_parameters(recurse=False)):
@@ -59,7 +59,7 @@ def read_matrices_through(function, model, kinds):
 
 
 def without_parametrizations(model):
-    """The model itself with its original parameters in the place of parametrised ones."""
+    """Puts the original parameters back in place of parametrised ones; returns the model itself."""
     for module in filter(parametrize.is_parametrized, list(model.modules())):
         found = dict(module.parametrizations.items())
         # remove_parametrizations would change the class, which a copy shares with its original.
@@ -71,13 +71,13 @@ def without_parametrizations(model):
 
 
 class TypesKept(nn.Module):
-    """A module whose buffers move to other devices but keep their types, whatever the cast.
+    """A module whose buffers move to other devices but keep their types under every cast.
 
-    Its parameters are moved and cast as always.
+    Its parameters are moved and cast as usual.
     """
 
     def hold(self, **tensors):
-        """A buffer for each tensor; None may become one later."""
+        """Registers a buffer for each tensor; None leaves room for a later tensor."""
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
 
@@ -95,9 +95,9 @@ class TypesKept(nn.Module):
 
 
 def changeable_copy(model, kind):
-    """A copy of a model that is of this kind, and that has no part with a `refusal`: a text.
+    """Copies a model. ValueError if it is not of this kind, or if a part of it has a `refusal`.
 
-    A class of layers that must not be changed once more says so in this attribute.
+    A class of layers that must not be changed again says why in this attribute, a text.
     """
     got = type(model).__name__
     require(isinstance(model, kind), f"the model must be a {kind.__name__}, got {got}")

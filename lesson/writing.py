@@ -1,8 +1,8 @@
-"""From prompts to texts, with any language model and any way to choose a token.
+"""Continues prompts, with any language model and any way to choose a token.
 
-`LanguageModel` is the base of a model that reads and writes: rows of unequal length, caches, an end
-of the text, and its parts by name. `SamplingOptions` is the base of a way to choose tokens. Both
-know no lesson: what a model computes and what a draw is stand in the class that inherits.
+`LanguageModel` is the base class of models. It handles rows of unequal length, caches and the end
+of a text, and it names the parts of a model. `SamplingOptions` is the base class of ways to choose
+tokens. Neither knows a lesson: subclasses define how a model computes and how a token is drawn.
 """
 
 from copy import deepcopy
@@ -19,23 +19,23 @@ from lesson.settings import check_settings, setting
 
 @dataclass
 class Generation:
-    """A text, and what it took."""
+    """Prompts with their completions, and the cost of these."""
 
-    ids: torch.Tensor  # (B, T + new): prompts and texts
-    logprobs: torch.Tensor | None = None  # (B, new): of drawing each token; None with drafts
+    ids: torch.Tensor  # (B, T + new): prompts and new tokens
+    logprobs: torch.Tensor | None = None  # (B, new): one for each new token; None with drafts
     forwards: int = 0  # passes of the main model; reading the prompts is one
     drafted: int = 0  # tokens that the MTP modules drafted
     accepted: int = 0  # drafts that the main model accepted
-    tokens: int = 0  # new tokens of the longest text
-    cache_bytes: int = 0  # of all latent caches at the end
+    tokens: int = 0  # new tokens of the longest completion
+    cache_bytes: int = 0  # bytes of all latent caches at the end
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """The fields of a sampling, their bounds, and what follows from its `greedy`, its
-    `probabilities(logits)` and its `draw(probabilities)`.
+    """The options of sampling, their bounds, and the steps that all ways of sampling share.
 
-    temperature, generator: for the class that inherits. top_k, top_p: see `limited`.
+    A subclass defines `greedy`, `probabilities(logits)` and `draw(probabilities)`; temperature and
+    generator are for these. top_k, top_p: see `limited`.
     """
 
     temperature: float = setting(0.0, at_least=0)
@@ -47,10 +47,10 @@ class SamplingOptions:
         check_settings(self)
 
     def limited(self, probabilities):
-        """(..., W) → (..., W), adding up to 1: unlikely tokens get none.
+        """(..., W) → (..., W): unlikely tokens get probability 0, the others add up to 1 again.
 
-        What stays: the `top_k` most likely tokens, then the fewest that hold `top_p` of their
-        probability. None: no such limit.
+        First, the `top_k` most likely tokens stay. Of these, the most likely stay until together
+        they reach the share `top_p` of the probability that is left. None: no such limit.
         """
         if self.top_k is not None and self.top_k < probabilities.shape[-1]:
             kept, places = probabilities.topk(self.top_k, dim=-1)
@@ -63,7 +63,7 @@ class SamplingOptions:
         return probabilities / probabilities.sum(dim=-1, keepdim=True)
 
     def choose(self, logits):
-        """(B, W) → tokens (B,), log-probabilities (B,) of drawing them: 0 if there is no choice."""
+        """(B, W) → tokens (B,) and the log-probabilities (B,) of drawing them; 0 if greedy."""
         if self.greedy:
             return logits.argmax(dim=-1), torch.zeros_like(logits[:, 0], dtype=torch.float32)
         probabilities = self.probabilities(logits)
@@ -72,34 +72,34 @@ class SamplingOptions:
 
 
 def repeated(times, caches, *tensors):
-    """Tensors (B, ...) or None with each row so often, one below the other; caches in place."""
+    """Copies each row of tensors (B, ...) or None, one below the other; changes caches in place."""
     for cache in caches:
         cache.repeat(times)
     return [None if x is None else x.repeat_interleave(times, dim=0) for x in tensors]
 
 
 class LanguageModel(nn.Module):
-    """What a model with `hidden_states` gets: texts, checks of what it reads, its parts by name.
+    """Adds to a model with `hidden_states`: generation, checks of its inputs, names of its parts.
 
-    The class that inherits has `embed_tokens`, `layers`, `lm_head`, `mtp` (modules with a `block`),
-    `max_positions` (None: no limit), and as `sampling` the `SamplingOptions` that `generate` uses.
+    A subclass has `embed_tokens`, `layers`, `lm_head`, `mtp` (modules with a `block`) and
+    `max_positions` (None: no limit). Its `sampling` is the class of the options of `generate`.
     """
 
-    copy = deepcopy  # model.copy(): the same model once more, with weights of its own
+    copy = deepcopy  # model.copy(): the same model again, with its own weights
 
     @torch.no_grad()
     def complete(self, input_ids, max_new_tokens, sampling, attention_mask=None,
                  eos_token_id=None, pad_token_id=0, copies=1):
-        """Continues each prompt (B, T): a `Generation`, whose ids are (B · copies, T + new).
+        """Continues each prompt (B, T). Returns a `Generation` with ids (B · copies, T + new).
 
-        The prompts are read in one pass, then each new token alone: the caches keep the past.
-        copies: so many texts of each prompt, one below the other; it is read once for all.
+        The first pass reads the prompts. Each further pass reads one new token of each row, because
+        the caches keep the past.
 
         sampling: `SamplingOptions`. attention_mask: (B, T), 0 = padding, for prompts of unequal
-            length: pad on the left. A prompt then has the logits that it has alone, up to rounding,
-            so the greedy text in FP32 is the same, unless two tokens (or two experts) tie up to
-            rounding.
-        eos_token_id: a sequence stops after it and is filled with `pad_token_id`; None: never.
+            length: pad on the left. A prompt then has the same logits as alone, up to rounding. So
+            greedy text in FP32 is the same, unless two tokens (or experts) tie up to rounding.
+        eos_token_id: a row stops after it and is filled with `pad_token_id`; None: it never stops.
+        copies: completions of each prompt, one below the other. The prompt is read only once.
 
         Raises: ValueError if prompt and new tokens exceed the context, before any work is done.
         """
@@ -125,20 +125,20 @@ class LanguageModel(nn.Module):
 
     def generate(self, input_ids, max_new_tokens, temperature=0.0, *, generator=None, top_k=None,
                  top_p=None, **options):
-        """The ids that `complete` gives with this sampling. options: its other arguments."""
+        """The ids from `complete` with this sampling. options: other arguments of `complete`."""
         sampling = self.sampling(temperature, top_k, top_p, generator)
         return self.complete(input_ids, max_new_tokens, sampling, **options).ids
 
     @property
     def limits(self):
-        """What token ids and lengths are held against: see `check_token_ids`."""
+        """The limits of token ids and lengths: see `check_token_ids`."""
         return dict(vocabulary=self.embed_tokens.num_embeddings, longest=self.max_positions)
 
     def places(self, input_ids, attention_mask=None, caches=None):
-        """Options of the blocks that read these token ids (B, T) behind those in the caches.
+        """Options for the blocks that read these token ids (B, T) after those in the caches.
 
-        attention_mask: (B, S) over everything attended to, cached tokens included; 0 = padding,
-        which no token attends to and which takes no position. ValueError if anything does not fit.
+        attention_mask: (B, S) over all keys, cached ones included; 0 = padding. No token attends to
+        padding, and it takes no position. ValueError if anything does not fit.
         """
         past = caches[0].length if caches else 0
         check_token_ids(input_ids, past=past, **self.limits)
@@ -146,9 +146,9 @@ class LanguageModel(nn.Module):
         require_shapes((B, end), attention_mask=attention_mask)
         return without_padding(attention_mask, past, end)
 
-    # The parts, for those who change them
+    # The parts, for code that changes them
     def prepared(self):
-        """The model itself. A class may override this and make its layers quicker."""
+        """Returns the model itself. A subclass may override this to make its layers faster."""
         return self
 
     def new_caches(self):
@@ -160,7 +160,7 @@ class LanguageModel(nn.Module):
         return [*self.layers, *(module.block for module in self.mtp)]
 
     def moe_layers(self):
-        """{"layer i" or "MTP k": the mixture of experts} of all blocks that have experts."""
+        """{"layer i" or "MTP k": mixture of experts} for all blocks that have experts."""
         named = {f"layer {i}": block for i, block in enumerate(self.layers)}
         named |= {f"MTP {k}": module.block for k, module in enumerate(self.mtp, start=1)}
         return {name: block.mlp for name, block in named.items() if hasattr(block.mlp, "experts")}

@@ -1,5 +1,7 @@
 """Phase 2: masks and the causal head."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,8 @@ from self_attention_coded import scaled_dot_product_attention
 def test_mask_by_hand():
     assert causal_mask(3).int().tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
     assert causal_mask(2, 4).int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    shown = re.findall(r"^ +([01](?: [01])+)$", causal_mask.__doc__, re.MULTILINE)
+    assert causal_mask(2, 4).int().tolist() == [list(map(int, row.split())) for row in shown]
     assert causal_mask(1, 5).all()
 
 

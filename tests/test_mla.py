@@ -1,5 +1,7 @@
 """Phase 4: latent attention, its cache, its paths and its published sizes."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -149,6 +151,15 @@ def test_published_cache_sizes():
     # The published 93.3 % counts 6 bits a number; at equal precision it is 82.2 %.
     assert 1 - 34_560 * 6 / 8 / dense_67b == pytest.approx(0.93339, abs=1e-5)
     assert 1 - 34_560 * 2 / dense_67b == pytest.approx(0.82237, abs=1e-5)
+
+
+@pytest.mark.performance
+def test_the_cache_sizes_in_the_docstring_add_up():
+    sums = re.findall(r"(\d+ · [\d ·+()]+) = ([\d,]+) bytes", LatentCache.__doc__)
+    assert [size for _, size in sums] == ["70,272", "4,997,120"]
+    for numbers, size in sums:
+        assert eval(numbers.replace("·", "*")) == int(size.replace(",", ""))
+    assert 2 * cache_elements_per_token("MLA", 61, latent=512, rotary=64) == 70_272  # V3
 
 
 @pytest.mark.performance
