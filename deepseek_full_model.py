@@ -12,7 +12,7 @@ and files have the released layout: this script and transformers read each other
 Papers: DeepSeek-V2 (2024, arXiv:2405.04434), section 2; DeepSeek-V3 (2024, arXiv:2412.19437),
 sections 2 and 4.2. Attention, MoE, MTP and RoPE: phases 4 to 7.
 Simplified: one device. Our own choices are Muon beside AdamW, blocks that add nothing at first, MTP
-late in a run, and a cosine schedule from the start. V3 used AdamW alone and MTP throughout, and kept
+late in a run, and a cosine schedule from the start. V3 used only AdamW, MTP throughout, and kept
 the learning rate constant for most of the training before it decayed.
 As in V3, documents are packed into one sequence without attention masks between them.
 Before: phases 4 to 9. Reading 27 minutes, running 9 minutes.
@@ -73,7 +73,7 @@ def build_block(config, rotary, sparse):
 
 
 def build_experts(config):
-    """Shared and routed experts, with a balance loss over each sequence or over the batch."""
+    """Shared and routed experts, with a balance loss for each sequence or for the whole batch."""
     router = moe.TopKRouter(
         config.hidden_size,
         config.n_routed_experts,
@@ -158,7 +158,7 @@ class DeepSeekConfig(ReleasedConfig):
 class DeepSeekModel(ReleasedModel, CausalLM):
     """DeepSeek-V2 or V3, as configured: a `CausalLM` with rotary MLA, experts and MTP modules.
 
-    `model(input_ids)` (B, T) → logits (B, T, W). `hidden_states` and `mtp_logits` are in `CausalLM`;
+    `model(input_ids)` (B, T) → logits (B, T, W). `hidden_states`, `mtp_logits` are in `CausalLM`;
     `from_pretrained`, `save_pretrained` and the fast `generate` are in `ReleasedModel`. Build
     it under `torch.device("meta")` to count its parameters without using memory.
     """
@@ -239,7 +239,7 @@ NEWTON_SCHULZ = (
 
 
 def orthogonalized(G, precision=torch.float32):
-    """Roughly U Vᵀ of each matrix U S Vᵀ (..., M, N): all its directions get length 1."""
+    """Roughly U Vᵀ for each matrix U S Vᵀ (..., M, N): all its directions get about length 1."""
     X = (G / (G.norm(dim=(-2, -1), keepdim=True) + 1e-20)).to(precision)  # no value above 1
     tall = X.shape[-2] > X.shape[-1]
     X = X.mT if tall else X  # A is the smaller of the two products
@@ -253,7 +253,7 @@ class Muon(torch.optim.Optimizer):
     """Steps along the orthogonalised momentum (Jordan, 2024; at scale: 2025, arXiv:2502.16982).
 
     A few strong directions make up most of a gradient. AdamW leaves the many weak ones behind; here
-    they learn as fast. The entries of U Vᵀ (M, N) have size 1/√max(M, N), so 0.2 √max(M, N) U Vᵀ is a
+    they learn as fast. The entries of U Vᵀ (M, N) have size 1/√max(M, N): 0.2 √max(M, N) U Vᵀ is a
     step as long as AdamW's, and one learning rate serves both. `torch.optim.Muon` does the same
     with five steps in BF16, matrix by matrix. Here all matrices of one shape share one product.
     """
@@ -284,8 +284,8 @@ class Muon(torch.optim.Optimizer):
 def build_optimizers(model, peak_rate, muon=True, precision=torch.float32):
     """AdamW; with `muon`, Muon for the matrices between hidden states, and AdamW for the rest.
 
-    Muon takes eh_proj and the matrices of attention and of dense and shared feed-forwards, with gate
-    and up as one matrix. It leaves out embedding and head, which lead from and to tokens; the router,
+    Muon takes eh_proj and the matrices of attention and dense and shared feed-forwards, with gate
+    and up as one. It leaves out embedding and head, which lead from and to tokens; the router,
     which has only a few rows; and the experts, whose many matrices would cost more time than they
     gain. Weight decay leaves out norms and the router.
     """
@@ -311,8 +311,8 @@ def training_step(
     """One step on a batch of tokens (B, T); returns its figures. Losses are in nats per token.
 
     L = L_next + λ/depths · Σ_k L_k + Σ_layers L_balance, then b_i ± γ (V3, equations 24–25 and
-    section 2.1.2). λ is `mtp_weight`; at 0 the modules do not run. γ is `gamma`. rate: learning rate of
-    all optimizers. precision: of the matrix products. document_ids (B, T): the document of each token;
+    section 2.1.2). λ: `mtp_weight`; at 0 the modules do not run. γ: `gamma`. rate: learning rate of
+    all optimizers. precision: of products. document_ids (B, T): the document of each token;
     no MTP target lies in another one. A V2 model has no bias, only its balance loss.
     """
     model.train()
@@ -349,7 +349,7 @@ def training_step(
 
 
 def descend(model, optimizers, loss, rate):
-    """One step of all optimizers along the gradient, clipped to length 1; returns its length."""
+    """One step of all optimizers, the gradient clipped to length 1; returns the length before."""
     loss.backward()
     gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     for optimizer in optimizers:
@@ -360,7 +360,7 @@ def descend(model, optimizers, loss, rate):
 
 
 def move_routing_biases(model, routed, gamma):
-    """b_i ± γ in each layer, against its load; returns {layer: busiest expert's load / mean}."""
+    """b_i ± γ in each layer, against the load; returns {layer: busiest expert's load / mean}."""
     max_load = {}
     for name, layer_pass in zip(model.moe_layers(), routed, strict=False):  # MTP's come last
         load_E = layer_pass.load().float()
@@ -373,7 +373,7 @@ def move_routing_biases(model, routed, gamma):
 def silence_blocks(model):
     """Zeroes the last matrix of each attention and feed-forward, so that new blocks add nothing.
 
-    The first gradients then reach embedding and head directly. Each block grows from zero as it finds
+    The first gradients then reach embedding and head directly. A block grows from zero as it finds
     something to add. Otherwise it would start with noise, which the others must learn to undo.
     """
     for name, parameter in model.named_parameters():
@@ -386,8 +386,8 @@ def silence_blocks(model):
 class TrainingRun(training.TrainingRun):
     """λ falls to a third after two thirds of the training, and γ is 0 at its end, nearly as in V3.
 
-    V3 trains its MTP module from the start. In a model this small, the module makes a step almost twice
-    as long. A run of minutes learns more if the module starts late, at `mtp_from`; drafts get worse.
+    V3 trains its MTP module from the start. In a model this small, it makes a step almost twice
+    as long. A run of minutes learns more if MTP starts late, at `mtp_from`; drafts get worse.
     """
 
     model_class = DeepSeekModel
@@ -405,7 +405,7 @@ class TrainingRun(training.TrainingRun):
         return parameter_counts(self.model), cache_elements(self.model.config)
 
     def step(self, number, used):
-        """Step `number`, when the share `used` of the budget is spent."""
+        """Step `number`, at a time when the share `used` of the budget is spent."""
         options, (ids, document_ids) = self.options, self.batch(number)
         return training_step(
             self.model, self.optimizers, ids, document_ids,
@@ -430,7 +430,7 @@ class AlignmentRun(aligning.AlignmentRun):
 def check_published_sizes(demo):
     """V3 from its own config.json, on the meta device, compared with the numbers of its papers.
 
-    Published: 671 and 37 billion parameters, 70.272 KB and 250 GFLOPs. We assume that the 37 leave out
+    Published: 671 and 37 billion parameters, 70.272 KB and 250 GFLOPs. We assume the 37 leave out
     the input embedding: we count 36.6 without it and 37.6 with it. The exact size of the
     MTP module is our own sum. V3's README_WEIGHTS.md says 11.5 billion, without embedding and head;
     its README says 14 with the copies of both, where we count 13.5.
@@ -452,7 +452,7 @@ def check_published_sizes(demo):
 
 
 def check_paths(demo, model, ids_BT):
-    """Attention from the latent itself, and drafts, change speed and nothing else."""
+    """The absorbed path and drafts change only the speed, not the result."""
     absorbed_BTW, expanded_BTW = (model(ids_BT, path=path) for path in ("absorbed", "expanded"))
     demo.same("absorbed = expanded", "(B, T, W)", absorbed_BTW, expanded_BTW, tolerance=1e-4)
     greedy, drafted = (model.generate(ids_BT, 20, speculative=each) for each in (False, True))
@@ -461,7 +461,7 @@ def check_paths(demo, model, ids_BT):
 
 
 def check_orthogonalized(demo):
-    """Muon's update beside U Vᵀ from the singular value decomposition, of a lopsided gradient."""
+    """Compares Muon's update with U Vᵀ of the SVD; the gradient has strong and weak directions."""
     U, _, Vh = torch.linalg.svd(torch.randn(96, 256, device=demo.device), full_matrices=False)
     values = torch.logspace(0, -1.3, 96, device=demo.device)  # the strongest is 20 × the weakest
     update = orthogonalized(U * values @ Vh)
@@ -472,7 +472,7 @@ def check_orthogonalized(demo):
 
 
 def check_training_step(demo, model, ids_BT, gamma=0.01):
-    """The first loss is that of a guess, and each routing bias moves by γ against its load."""
+    """The first loss is that of guessing, and each routing bias moves by γ against its load."""
     routed = []
     model.mtp_hidden_states(model.hidden_states(ids_BT, routed=routed), ids_BT, routed=routed)
     loads_E = [layer_pass.load().float() for layer_pass in routed]
@@ -490,7 +490,7 @@ def check_training_step(demo, model, ids_BT, gamma=0.01):
 
 
 def check(demo):
-    """The check command, in a few seconds."""
+    """The check command; it takes a few seconds."""
     check_published_sizes(demo)
     check_orthogonalized(demo)
     model = DeepSeekModel(DeepSeekConfig.from_file(training.SMALL_CONFIG)).to(demo.device)

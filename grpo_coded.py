@@ -303,7 +303,7 @@ def mean_of(values, mask):
 
 # %% The rollout: G completions of each prompt, generated with a cache
 class Rollout(NamedTuple):
-    """Completions of a step, a row each; rows of one prompt are neighbours."""
+    """The completions of a step, one in each row; rows of the same prompt are neighbours."""
 
     prompt_ids: torch.Tensor  # (B, P), padded on the left
     prompt_mask: torch.Tensor  # (B, P): False for padding
@@ -352,7 +352,7 @@ def token_logprobs(policy, rollout, temperature=1.0, precision="float32", routed
 
 # %% The judgement: each completion gets a reward, and each reward becomes an advantage
 class Task(NamedTuple):
-    """What a policy learns, and how its token ids are read."""
+    """The task that a policy learns, and how its token ids become text."""
 
     reward: Callable  # (prompt, completions of one group), all texts → a number for each
     prompts: list  # of lists of ids
@@ -363,7 +363,7 @@ class Task(NamedTuple):
 def judged(policy, prompts, task, settings, generator):
     """The rollout of `prompts` (lists of ids) with its rewards and advantages.
 
-    dapo adds the overlong penalty before it compares rewards: of two right answers, the one that ran
+    dapo adds the overlong penalty before it compares: of two right answers, the one that ran
     out of room is the worse. The reported rewards are without the penalty.
     """
     s, variant = settings, VARIANTS[settings.variant]
@@ -384,7 +384,7 @@ def judged(policy, prompts, task, settings, generator):
 def collect(policy, task, settings, step):
     """Returns (the rollout to learn from, everything drawn). They differ if dapo draws new prompts.
 
-    If 50 of 128 groups have signal, these are kept, and 78 new prompts are drawn. If 30 of these have
+    If 50 of 128 groups have signal, they are kept, and 78 prompts are drawn. If 30 of these have
     signal, 80 are kept, and 48 are drawn. This stops at 128, or after `resamplings` new draws.
     """
     s, resample = settings, VARIANTS[settings.variant].resample
@@ -405,7 +405,7 @@ def collect(policy, task, settings, step):
 def grpo_step(policy, reference, optimizer, task, settings, step):
     """Step number `step`, counted from 0: changes the policy and returns the step's figures.
 
-    These are the figures of `rollout_figures` and `update`, and `kl` of the drawing policy, measured on
+    These are those of `rollout_figures` and `update`, and `kl` of the drawing policy, measured on
     one completion of each prompt.
     """
     s, (rollout, drawn) = settings, collect(policy, task, settings, step)
@@ -461,7 +461,7 @@ def update(policy, reference, optimizer, rollout, settings, step):
 
 @torch.no_grad()
 def fixed_logprobs(policy, rollout, settings, parts=None):
-    """log π (B, L) without gradient; `parts`: of which rows, default: all, part by part."""
+    """log π (B, L) without gradient, part by part; `parts`: lists of rows (default: all rows)."""
     logp, s = torch.zeros_like(rollout.logp), settings
     size = math.ceil(s.prompts * s.group_size / s.minibatches)
     for rows in parts or batches.runs(len(logp), size):
@@ -472,7 +472,7 @@ def fixed_logprobs(policy, rollout, settings, parts=None):
 def descend(optimizer, loss):
     """One update with the gradient's norm limited to 1; returns the norm before the limit.
 
-    The gradient (3, −4) has norm 5 and becomes (0.6, −0.8): one large loss cannot dominate training.
+    The gradient (3, −4) has norm 5 and becomes (0.6, −0.8): one large loss cannot dominate.
     """
     optimizer.zero_grad()
     loss.backward()
@@ -495,7 +495,7 @@ def move_routing_bias(loads, gamma):
 # %% A step's settings, and its optimizer
 @dataclass
 class Settings:
-    """One step: `prompts` × `group_size` completions, then `passes` × `minibatches` updates."""
+    """A step: `prompts` × `group_size` completions, `passes` × `minibatches` updates."""
 
     variant: str = setting("grpo", "which loss", choices=tuple(VARIANTS))
     prompts: int = setting(128, "prompts a step", at_least=1)
@@ -523,7 +523,7 @@ class Settings:
 
 
 def policy_optimizer(policy, settings):
-    """AdamW on all but the MTP modules, which no completion comes from."""
+    """AdamW on all weights but the MTP modules', which take no part in a completion."""
     trained = [p for name, p in policy.named_parameters() if not name.startswith("mtp.")]
     # No momentum by default: it would keep applying gradients computed for older policies.
     return torch.optim.AdamW(trained, lr=settings.learning_rate, betas=(settings.momentum, 0.99),
@@ -544,7 +544,7 @@ def decode(ids):
 
 
 def exact_match(prompt, completions):
-    """1 for the sum, 0 for anything else. prompt "12+34=", completions without their end: "64"."""
+    """1 for the right sum, 0 for anything else: prompt "12+34=", completion "64" (no end)."""
     return [float(completion == sum_of(prompt)) for completion in completions]
 
 
@@ -567,7 +567,7 @@ def addition_prompts():
 
 # %% A policy that knows a little: GRPO needs some right answers to start from
 def small_policy(width=96, layers=3):
-    """Phases 4 to 7 in small: rotary latent attention; two of four experts and a shared one."""
+    """A small model of phases 4 to 7: rotary latent attention, two of four experts, one shared."""
     rotary = RotaryEmbedding(16)
 
     def block():
@@ -589,7 +589,7 @@ def small_policy(width=96, layers=3):
 def warm_up(policy, prompts, watched, seed, most_steps=400, target=0.25, batch=128):
     """Supervised steps on sums until `target` of the sampled answers are right; returns the steps.
 
-    From step 100 on, every fifth step is tested on the `watched` prompts; at most `most_steps` steps.
+    From step 100 on, it tests every five steps on the `watched` prompts; at most `most_steps`.
     """
     device, source = policy.lm_head.weight.device, random.Random(seed)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-3, betas=(0.0, 0.99), weight_decay=0.0)
@@ -609,7 +609,7 @@ def warm_up(policy, prompts, watched, seed, most_steps=400, target=0.25, batch=1
 
 
 def answers(policy, prompts, temperature=1.0, seed=0):
-    """One completion a prompt, as text; None where it did not come to its end."""
+    """One completion of each prompt, as text; None if it did not reach its end."""
     generator = torch.Generator(device=policy.lm_head.weight.device).manual_seed(seed)
     ids = [encode(prompt) for prompt in prompts]
     rollout = roll_out(policy.eval(), ids, 1, 5, END, temperature, generator)
@@ -617,7 +617,7 @@ def answers(policy, prompts, temperature=1.0, seed=0):
 
 
 def sampled_accuracy(policy, prompts, temperature=1.0, seed=0):
-    """Share of the prompts whose one sampled answer is the sum."""
+    """The share of the prompts whose sampled answer is the sum."""
     given = answers(policy, prompts, temperature, seed)
     right = [exact_match(p, [a])[0] for p, a in zip(prompts, given, strict=True)]
     return sum(right) / len(right)
@@ -625,7 +625,7 @@ def sampled_accuracy(policy, prompts, temperature=1.0, seed=0):
 
 # %% A run
 def rate_of(settings, step, used):
-    """The learning rate: up over ten steps, then down to a tenth as `used` goes from 0 to 1."""
+    """The learning rate: it rises for ten steps and falls to a tenth as `used` goes from 0 to 1."""
     return settings.learning_rate * min(1.0, (step + 1) / 10) * (1 - 0.9 * used)
 
 
@@ -641,7 +641,7 @@ def train(policy, task, settings, steps):
 
 # %% The proofs
 def check_baseline(demo, groups=20_000, G=4):
-    """Rung 2 has the direction of rung 1, with less noise: answers are one of 8 tokens here."""
+    """Rung 2 has the direction of rung 1 with less noise. Here an answer is one of 8 tokens."""
     log_p = torch.randn(8, device=demo.device).log_softmax(dim=0)
     p, prizes = log_p.exp(), 10 + torch.rand(8, device=demo.device)
     drawn_B = torch.multinomial(p, groups * G, replacement=True)
@@ -663,7 +663,7 @@ def check_baseline(demo, groups=20_000, G=4):
 
 
 def check_rungs(demo):
-    """A rung equals the one below it where its change does nothing."""
+    """A rung equals the one below it wherever its change has no effect."""
     logp = torch.randn(6, 5, device=demo.device, requires_grad=True)
     lengths_B1 = torch.tensor([[5], [3], [1], [2], [4], [5]], device=demo.device)
     mask = torch.arange(5, device=demo.device) < lengths_B1
@@ -683,7 +683,7 @@ def check_rungs(demo):
 
 
 def check_loss(demo):
-    """The batched loss is the naive one; what must be zero is zero."""
+    """The batched loss equals the naive one; losses and gradients that must be zero are zero."""
     B, L = 6, 5
     mask = torch.arange(L) < torch.tensor([[5], [3], [1], [2], [4], [0]])
     logp = (torch.randn(B, L) - 2).requires_grad_()
@@ -714,7 +714,7 @@ def check_loss(demo):
 
 
 def check_cached_logprobs(demo, policy, task, settings):
-    """Decoding one token after another gives the log-probabilities of the training forward."""
+    """Cached decoding, token by token, gives the log-probabilities of the training pass."""
     one, other = (step_generator(settings.seed, 0, 15, demo.device) for _ in range(2))
     prompts = drawn_from(task.prompts, settings.prompts, one)
     rollout = judged(policy, prompts, task, settings, other)
