@@ -105,7 +105,7 @@ def has_signal(rewards, group_size):
 
 # %% Rung 3: several updates from one rollout. The ratio corrects for it, the clip bounds it
 def clipped_gain(ratio, advantages, clip_low, clip_high):
-    """min{ρ Â, clip(ρ) Â}: constant, so without gradient, once ρ has moved far enough towards Â.
+    """min{ρ Â, clip(ρ) Â}: no gradient once ρ is far enough above 1 (Â > 0) or below 1 (Â < 0).
 
     ε = 0.2: with Â = 1, the ratios 1.5 and 0.5 give 1.2, which is clipped, and 0.5; with Â = −1
     they give −1.5 and −0.8, which is clipped. A token that moved the wrong way keeps its gradient.
@@ -278,7 +278,7 @@ def loss_figures(ratio, logp, ref_logp, advantages, mask, clip_low, clip_high):
 
 
 def rollout_figures(drawn, group_size):
-    """How good the policy was that drew these completions: figures over all of them.
+    """Figures of the policy that drew these completions, over all of them.
 
     `reward`, `length` in tokens: the means of the completions. `signal`: the share of completions
     in groups whose rewards differ. `entropy`: as above.
@@ -405,7 +405,7 @@ def collect(policy, task, settings, step):
 def grpo_step(policy, reference, optimizer, task, settings, step):
     """Step number `step`, counted from 0: changes the policy and returns the step's figures.
 
-    These are those of `rollout_figures` and `update`, and `kl` of the drawing policy, measured on
+    The figures are of `rollout_figures` and `update`, and `kl` of the drawing policy, measured on
     one completion of each prompt.
     """
     s, (rollout, drawn) = settings, collect(policy, task, settings, step)

@@ -167,7 +167,7 @@ class AlignmentRun(Run):
         return list(map(self.decode, self.held_out)), rollout.texts(self.decode)
 
     def records(self):
-        """The reference is the source: only its hash is stored, to recognise it."""
+        """The reference is the source: its hash is stored, not its weights."""
         records = super().records()
         records[self.record] |= {"paid": sorted(self.reward.paid), "source": self.fingerprint}
         if self.training:  # so that `evaluate` finds the text

@@ -104,7 +104,7 @@ class CompilerReward:
         return 1.0 if whole else self.first_step
 
     def _paid(self, text, whole):
-        """Whether it was paid before; marks it paid. Only words count: blank lines change nothing."""
+        """Whether it was paid before; marks it paid. By its words: blank lines do not matter."""
         words = text.split() if whole else ["begins", *text.split()]
         name = hashlib.sha256(" ".join(words).encode()).hexdigest()[:16]
         was = name in self.paid

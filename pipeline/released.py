@@ -23,7 +23,7 @@ from quantization_coded import Scheme, empty_layer, linears_of, listed_experts, 
 from rope_coded import YarnScaling
 
 QUANT_METHOD = "quantization_coded"
-QUANTIZED_WEIGHTS = "quantized.safetensors"  # other programs do not take it for their own weights
+QUANTIZED_WEIGHTS = "quantized.safetensors"  # other programs do not look for this name
 
 
 # %% The settings in config.json
