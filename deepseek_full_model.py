@@ -1,20 +1,21 @@
-"""Phase 10: the complete model. All phases composed, trained on real text, scored and generating.
+"""Phase 10: the complete model. All phases together, trained on real text, scored and generating.
 
-Each layer is phase 5's block around phase 7's attention: latent KV cache, decoupled rotary
-positions. The first layers have a dense feed-forward, the others shared and routed experts whose
-balance is kept by a bias. One multi-token prediction module learns a token further ahead and
-drafts for speculative decoding. A model is described by the fields of the released config.json
-and stored in the released layout, so transformers reads what this script writes, and back.
+Each layer is phase 5's block around phase 7's attention, with latent KV cache and decoupled rotary
+positions. The first layers have a dense feed-forward. The others have shared and routed experts,
+and a bias balances their load. A multi-token prediction (MTP) module predicts one token further
+ahead and drafts for speculative decoding. The fields of the released config.json describe a model,
+and files have the released layout: this script and transformers read each other's checkpoints.
 
     h = Emb(t);   per layer: h += RotaryMLA(RMSNorm(h)), h += MoE(RMSNorm(h));   Head(RMSNorm(h))
     L = L_next + λ L_mtp + L_balance;   after each step of a V3 model  b_i ± γ  for the routing bias
 
 Papers: DeepSeek-V2 (2024, arXiv:2405.04434), section 2; DeepSeek-V3 (2024, arXiv:2412.19437),
 sections 2 and 4.2. Attention, MoE, MTP and RoPE: phases 4 to 7.
-Simplified: one device. Ours are Muon beside AdamW, blocks that add nothing at first, MTP late in a
-run, and a cosine schedule from the start: V3 used AdamW alone and MTP throughout, and held the
-learning rate constant for most of the training before it decayed.
-Documents are packed without attention masks between them, as in V3.
+Simplified: one device. Our own choices are Muon beside AdamW, blocks that add nothing at first, MTP
+late in a run, and a cosine schedule from the start. V3 used only AdamW, MTP throughout, and kept
+the learning rate constant for most of the training before it decayed.
+As in V3, documents are packed into one sequence without attention masks between them.
+Before: phases 4 to 9. Reading 27 minutes, running 9 minutes.
 
 Dimensions: B batch · T query positions · D model width · E routed experts · A active experts per
 token · W vocabulary.
@@ -72,7 +73,7 @@ def build_block(config, rotary, sparse):
 
 
 def build_experts(config):
-    """Shared and routed experts, with a balance loss over each sequence or over the batch."""
+    """Shared and routed experts, with a balance loss for each sequence or for the whole batch."""
     router = moe.TopKRouter(
         config.hidden_size,
         config.n_routed_experts,
@@ -97,7 +98,7 @@ def build_experts(config):
 # %% The configuration: the fields of config.json
 @dataclass(kw_only=True)
 class DeepSeekConfig(ReleasedConfig):
-    """Fields as in the released config.json. `model_type` decides what V2 and V3 do differently.
+    """Fields as in the released config.json. `model_type` decides where V2 and V3 differ.
 
     `from_file` and `from_dict` read both spellings of the rotary settings and fill in what
     transformers leaves out. Raises ValueError for a combination that no released model has.
@@ -111,7 +112,7 @@ class DeepSeekConfig(ReleasedConfig):
     rms_norm_eps: float = setting(1e-6, above=0)
     # Latent attention (phase 4)
     num_attention_heads: int = setting(at_least=1)
-    num_key_value_heads: int | None = setting(None, at_least=1)  # without effect: MLA has none
+    num_key_value_heads: int | None = setting(None, at_least=1)  # no effect: MLA has no KV heads
     q_lora_rank: int | None = setting(None, at_least=1)  # None: queries are not compressed
     kv_lora_rank: int = setting(at_least=1)
     qk_nope_head_dim: int = setting(at_least=1)
@@ -119,8 +120,8 @@ class DeepSeekConfig(ReleasedConfig):
     v_head_dim: int = setting(at_least=1)
     attention_bias: bool = False
     attention_dropout: float = setting(0.0, at_least=0)
-    # Dense layers and experts (phase 5). None: as `model_type` has it
-    first_k_dense_replace: int = setting(0, at_least=0)  # so many layers are dense
+    # Dense layers and experts (phase 5). None: the value of `model_type`
+    first_k_dense_replace: int = setting(0, at_least=0)  # number of dense layers
     moe_layer_freq: int = setting(1, at_least=1)
     intermediate_size: int = setting(at_least=1)  # of a dense layer
     moe_intermediate_size: int = setting(at_least=1)  # of one expert
@@ -128,14 +129,14 @@ class DeepSeekConfig(ReleasedConfig):
     n_shared_experts: int = setting(1, at_least=0)
     n_routed_experts: int = setting(at_least=1)
     num_experts_per_tok: int = setting(at_least=1)
-    n_group: int = setting(1, at_least=1)  # of experts: a token's come from `topk_group` of them
+    n_group: int = setting(1, at_least=1)  # groups of experts; a token uses `topk_group` of them
     topk_group: int = setting(1, at_least=1)
     topk_method: str | None = None
     scoring_func: str | None = None
     norm_topk_prob: bool | None = None
     routed_scaling_factor: float = setting(1.0, above=0)
     aux_loss_alpha: float = setting(0.001, at_least=0)  # of the balance loss
-    seq_aux: bool = True  # over each sequence, not over the batch
+    seq_aux: bool = True  # balance each sequence, not the batch
     # Multi-token prediction (phase 6)
     num_nextn_predict_layers: int = setting(0, at_least=0)
     # Rotary positions (phase 7)
@@ -155,11 +156,11 @@ class DeepSeekConfig(ReleasedConfig):
 
 # %% The model
 class DeepSeekModel(ReleasedModel, CausalLM):
-    """DeepSeek-V2 or V3 by its configuration: `CausalLM` with rotary MLA, experts and MTP modules.
+    """DeepSeek-V2 or V3, as configured: a `CausalLM` with rotary MLA, experts and MTP modules.
 
-    `model(input_ids)` (B, T) → logits (B, T, W). `hidden_states` and `mtp_logits` are `CausalLM`'s;
-    `from_pretrained` and `save_pretrained`, and `generate` at speed, are `ReleasedModel`'s. Build
-    it under `torch.device("meta")` to count without memory.
+    `model(input_ids)` (B, T) → logits (B, T, W). `hidden_states`, `mtp_logits` are in `CausalLM`;
+    `from_pretrained`, `save_pretrained` and the fast `generate` are in `ReleasedModel`. Build
+    it under `torch.device("meta")` to count its parameters without using memory.
     """
 
     config_class = DeepSeekConfig
@@ -178,16 +179,16 @@ class DeepSeekModel(ReleasedModel, CausalLM):
         )
         self.config = config
         self.init_weights(config.initializer_range)
-        self.prepared()  # quicker layers, the same numbers: pipeline/fast
+        self.prepared()  # faster layers with the same results: pipeline/fast
 
 
 # %% The cost of a configuration
 def parameter_counts(model):
-    """Parameters of the main model, in all and as a token uses them; MTP's own apart.
+    """Parameters of the main model, all and active (used by a token); those of MTP separately.
 
     Returns: dict with `total`, `active`, `active_without_embedding`,
-        `active_without_embedding_and_head` and `mtp` (0 without). Routing biases are buffers and
-        count nowhere.
+        `active_without_embedding_and_head` and `mtp` (0 without MTP). Routing biases are buffers
+        and are not counted.
     """
 
     def size(module):
@@ -219,7 +220,7 @@ def cache_elements(config):
 def training_flops_per_token(model, context):
     """6 · active parameters without the embedding, plus causal attention at `context` tokens.
 
-    Main model only, as in the published figures: an MTP module comes on top.
+    This covers the main model only, as the published figures do; an MTP module costs extra.
     """
     config = model.config
     head_widths = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
@@ -228,16 +229,17 @@ def training_flops_per_token(model, context):
 
 
 # %% Muon: every direction of a matrix learns at the same pace
-# X ← aX + bAX + cA²X with A = X Xᵀ is an odd polynomial of each singular value of X and leaves the
-# singular vectors alone. These three in a row bring all values from 0.01 to 1 into 0.73 … 1.27:
-# each is the best for what the one before leaves (Polar Express, 2025, arXiv:2505.16932).
+# X ← aX + bAX + cA²X with A = X Xᵀ applies an odd polynomial to each singular value of X and keeps
+# the singular vectors. These three, one after another, bring all values from 0.01 to 1 into
+# 0.73 … 1.27. Each is the best for the values that the one before it leaves (Polar Express, 2025,
+# arXiv:2505.16932).
 NEWTON_SCHULZ = (
     (8.0934, -23.6204, 17.4461), (3.6366, -2.7219, 0.5365), (2.6613, -1.9771, 0.4526),
 )
 
 
 def orthogonalized(G, precision=torch.float32):
-    """Roughly U Vᵀ of each matrix U S Vᵀ (..., M, N): all its directions get length 1."""
+    """Roughly U Vᵀ for each matrix U S Vᵀ (..., M, N): all its directions get about length 1."""
     X = (G / (G.norm(dim=(-2, -1), keepdim=True) + 1e-20)).to(precision)  # no value above 1
     tall = X.shape[-2] > X.shape[-1]
     X = X.mT if tall else X  # A is the smaller of the two products
@@ -250,10 +252,10 @@ def orthogonalized(G, precision=torch.float32):
 class Muon(torch.optim.Optimizer):
     """Steps along the orthogonalised momentum (Jordan, 2024; at scale: 2025, arXiv:2502.16982).
 
-    A gradient is mostly a few strong directions; AdamW leaves the many weak ones behind, and here
-    they learn as fast. U Vᵀ of (M, N) has entries of size 1/√max(M, N): 0.2 √max(M, N) U Vᵀ is a
-    step as long as AdamW's, so that one learning rate serves both. `torch.optim.Muon` is the same
-    with five steps in BF16, matrix by matrix; here all of one shape are one product.
+    A few strong directions make up most of a gradient. AdamW leaves the many weak ones behind; here
+    they learn as fast. The entries of U Vᵀ (M, N) have size 1/√max(M, N): 0.2 √max(M, N) U Vᵀ is a
+    step as long as AdamW's, and one learning rate serves both. `torch.optim.Muon` does the same
+    with five steps in BF16, matrix by matrix. Here all matrices of one shape share one product.
     """
 
     def __init__(self, parameters, lr, weight_decay=0.1, momentum=0.95, precision=torch.float32):
@@ -280,12 +282,12 @@ class Muon(torch.optim.Optimizer):
 
 # %% Optimizers and the training step
 def build_optimizers(model, peak_rate, muon=True, precision=torch.float32):
-    """AdamW, and with `muon` Muon for the matrices between hidden states.
+    """AdamW; with `muon`, Muon for the matrices between hidden states, and AdamW for the rest.
 
-    Muon takes eh_proj and the matrices of attention and of dense and shared feed-forwards; gate
-    and up count as one. It spares embedding and head, which lead from and to tokens; the router,
-    which is a few rows; and the experts, whose many matrices would make a step longer than it gets
-    better. Weight decay spares norms and the router.
+    Muon takes eh_proj and the matrices of attention and dense and shared feed-forwards, with gate
+    and up as one. It leaves out embedding and head, which lead from and to tokens; the router,
+    which has only a few rows; and the experts, whose many matrices would cost more time than they
+    gain. Weight decay leaves out norms and the router.
     """
     named = dict(model.named_parameters())
     spared = (".gate.", "embed_tokens", "lm_head", ".experts.")
@@ -306,23 +308,23 @@ def build_optimizers(model, peak_rate, muon=True, precision=torch.float32):
 def training_step(
     model, optimizers, ids, document_ids, rate, mtp_weight, gamma, precision=torch.float32
 ):
-    """One step on a batch of tokens (B, T); returns its figures. Losses in nats per token.
+    """One step on a batch of tokens (B, T); returns its figures. Losses are in nats per token.
 
     L = L_next + λ/depths · Σ_k L_k + Σ_layers L_balance, then b_i ± γ (V3, equations 24–25 and
     section 2.1.2). λ: `mtp_weight`; at 0 the modules do not run. γ: `gamma`. rate: learning rate of
-    all optimizers. precision: that of the matrix products. document_ids (B, T): no MTP target lies
-    in another document. A V2 model has no bias: its balance losses alone keep the load even.
+    all optimizers. precision: of products. document_ids (B, T): the document of each token;
+    no MTP target lies in another one. A V2 model has no bias, only its balance loss.
     """
     model.train()
     for optimizer in optimizers:
         optimizer.zero_grad()
-    routed = []  # gets what each layer's router decides
-    # Autocast: matrix products in `precision`; weights, norms, router and losses in FP32.
-    # `head_loss` is phase 6's `shifted_loss` of the head's logits, which it never stores whole.
+    routed = []  # collects the decisions of each layer's router
+    # Autocast: matrix products are in `precision`; weights, norms, router and losses are in FP32.
+    # `head_loss` is phase 6's `shifted_loss` of the head's logits, but never stores all of them.
     with torch.autocast(ids.device.type, precision, enabled=precision != torch.float32):
         hidden_BTD = model.hidden_states(ids, routed=routed)
-        # The next token may be a separator, which opens a document: so the model learns where one
-        # ends. The token after next may then be another text's start, and is left out.
+        # The next token may be the separator that opens a new document: the model learns where a
+        # document ends. The token after it belongs to another text and is no target for MTP.
         next_loss = head_loss(model.lm_head, hidden_BTD, ids, shift=1)
         depths = model.mtp_hidden_states(hidden_BTD, ids, routed=routed) if mtp_weight else []
         further_losses = [
@@ -347,7 +349,7 @@ def training_step(
 
 
 def descend(model, optimizers, loss, rate):
-    """One step of all optimizers along the gradient, clipped to length 1; returns its length."""
+    """One step of all optimizers, the gradient clipped to length 1; returns the length before."""
     loss.backward()
     gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     for optimizer in optimizers:
@@ -358,7 +360,7 @@ def descend(model, optimizers, loss, rate):
 
 
 def move_routing_biases(model, routed, gamma):
-    """b_i ± γ in each layer, against its load; returns {layer: busiest expert's load / mean}."""
+    """b_i ± γ in each layer, against the load; returns {layer: busiest expert's load / mean}."""
     max_load = {}
     for name, layer_pass in zip(model.moe_layers(), routed, strict=False):  # MTP's come last
         load_E = layer_pass.load().float()
@@ -369,10 +371,10 @@ def move_routing_biases(model, routed, gamma):
 
 @torch.no_grad()
 def silence_blocks(model):
-    """Zeroes the last matrix of each attention and feed-forward: a new model's blocks add nothing.
+    """Zeroes the last matrix of each attention and feed-forward, so that new blocks add nothing.
 
-    The first gradients then reach embedding and head undiluted, and each block grows from zero as
-    it finds something to add, instead of adding noise that the others must first learn to undo.
+    The first gradients then reach embedding and head directly. A block grows from zero as it finds
+    something to add. Otherwise it would start with noise, which the others must learn to undo.
     """
     for name, parameter in model.named_parameters():
         if "o_proj" in name or "down_proj" in name:
@@ -382,10 +384,10 @@ def silence_blocks(model):
 
 # %% The run: this step over batches of the text, with V3's schedules of λ and γ
 class TrainingRun(training.TrainingRun):
-    """λ falls to a third after two thirds of the training, and γ is 0 at its end, much as in V3.
+    """λ falls to a third after two thirds of the training, and γ is 0 at its end, nearly as in V3.
 
-    V3 trains its MTP module from the start. It makes a step of a model this small almost twice as
-    long, so a run of minutes learns more if it comes in late, at `mtp_from`, and drafts get worse.
+    V3 trains its MTP module from the start. In a model this small, it makes a step almost twice
+    as long. A run of minutes learns more if MTP starts late, at `mtp_from`; drafts get worse.
     """
 
     model_class = DeepSeekModel
@@ -403,7 +405,7 @@ class TrainingRun(training.TrainingRun):
         return parameter_counts(self.model), cache_elements(self.model.config)
 
     def step(self, number, used):
-        """Step `number`, when the share `used` of the budget is spent."""
+        """Step `number`, at a time when the share `used` of the budget is spent."""
         options, (ids, document_ids) = self.options, self.batch(number)
         return training_step(
             self.model, self.optimizers, ids, document_ids,
@@ -426,12 +428,12 @@ class AlignmentRun(aligning.AlignmentRun):
 
 # %% The proof
 def check_published_sizes(demo):
-    """V3 from its own config.json, on the meta device, against the numbers of its papers.
+    """V3 from its own config.json, on the meta device, compared with the numbers of its papers.
 
-    Published: 671 and 37 billion parameters, 70.272 KB and 250 GFLOPs. That the 37 leave out the
-    input embedding is our reading: we count 36.6 without it and 37.6 with it. The exact size of the
-    MTP module is our own sum. V3's README_WEIGHTS.md gives it 11.5 billion, embedding and head
-    apart; its README gives it 14, with its copies of both, where we count 13.5.
+    Published: 671 and 37 billion parameters, 70.272 KB and 250 GFLOPs. We assume the 37 leave out
+    the input embedding: we count 36.6 without it and 37.6 with it. The exact size of the
+    MTP module is our own sum. V3's README_WEIGHTS.md says 11.5 billion, without embedding and head;
+    its README says 14 with the copies of both, where we count 13.5.
     """
     config = DeepSeekConfig.from_file(training.SMALL_CONFIG.with_name("deepseek_v3.json"))
     with torch.device("meta"):
@@ -450,7 +452,7 @@ def check_published_sizes(demo):
 
 
 def check_paths(demo, model, ids_BT):
-    """Attention from the latent itself, and drafts, change speed and nothing else."""
+    """The absorbed path and drafts change only the speed, not the result."""
     absorbed_BTW, expanded_BTW = (model(ids_BT, path=path) for path in ("absorbed", "expanded"))
     demo.same("absorbed = expanded", "(B, T, W)", absorbed_BTW, expanded_BTW, tolerance=1e-4)
     greedy, drafted = (model.generate(ids_BT, 20, speculative=each) for each in (False, True))
@@ -459,7 +461,7 @@ def check_paths(demo, model, ids_BT):
 
 
 def check_orthogonalized(demo):
-    """Muon's update beside U Vᵀ from the singular value decomposition, of a lopsided gradient."""
+    """Compares Muon's update with U Vᵀ of the SVD; the gradient has strong and weak directions."""
     U, _, Vh = torch.linalg.svd(torch.randn(96, 256, device=demo.device), full_matrices=False)
     values = torch.logspace(0, -1.3, 96, device=demo.device)  # the strongest is 20 × the weakest
     update = orthogonalized(U * values @ Vh)
@@ -470,7 +472,7 @@ def check_orthogonalized(demo):
 
 
 def check_training_step(demo, model, ids_BT, gamma=0.01):
-    """The first loss is that of a guess, and each routing bias moves by γ against its load."""
+    """The first loss is that of guessing, and each routing bias moves by γ against its load."""
     routed = []
     model.mtp_hidden_states(model.hidden_states(ids_BT, routed=routed), ids_BT, routed=routed)
     loads_E = [layer_pass.load().float() for layer_pass in routed]
@@ -488,13 +490,13 @@ def check_training_step(demo, model, ids_BT, gamma=0.01):
 
 
 def check(demo):
-    """The check command, in a few seconds."""
+    """The check command; it takes a few seconds."""
     check_published_sizes(demo)
     check_orthogonalized(demo)
     model = DeepSeekModel(DeepSeekConfig.from_file(training.SMALL_CONFIG)).to(demo.device)
     ids_BT = torch.randint(model.config.vocab_size, (2, 64), device=demo.device)
     check_training_step(demo, model, ids_BT)
-    model.init_weights(std=0.1)  # wide enough for attention to choose
+    model.init_weights(std=0.1)  # large enough for attention to differ between tokens
     with torch.no_grad():
         check_paths(demo, model.eval(), ids_BT)
     demo.finish("check --seed 1: other weights, the same verdicts",
@@ -516,7 +518,7 @@ def whole_pipeline(run):
 
 
 WHOLE = Command("the main job", RunOptions, whole_pipeline, TrainingRun)
-COMMANDS = {  # name: what it does, its flags, the work, and for a run its kind
+COMMANDS = {  # name: help, flags, work and, for a run, its class
     "check": Command("prove sizes, paths and training step", CheckOptions, check),
     "train": Command(
         "train only, or go on with a stopped run", RunOptions, training.train, TrainingRun

@@ -1,10 +1,12 @@
-"""Phase 9: group relative policy optimisation (GRPO), learning from a reward instead of a text.
+"""Phase 9: group relative policy optimisation (GRPO): learning from rewards instead of a text.
 
-A policy answers one prompt G times, and a rule that can be checked says how good each answer is.
-An answer better than its group's mean becomes likelier, a worse one becomes rarer: the group takes
-the place of PPO's value network. During the updates the policy that learns moves away from the
-policy that answered. So the ratio of their probabilities weighs each token's gradient, and a token
-that has moved far enough is clipped. A penalty can hold the policy near a frozen reference.
+A policy is a language model that answers prompts. It answers each prompt G times, and a rule that
+a program can check rewards each answer. Training makes an answer likelier if its reward is above
+the mean of its group, and rarer if it is below. So the group does the work of PPO's value network.
+One set of answers serves several updates, and after the first the policy differs from the policy
+that wrote the answers. The ratio of the two probabilities corrects each token's gradient for this,
+and a token that its advantage has already moved too far is clipped: it gets no gradient. A penalty
+can keep the policy near a frozen copy, the reference.
 
 The script climbs to this loss in rungs, one change at a time:
 
@@ -15,23 +17,26 @@ The script climbs to this loss in rungs, one change at a time:
     4  mean over tokens 1/|o_i| Σ_t in place of Σ_t
     5  KL penalty       − β k3,  k3_i,t = π_ref/π − log(π_ref/π) − 1   ≥ 0, estimates KL(π ‖ π_ref)
     6  variants         dr_grpo  Â without std; Σ_t of rung 3 again, over a constant length
-                        dapo     ε 0.2 below, 0.28 above; mean over all tokens; new prompts in
-                                 place of those whose group has no signal; answers that run out
-                                 of room are punished
+                        dapo     ε 0.2 below, 0.28 above; the mean is over all tokens; new prompts
+                                 replace those whose group has no signal; answers that run out of
+                                 room are punished
                         gspo     ρ of the whole answer, (π(o)/π_old(o))^(1/|o|); ε 0.0003 below,
                                  0.0004 above
 
-Rung 1 estimates ∇ E[r]. So does rung 2 without its std, but for a factor. Every other change gives
-up some of that for steadier steps: std makes prompts count unequally, the clip leaves tokens out,
-and the mean over tokens makes the tokens of a long answer count less.
+r_i is the reward of answer o_i, o_i,t its token number t, |o_i| its length, Â_i its advantage.
+
+Rung 1 estimates ∇ E[r]. Rung 2 without its std does so as well, up to a factor. The other changes
+give up some of this accuracy for steadier steps: with std, prompts count unequally; the clip
+leaves tokens out; the mean over tokens makes the tokens of a long answer count less.
 
 Every loss is −J. Papers: REINFORCE: Williams (1992); the clip: PPO, Schulman et al. (2017),
 arXiv:1707.06347, equation 7; GRPO: DeepSeekMath (2024), arXiv:2402.03300, section 4.1, equations
 3–4; k3: Schulman (2020), "Approximating KL divergence"; Dr. GRPO: Liu et al. (2025),
 arXiv:2503.20783; DAPO: Yu et al. (2025), arXiv:2503.14476; GSPO: Zheng et al. (2025),
 arXiv:2507.18071.
-Simplified: the task is small enough for a processor, sums of two numbers from 0 to 99,
+Simplified: the task is small enough for a CPU: sums of two numbers from 0 to 99,
 written last digit first (12+34=64).
+Before: phases 5 to 7. Reading 40 minutes, running under 3 minutes.
 
 Dimensions: B batch (all completions) · G completions of a prompt · L completion length · T query
 positions · W vocabulary. P is the length of the prompts.
@@ -59,11 +64,11 @@ from mtp_coded import CausalLM, Sampling
 from rope_coded import RotaryEmbedding, RotaryLatentAttention
 
 
-# %% Rung 1: REINFORCE. What was rewarded becomes likelier
+# %% Rung 1: REINFORCE. Rewarded answers become likelier
 def reinforce_loss(logp, rewards, mask):
     """−J of rung 1: logp (B, L) of the tokens drawn, rewards (B,), mask (B, L) → scalar.
 
-    Nothing is differentiated through the reward: ∇ E[r] = E[r ∇ log π(o)], where log π(o) is the
+    The reward needs no gradient: ∇ E[r] = E[r ∇ log π(o)], where log π(o) is the
     sum over the answer's tokens, and answers drawn from π estimate this mean. Two answers with
     log π of −1 −2 and of −3, rewards 2 and 1: the loss is (2 · 3 + 1 · 3) / 2 = 4.5. A step down
     this loss makes both likelier, and the tokens of the first twice as fast.
@@ -71,25 +76,26 @@ def reinforce_loss(logp, rewards, mask):
     return -(rewards * logp.masked_fill(~mask, 0.0).sum(dim=1)).mean()
 
 
-# %% Rung 2: the group is the baseline. Better or worse than the other answers?
+# %% Rung 2: the group is the baseline. Is an answer better than the others?
 def group_advantages(rewards, group_size, normalize_std=True):
     """Rewards (B,) → advantages (B,); `group_size` neighbours answer the same prompt.
 
-    r − mean, and (`normalize_std`) divided by the sample standard deviation + 1e-6: DeepSeekMath,
-    section 4.1.2. Rewards 1, 0, 0, 3 of one group give 0, −0.71, −0.71, 1.41. Exactly zero where
-    all rewards of a group are equal, a group of one included.
+    r − mean of the group; with `normalize_std` divided by its sample std + 1e-6 (DeepSeekMath,
+    section 4.1.2). Rewards 1, 0, 0, 3 of one group have mean 1 and std 1.41: the advantages are
+    0, −0.71, −0.71, 1.41. They are exactly 0 if all rewards of a group are equal, as in a group
+    of one.
     Raises: ValueError for rewards that are not (B,) or not finite, or a B that G does not divide.
     """
     groups = grouped(rewards, group_size, "rewards", "group_size")
     advantages = groups - groups.mean(dim=1, keepdim=True)
     if normalize_std and group_size > 1:
         advantages = advantages / (groups.std(dim=1, keepdim=True) + 1e-6)
-    # A mean of equals may differ from them in its last bit: over a std near 0 that would count.
+    # The mean of equal rewards may be off in its last bit: a std near 0 would magnify that.
     return advantages.flatten().masked_fill(~has_signal(groups.flatten(), group_size), 0.0)
 
 
 def has_signal(rewards, group_size):
-    """(B,) bool: whether the row's group has rewards that differ (DAPO, section 3.2).
+    """(B,) bool: True where the rewards of the row's group differ (DAPO, section 3.2).
 
     Rewards 1, 0, 2, 2 in groups of two give True, True, False, False.
     """
@@ -99,10 +105,10 @@ def has_signal(rewards, group_size):
 
 # %% Rung 3: several updates from one rollout. The ratio corrects for it, the clip bounds it
 def clipped_gain(ratio, advantages, clip_low, clip_high):
-    """min{ρ Â, clip(ρ) Â}: flat, so without gradient, once ρ has moved far enough Â's way.
+    """min{ρ Â, clip(ρ) Â}: no gradient once ρ is far enough above 1 (Â > 0) or below 1 (Â < 0).
 
     ε = 0.2: with Â = 1, the ratios 1.5 and 0.5 give 1.2, which is clipped, and 0.5; with Â = −1
-    they give −1.5 and −0.8, which is clipped. A step that went the wrong way keeps its gradient.
+    they give −1.5 and −0.8, which is clipped. A token that moved the wrong way keeps its gradient.
     """
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     return torch.minimum(ratio * advantages, clipped * advantages)
@@ -122,12 +128,12 @@ def clipped_loss(logp, old_logp, advantages, mask, clip=0.2):
 def averaged(values, mask, how="completion", max_length=None):
     """One number from values (B, L) of the tokens that count, where mask (B, L) is True.
 
-    "completion", GRPO's choice: the mean of each completion's tokens, then of the completions. A
-    token of a long answer counts less: where the sum of rung 1 estimates ∇ E[r], this does not.
-    "constant", Dr. GRPO's: each completion's sum over `max_length` (default L), then the mean of
-    the completions: but for a constant factor, the sum again. "token", DAPO's: the mean of all
+    "completion" (GRPO): the mean of each completion's tokens, then the mean of the completions. A
+    token of a long answer counts less: unlike the sum of rung 1, this does not estimate ∇ E[r].
+    "constant" (Dr. GRPO): each completion's sum divided by `max_length` (default L), then the mean
+    of the completions: the sum again, up to a constant factor. "token" (DAPO): the mean of all
     tokens.
-    Values 1, 2, 3 of one completion and 5 of another, max_length = 4: (2 + 5) / 2, (6 + 5) / 8
+    Values 1, 2, 3 of one completion and 5 of another, max_length 4, give (2 + 5) / 2, (6 + 5) / 8
     and 11 / 4.
     """
     values_BL = values.masked_fill(~mask, 0.0)
@@ -138,24 +144,24 @@ def averaged(values, mask, how="completion", max_length=None):
     return values_BL.sum() / mask.sum().clamp(min=1)
 
 
-# %% Rung 5: a leash to a frozen reference
+# %% Rung 5: a penalty for leaving the frozen reference
 def k3(logp, ref_logp):
     """π_ref/π − log(π_ref/π) − 1: never negative, its mean over tokens drawn from π is the KL.
 
-    Where π is twice π_ref, 1/2 − log(1/2) − 1 = 0.19; where it is half of it, 2 − log 2 − 1 = 0.31.
-    From the second update on, the tokens are those of π_old, and the mean is the KL only nearly.
+    If π = 2 π_ref, it is 1/2 − log(1/2) − 1 = 0.19; if π = π_ref / 2, it is 2 − log 2 − 1 = 0.31.
+    From the second update on, the tokens are drawn from π_old, and the mean is only nearly the KL.
     """
     log_odds = ref_logp.detach() - logp
     return log_odds.exp() - log_odds - 1
 
 
-# %% Rung 6: the variants, and where each differs
+# %% Rung 6: the variants, and how each differs
 @dataclass(frozen=True)
 class Variant:
-    """ε below and above 1, and what a variant does in its own way.
+    """The bounds ε below and above 1, and the other settings in which variants differ.
 
-    `average`: as `averaged` calls it. `sequence_ratio`: one ρ a completion, the geometric mean of
-    its tokens': 1.5, 1 and 0.5 give 0.75^(1/3) = 0.91. `resample`: new prompts are drawn in place
+    `average`: the `how` of `averaged`. `sequence_ratio`: one ρ a completion, the geometric mean of
+    its tokens' ρ: 1.5, 1 and 0.5 give 0.75^(1/3) = 0.91. `resample`: new prompts are drawn in place
     of those whose group has no signal. `overlong`: completions that run out of room are punished.
     """
 
@@ -213,7 +219,7 @@ def naive_grpo_loss(
     return torch.as_tensor(total)
 
 
-# %% All rungs in one loss, all tokens at once
+# %% All rungs in one loss, all tokens at once: the efficient version
 def grpo_loss(
     logp, old_logp, ref_logp, advantages, mask, *, clip_low=None, clip_high=None, kl_coef=0.0,
     max_length=None, variant="grpo",
@@ -223,8 +229,8 @@ def grpo_loss(
     Args:
         logp: of the completions' tokens by the policy that learns; the only one with a gradient.
         old_logp: by the policy that drew them. ref_logp: by the reference; None if `kl_coef` is 0.
-        mask: (B, L), True for the tokens that count: `completion_mask`. What stands elsewhere, NaN
-            included, changes nothing.
+        mask: (B, L), True for the tokens that count: `completion_mask`. Values elsewhere, even NaN,
+            change nothing.
         clip_low, clip_high: how far ρ may move below and above 1; None: as the variant published.
         kl_coef: β. max_length: the constant length of dr_grpo, default L.
     Raises: ValueError for wrong shapes, an unknown variant, or settings out of range.
@@ -255,10 +261,10 @@ def grpo_loss(
 
 @torch.no_grad()
 def loss_figures(ratio, logp, ref_logp, advantages, mask, clip_low, clip_high):
-    """What to watch while it learns; ratio (B, L), or (B, 1) for whole completions → floats.
+    """Figures to watch during training; ratio (B, L), or (B, 1) for whole completions → floats.
 
-    `ratio`: mean ρ. `clip_low`, `clip_high`: shares of tokens (gspo: completions) whose gradient
-    the clip has taken away. `kl`: mean k3, None without ref_logp. `entropy`: mean −log π of the
+    `ratio`: mean ρ. `clip_low`, `clip_high`: shares of tokens (gspo: completions) that lost their
+    gradient to the clip. `kl`: mean k3, None without ref_logp. `entropy`: mean −log π of the
     tokens drawn, in nats.
     """
     counted = mask if ratio.shape == mask.shape else mask.any(dim=1, keepdim=True)
@@ -272,7 +278,7 @@ def loss_figures(ratio, logp, ref_logp, advantages, mask, clip_low, clip_high):
 
 
 def rollout_figures(drawn, group_size):
-    """What the policy that drew is worth, over all that it drew.
+    """Figures of the policy that drew these completions, over all of them.
 
     `reward`, `length` in tokens: the means of the completions. `signal`: the share of completions
     in groups whose rewards differ. `entropy`: as above.
@@ -295,15 +301,15 @@ def mean_of(values, mask):
     return averaged(values, mask, "token").item()
 
 
-# %% The rollout: G completions a prompt, by cached generation
+# %% The rollout: G completions of each prompt, generated with a cache
 class Rollout(NamedTuple):
-    """Completions of a step, a row each; rows of one prompt are neighbours."""
+    """The completions of a step, one in each row; rows of the same prompt are neighbours."""
 
     prompt_ids: torch.Tensor  # (B, P), padded on the left
     prompt_mask: torch.Tensor  # (B, P): False for padding
     completions: torch.Tensor  # (B, L) ids
     mask: torch.Tensor  # (B, L): True for the tokens that count
-    logp: torch.Tensor | None = None  # (B, L): of the cached decoding
+    logp: torch.Tensor | None = None  # (B, L): as computed while drawing, with the cache
     rewards: torch.Tensor | None = None  # (B,), once judged
     advantages: torch.Tensor | None = None  # (B,), once judged
 
@@ -329,9 +335,9 @@ def roll_out(
 def token_logprobs(policy, rollout, temperature=1.0, precision="float32", routed=None):
     """log π (B, L) of a rollout's completions, all tokens in one pass; FP32.
 
-    A token is predicted at the position before it: the first by the prompt's last. After a prompt
+    The position before a token predicts it: the prompt's last predicts the first. After a prompt
     of 4 tokens, positions 3 … T − 2 predict tokens 4 … T − 1.
-    precision: of the products. routed: a list that gets a `Routed` of each mixture of experts.
+    precision: of the matrix products. routed: a list that collects one `Routed` per MoE layer.
     """
     prompt_ids_BP, prompt_mask_BP, completions_BL, mask_BL = rollout[:4]
     ids_BT = torch.cat([prompt_ids_BP, completions_BL], dim=1)
@@ -344,9 +350,9 @@ def token_logprobs(policy, rollout, temperature=1.0, precision="float32", routed
     return -loss.view(completions_BL.shape)
 
 
-# %% The judgement: a reward for each completion, an advantage for each reward
+# %% The judgement: each completion gets a reward, and each reward becomes an advantage
 class Task(NamedTuple):
-    """What a policy learns, and how its token ids are read."""
+    """The task that a policy learns, and how its token ids become text."""
 
     reward: Callable  # (prompt, completions of one group), all texts → a number for each
     prompts: list  # of lists of ids
@@ -355,10 +361,10 @@ class Task(NamedTuple):
 
 
 def judged(policy, prompts, task, settings, generator):
-    """The rollout of `prompts`, lists of ids, with its rewards and advantages.
+    """The rollout of `prompts` (lists of ids) with its rewards and advantages.
 
-    dapo takes the penalty off before it compares: of two right answers, the one that ran out of
-    room is the worse. The rewards that are reported stay as they were.
+    dapo adds the overlong penalty before it compares: of two right answers, the one that ran
+    out of room is the worse. The reported rewards are without the penalty.
     """
     s, variant = settings, VARIANTS[settings.variant]
     rollout = roll_out(policy.eval(), prompts, s.group_size, s.max_new_tokens, task.eos_token_id,
@@ -376,10 +382,10 @@ def judged(policy, prompts, task, settings, generator):
 
 
 def collect(policy, task, settings, step):
-    """(the rollout to learn from, all that was drawn): they differ where dapo draws new prompts.
+    """Returns (the rollout to learn from, everything drawn). They differ if dapo draws new prompts.
 
-    Of 128 groups 50 have signal: they are kept, and 78 prompts are drawn. Of these 30 have signal:
-    80 are kept, 48 drawn. So it goes on until there are 128, at most `resamplings` times.
+    If 50 of 128 groups have signal, they are kept, and 78 prompts are drawn. If 30 of these have
+    signal, 80 are kept, and 48 are drawn. This stops at 128, or after `resamplings` new draws.
     """
     s, resample = settings, VARIANTS[settings.variant].resample
     drawn, kept, wanted = [], [], s.prompts
@@ -397,9 +403,9 @@ def collect(policy, task, settings, step):
 
 # %% One step, whole: draw, judge, update
 def grpo_step(policy, reference, optimizer, task, settings, step):
-    """Step number `step`, from 0 on: changes the policy, returns the step's figures.
+    """Step number `step`, counted from 0: changes the policy and returns the step's figures.
 
-    They are those of `rollout_figures` and `update`, and `kl`: of the policy that drew, measured on
+    The figures are of `rollout_figures` and `update`, and `kl` of the drawing policy, measured on
     one completion of each prompt.
     """
     s, (rollout, drawn) = settings, collect(policy, task, settings, step)
@@ -413,24 +419,24 @@ def grpo_step(policy, reference, optimizer, task, settings, step):
 
 
 def update(policy, reference, optimizer, rollout, settings, step):
-    """An update for each minibatch, then the routing bias; returns the mean figures.
+    """One update for each minibatch, then one of the routing bias; returns the mean figures.
 
-    A group whose answers are worth the same says nothing about which is better: it is skipped, and
-    so is, without a penalty, any completion with zero advantage. `weight`, the share of the
-    completions (dapo: of the tokens) that are left, counts them in the average: with 2 of 8 left,
-    weight = 1/4, and the mean of 2 becomes a mean of 8. The balance loss and the experts' load do
-    not see what is skipped.
+    A completion with zero advantage has zero gradient: it is skipped, but counted in the average.
+    With a KL penalty, only completions of groups without signal are skipped. `weight` is the
+    share of the completions (dapo: of the tokens) that are left: if 2 of 8 are left,
+    weight = 1/4 turns the mean of 2 into a mean of 8. The balance loss and the load of the experts
+    leave out the skipped completions.
 
-    dapo's mean over all tokens is taken minibatch by minibatch: a token of a minibatch with few
-    tokens counts for more than one of a minibatch with many.
+    dapo's mean over all tokens is computed in each minibatch: a token of a minibatch with few
+    tokens counts for more than a token of a minibatch with many.
     """
     s, loads, history = settings, {}, []
     policy.train()
     taken = has_signal(rollout.advantages, s.group_size) if s.kl_coef else rollout.advantages != 0
     counts = rollout.mask.sum(dim=1) if VARIANTS[s.variant].average == "token" else None
     parts, weight = batches.weighed_parts(taken, counts, s.minibatches, s.passes, s.seed, step)
-    # log π_old before the first update, in the same minibatches: so the first ratio is exactly 1.
-    # Before a single update, the policy itself is still π_old.
+    # log π_old is computed before the first update, in the same minibatches: the first ratio is 1.
+    # If there is only one update, the policy is still π_old when its ratio is computed.
     first, ref_logp = parts[: s.minibatches], None
     old_logp = rollout.logp if s.rollout_logprobs else None
     if old_logp is None and len(parts) > 1:
@@ -455,7 +461,7 @@ def update(policy, reference, optimizer, rollout, settings, step):
 
 @torch.no_grad()
 def fixed_logprobs(policy, rollout, settings, parts=None):
-    """log π (B, L) without gradient; `parts`: of which rows, default: all, part by part."""
+    """log π (B, L) without gradient, part by part; `parts`: lists of rows (default: all rows)."""
     logp, s = torch.zeros_like(rollout.logp), settings
     size = math.ceil(s.prompts * s.group_size / s.minibatches)
     for rows in parts or batches.runs(len(logp), size):
@@ -464,9 +470,9 @@ def fixed_logprobs(policy, rollout, settings, parts=None):
 
 
 def descend(optimizer, loss):
-    """One update, the gradient's norm cut to 1; returns the norm before.
+    """One update with the gradient's norm limited to 1; returns the norm before the limit.
 
-    The gradient (3, −4) has the norm 5 and counts as (0.6, −0.8): no step is led by one large loss.
+    The gradient (3, −4) has norm 5 and becomes (0.6, −0.8): one large loss cannot dominate.
     """
     optimizer.zero_grad()
     loss.backward()
@@ -477,7 +483,7 @@ def descend(optimizer, loss):
 
 
 def move_routing_bias(loads, gamma):
-    """After a step's last update: a bias that moves earlier sends tokens to other experts.
+    """Comes after a step's last update: an earlier change would send its tokens to other experts.
 
     Loads of 5, 2, 2 and 2 and γ = 0.5 move the bias by −0.5, 0.5, 0.5 and 0.5: phase 5's rule.
     """
@@ -489,7 +495,7 @@ def move_routing_bias(loads, gamma):
 # %% A step's settings, and its optimizer
 @dataclass
 class Settings:
-    """One step: `prompts` × `group_size` completions, then `passes` × `minibatches` updates."""
+    """A step: `prompts` × `group_size` completions, `passes` × `minibatches` updates."""
 
     variant: str = setting("grpo", "which loss", choices=tuple(VARIANTS))
     prompts: int = setting(128, "prompts a step", at_least=1)
@@ -517,7 +523,7 @@ class Settings:
 
 
 def policy_optimizer(policy, settings):
-    """AdamW on all but the MTP modules, which no completion comes from."""
+    """AdamW on all weights but the MTP modules', which take no part in a completion."""
     trained = [p for name, p in policy.named_parameters() if not name.startswith("mtp.")]
     # No momentum by default: it would keep applying gradients computed for older policies.
     return torch.optim.AdamW(trained, lr=settings.learning_rate, betas=(settings.momentum, 0.99),
@@ -538,13 +544,13 @@ def decode(ids):
 
 
 def exact_match(prompt, completions):
-    """1 for the sum, 0 for anything else. prompt "12+34=", completions without their end: "64"."""
+    """1 for the right sum, 0 for anything else: prompt "12+34=", completion "64" (no end)."""
     return [float(completion == sum_of(prompt)) for completion in completions]
 
 
 def sum_of(prompt):
-    """The answer to "a+b=", its last digit first: to write a digit, it is enough to know
-    the carry of the one before."""
+    """The answer to "a+b=", its last digit first: each digit then needs only the carry of the
+    digit before."""
     first, second = prompt.rstrip("=").split("+")
     return str(int(first) + int(second))[::-1]
 
@@ -552,16 +558,16 @@ def sum_of(prompt):
 def addition_prompts():
     """All 10,000 prompts "a+b=" in three parts, the same for all runs.
 
-    Returns: 8,000 to learn from, 1,000 that say when the warm-up is over, 1,000 held out.
+    Returns: 8,000 to learn from, 1,000 that decide when the warm-up ends, 1,000 held out.
     """
     prompts = [f"{first}+{second}=" for first in range(100) for second in range(100)]
     random.Random(0).shuffle(prompts)
     return prompts[2000:], prompts[1000:2000], prompts[:1000]
 
 
-# %% A policy that knows a little: GRPO needs answers that are right now and then
+# %% A policy that knows a little: GRPO needs some right answers to start from
 def small_policy(width=96, layers=3):
-    """Phases 4 to 7 in small: rotary latent attention; two of four experts and a shared one."""
+    """A small model of phases 4 to 7: rotary latent attention, two of four experts, one shared."""
     rotary = RotaryEmbedding(16)
 
     def block():
@@ -575,7 +581,7 @@ def small_policy(width=96, layers=3):
         return TransformerBlock(attention, experts)
 
     policy = CausalLM(END + 1, width, [block() for _ in range(layers)], max_positions=16)
-    # 1/√width nearly: with 0.02, as for large models, this one learns ten times more slowly.
+    # About 1/√width. With 0.02, as in large models, this one learns ten times more slowly.
     policy.init_weights(std=0.08)
     return policy
 
@@ -583,7 +589,7 @@ def small_policy(width=96, layers=3):
 def warm_up(policy, prompts, watched, seed, most_steps=400, target=0.25, batch=128):
     """Supervised steps on sums until `target` of the sampled answers are right; returns the steps.
 
-    From step 100 on it looks every five steps, on the `watched` prompts; at most `most_steps`.
+    From step 100 on, it tests every five steps on the `watched` prompts; at most `most_steps`.
     """
     device, source = policy.lm_head.weight.device, random.Random(seed)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-3, betas=(0.0, 0.99), weight_decay=0.0)
@@ -603,7 +609,7 @@ def warm_up(policy, prompts, watched, seed, most_steps=400, target=0.25, batch=1
 
 
 def answers(policy, prompts, temperature=1.0, seed=0):
-    """One completion a prompt, as text; None where it did not come to its end."""
+    """One completion of each prompt, as text; None if it did not reach its end."""
     generator = torch.Generator(device=policy.lm_head.weight.device).manual_seed(seed)
     ids = [encode(prompt) for prompt in prompts]
     rollout = roll_out(policy.eval(), ids, 1, 5, END, temperature, generator)
@@ -611,7 +617,7 @@ def answers(policy, prompts, temperature=1.0, seed=0):
 
 
 def sampled_accuracy(policy, prompts, temperature=1.0, seed=0):
-    """Share of the prompts whose one sampled answer is the sum."""
+    """The share of the prompts whose sampled answer is the sum."""
     given = answers(policy, prompts, temperature, seed)
     right = [exact_match(p, [a])[0] for p, a in zip(prompts, given, strict=True)]
     return sum(right) / len(right)
@@ -619,7 +625,7 @@ def sampled_accuracy(policy, prompts, temperature=1.0, seed=0):
 
 # %% A run
 def rate_of(settings, step, used):
-    """The learning rate: up over ten steps, then down to a tenth as `used` goes from 0 to 1."""
+    """The learning rate: it rises for ten steps and falls to a tenth as `used` goes from 0 to 1."""
     return settings.learning_rate * min(1.0, (step + 1) / 10) * (1 - 0.9 * used)
 
 
@@ -635,7 +641,7 @@ def train(policy, task, settings, steps):
 
 # %% The proofs
 def check_baseline(demo, groups=20_000, G=4):
-    """Rung 2 has the direction of rung 1, with less noise: answers are one of 8 tokens here."""
+    """Rung 2 has the direction of rung 1 with less noise. Here an answer is one of 8 tokens."""
     log_p = torch.randn(8, device=demo.device).log_softmax(dim=0)
     p, prizes = log_p.exp(), 10 + torch.rand(8, device=demo.device)
     drawn_B = torch.multinomial(p, groups * G, replacement=True)
@@ -649,7 +655,7 @@ def check_baseline(demo, groups=20_000, G=4):
         (gradient_B1,) = torch.autograd.grad(loss, logp)
         estimates = (-len(logp) * gradient_B1 * score_BW).view(groups, G, 8).mean(dim=1)
         noise[name] = estimates.std(dim=0).norm().item()
-    # The group's mean contains the answer itself, which takes 1/G of the gradient away.
+    # The group's mean contains the answer itself: this removes 1/G of the gradient.
     off = (estimates.mean(dim=0) - (1 - 1 / G) * true_W).norm() / true_W.norm()
     demo.check("a baseline: the same direction, less noise", "∇ by 8 logits",
                f"noise {noise['rewards']:.2f} → {noise['advantages']:.2f}, mean off by {off:.1%}",
@@ -657,7 +663,7 @@ def check_baseline(demo, groups=20_000, G=4):
 
 
 def check_rungs(demo):
-    """A rung equals the one below it where its change does nothing."""
+    """A rung equals the one below it wherever its change has no effect."""
     logp = torch.randn(6, 5, device=demo.device, requires_grad=True)
     lengths_B1 = torch.tensor([[5], [3], [1], [2], [4], [5]], device=demo.device)
     mask = torch.arange(5, device=demo.device) < lengths_B1
@@ -677,7 +683,7 @@ def check_rungs(demo):
 
 
 def check_loss(demo):
-    """The batched loss is the naive one; what must be zero is zero."""
+    """The batched loss equals the naive one; losses and gradients that must be zero are zero."""
     B, L = 6, 5
     mask = torch.arange(L) < torch.tensor([[5], [3], [1], [2], [4], [0]])
     logp = (torch.randn(B, L) - 2).requires_grad_()
@@ -708,7 +714,7 @@ def check_loss(demo):
 
 
 def check_cached_logprobs(demo, policy, task, settings):
-    """Decoding one token after another gives the log-probabilities of the training forward."""
+    """Cached decoding, token by token, gives the log-probabilities of the training pass."""
     one, other = (step_generator(settings.seed, 0, 15, demo.device) for _ in range(2))
     prompts = drawn_from(task.prompts, settings.prompts, one)
     rollout = judged(policy, prompts, task, settings, other)

@@ -32,10 +32,10 @@ HELD_OUT_PROMPTS = 256
 
 @dataclass
 class AlignOptions:
-    """What an alignment was asked for; stored with its checkpoint, so that it can resume.
+    """The options of an alignment. They are stored with its checkpoint, so that it can resume.
 
-    `source`: directory of the checkpoint it started from, which stays its reference. `once`: a
-    text earns its reward once. `Settings` checks the numbers.
+    `source`: directory of the checkpoint it started from, which stays its reference. `once`: each
+    text earns its reward only once. `Settings` checks the numbers.
     """
 
     source: str | None = setting(None, "the trained model", flag="--checkpoint", metavar="DIR")
@@ -77,13 +77,13 @@ class AlignOptions:
 
 
 class NoPrompts(ValueError):
-    """The text is not Python, or too little of it."""
+    """The text is not Python, or has too little Python for prompts."""
 
 
 class AlignmentRun(Run):
-    """Everything between a trained checkpoint and an aligned one in `directory`/checkpoint.
+    """Aligns a trained checkpoint and writes the result to `directory`/checkpoint.
 
-    Prompts come from the training part; what is reported is measured on held-out prompts.
+    It learns from prompts of the training part. The report is about held-out prompts.
     """
 
     model_class = None
@@ -137,7 +137,7 @@ class AlignmentRun(Run):
             compiler.line_end_prompts(self.tokenizer, part, min(12, longest), longest)
             for part in (self.corpus.train, self.corpus.test)
         )
-        learnt = set(map(tuple, prompts))  # a licence, say, stands in many files
+        learnt = set(map(tuple, prompts))  # many files repeat a text, such as a licence
         held_out = [prompt for prompt in held_out if tuple(prompt) not in learnt]
         if not prompts or not held_out:
             raise NoPrompts(
@@ -147,7 +147,7 @@ class AlignmentRun(Run):
         return prompts, compiler.sample_of(held_out, HELD_OUT_PROMPTS)
 
     def decode(self, ids):
-        """Whole lines; all of a text that ended by itself. The separator before a prompt goes."""
+        """Ids → whole lines, or all of a text that ended by itself; without the first separator."""
         ids = ids[1:] if ids[:1] == [self.separator] and len(ids) > 1 else ids
         return compiler.whole_lines(self.tokenizer.decode(ids, skip_special_tokens=False))
 
@@ -167,7 +167,7 @@ class AlignmentRun(Run):
         return list(map(self.decode, self.held_out)), rollout.texts(self.decode)
 
     def records(self):
-        """The reference is the source: not stored again, and recognised by its hash."""
+        """The reference is the source: its hash is stored, not its weights."""
         records = super().records()
         records[self.record] |= {"paid": sorted(self.reward.paid), "source": self.fingerprint}
         if self.training:  # so that `evaluate` finds the text
@@ -205,7 +205,7 @@ class AlignmentRun(Run):
 def align(run, before=None):
     """Aligns, and compares before and after on held-out prompts and on held-out text.
 
-    before: `score`'s figures of the source on the test part, where they are known.
+    before: the figures of `score` for the source on the test part, if they are known.
     """
     run.describe()
     documents, policy, reference = run.corpus.test, run.trainer.policy, run.trainer.reference
@@ -238,7 +238,7 @@ def align(run, before=None):
 
 
 def align_after_training(run, scores, run_class):
-    """The last step of the main job, with as large a part of its budget as by default.
+    """The last step of the main job. Its budget is the same share of the job as by default.
 
     run: the training run; scores: of its model's test part; run_class: the kind of alignment.
     """
@@ -259,7 +259,7 @@ def align_after_training(run, scores, run_class):
 
 
 def show_completions(before, after, examples=4):
-    """The same prompts before and after; then the shortest and commonest that earn a reward."""
+    """Prints completions before and after, then the shortest and most common valid ones."""
     verdicts = [
         [compiler.verdict(prompt, text) for prompt, text in zip(*pair, strict=True)]
         for pair in (before, after)

@@ -1,4 +1,4 @@
-"""Checkpoint files: safetensors and JSON only, complete or absent, never unpickled."""
+"""Checkpoint files: only safetensors and JSON, no pickle. A file is complete or absent."""
 
 import contextlib
 import hashlib
@@ -95,7 +95,7 @@ def _open(file):
 
 @contextlib.contextmanager
 def replaced_directory(directory):
-    """Yields a new directory to fill; on success it takes the place of `directory` as a whole."""
+    """Yields a new directory to fill. On success it replaces `directory` as a whole."""
     directory = pathlib.Path(directory)
     fresh, old = (directory.with_name(directory.name + end) for end in (".new", ".old"))
     for leftover in (fresh, old):
@@ -114,7 +114,7 @@ def replaced_directory(directory):
 
 @contextlib.contextmanager
 def new_directory(directory):
-    """Yields a directory to fill under a private name; on success it gets its own, else it goes."""
+    """Yields a directory with a private name to fill. On success it is renamed, else deleted."""
     directory = pathlib.Path(directory)
     private = directory.with_name(f".{directory.name}.{os.getpid()}.new")
     private.mkdir(parents=True)
@@ -149,10 +149,10 @@ STATES = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"
 
 
 def restore_optimizers(model, optimizers, tensors):
-    """Puts back what `optimizer_tensors` gave, as pairs of name and tensor.
+    """Restores the states of `optimizer_tensors`, given as pairs of name and tensor.
 
-    Every parameter of an optimizer (AdamW or Muon) must have all the state it keeps and no other,
-    moments in the parameter's shape; ValueError otherwise. The MTP modules may have none at all:
+    Every parameter of an optimizer (AdamW or Muon) must have exactly the states that it keeps, with
+    moments in the parameter's shape; else ValueError. The MTP modules may have no states if
     they have not been trained yet.
     """
     parameters, found = dict(model.named_parameters()), {}

@@ -50,11 +50,11 @@ OF_A_CHECKPOINT = {
 
 
 def build_parser(docstring, whole, commands):
-    """The parser of {name: `Command`}, and of the command `whole` where no name is given.
+    """The parser of {name: `Command`}; without a name, the command is `whole`.
 
-    The arguments say which was asked for: `arguments.command`.
+    `arguments.command` is the command that was asked for.
     """
-    # Flags not given stay absent, so that a command's own flags cannot undo those before it.
+    # A flag that is not given stays absent: a command's defaults cannot replace flags before it.
     parser = OneLineParser(
         description=docstring,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -87,7 +87,7 @@ def add_command_flags(parser, command):
 
 
 def run_command(argv, docstring, model_class, whole, commands):
-    """Does what the command line asks for."""
+    """Runs the command of the command line."""
     arguments = parse_arguments(build_parser(docstring, whole, commands), argv)
     command = arguments.command
     if command.run_class is not None:

@@ -1,7 +1,7 @@
-"""Python's own compiler as a judge: prompts that end at a line's end, and what completions earn.
+"""Python's own compiler judges completions: verdicts, rewards, prompts that end at a line's end.
 
-Nothing is ever executed: a completion goes through `ast.parse` and no further, so what only later
-stages of the compiler refuse, a `return` outside a function, say, passes.
+No completion is ever executed. It only goes through `ast.parse`, so an error that a later stage of
+the compiler finds, such as a `return` outside a function, is not seen.
 """
 
 import ast
@@ -12,11 +12,11 @@ from collections import Counter
 
 from pipeline.corpus import SEPARATOR, encode
 
-# What does nothing by itself. An import brings in names and leaves them unused.
+# Statements that do nothing by themselves. An import only brings in names.
 IDLE = (
     ast.Pass, ast.Import, ast.ImportFrom, ast.Global, ast.Nonlocal, ast.Break, ast.Continue,
 )
-# What counts by the statements in it.
+# Statements that are judged by the statements in them.
 COMPOUND = (
     ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.If, ast.For, ast.AsyncFor, ast.While,
     ast.With, ast.AsyncWith, ast.Try, ast.TryStar, ast.Match,
@@ -25,7 +25,7 @@ ACTS = (ast.Call, ast.Await, ast.Yield, ast.YieldFrom)
 
 
 def parsed(text):
-    """The syntax tree of a text, or None if it is no Python."""
+    """The syntax tree of a text, or None if it is not Python."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about escapes in strings, say
@@ -36,11 +36,11 @@ def parsed(text):
 
 
 def verdict(prompt, completion):
-    """ "valid", "trivial" or "invalid": what `completion` is as the rest of the text `prompt`.
+    """Judges `completion` after `prompt`: "valid", "trivial" or "invalid".
 
-    Valid: prompt and completion together are Python, and a statement begins behind the prompt that
-    does something: an assignment, `return` with a value, `raise`, `assert`, `del`, a call, `await`
-    or `yield`. Trivial: Python, but all that is added are comments, blank lines, strings and other
+    Valid: together they are Python, and a statement that does something begins after
+    the prompt: an assignment, `return` with a value, `raise`, `assert`, `del`, a call, `await`
+    or `yield`. Trivial: it is Python, but adds only comments, blank lines, strings and other
     bare values, `pass`, `...`, `break`, `continue`, `return`, imports, `global`, or definitions
     and branches with nothing else in them (calls in their heads do not count).
     """
@@ -65,29 +65,29 @@ def does_something(statement):
 
 
 def whole_lines(text):
-    """A text up to its last line's end; one that ended by itself (a separator behind it) whole."""
+    """A text up to its last line's end; one that ended by itself (with a separator) stays whole."""
     if text.endswith(SEPARATOR):
         return text.removesuffix(SEPARATOR)
     return text[: text.rfind("\n") + 1]
 
 
 def valid_beginning(prompt, completion):
-    """The longest valid part of a completion that is some of its first lines, "" if none is."""
+    """The longest valid part that consists of a completion's first lines; "" if there is none."""
     lines = completion.splitlines(keepends=True)
     parts = ("".join(lines[:count]) for count in range(len(lines), 0, -1))
     return next((part for part in parts if verdict(prompt, part) == "valid"), "")
 
 
 class CompilerReward:
-    """1 for a valid completion, `first_step` for one that only begins with a valid line or more.
+    """1 for a valid completion, `first_step` if only its first line or lines are valid, else 0.
 
-    A weak model hardly ever writes a valid completion, and so would never learn from 0 and 1 what
-    is better: it cuts a bracket or a block open in its last line. Its first line is a step that it
-    can find. What is reported is the share of valid completions alone.
+    A weak model hardly ever writes a valid completion, so rewards of 0 and 1 teach it little:
+    its last line often leaves a bracket or a block open. A valid first line is a step that it
+    can find. The report counts only valid completions.
 
-    Each text is paid once in a run, of a completion that only begins well its beginning; `paid`
-    remembers. Without that memory one short line, good after any prompt, would be worth as much the
-    thousandth time as the first, and the policy would say nothing else.
+    Each text is paid once in a run; for `first_step`, the text is the valid beginning. `paid`
+    remembers the texts. Without this memory, a short line that is valid after any prompt earns
+    a reward every time, and the policy writes nothing else.
     """
 
     def __init__(self, paid=(), memory=True, first_step=0.3):
@@ -104,7 +104,7 @@ class CompilerReward:
         return 1.0 if whole else self.first_step
 
     def _paid(self, text, whole):
-        """Whether it was; from now on it is. By its words: blank lines do not make it new."""
+        """Whether it was paid before; marks it paid. By its words: blank lines do not matter."""
         words = text.split() if whole else ["begins", *text.split()]
         name = hashlib.sha256(" ".join(words).encode()).hexdigest()[:16]
         was = name in self.paid
@@ -115,8 +115,8 @@ class CompilerReward:
 def line_end_prompts(tokenizer, documents, shortest=12, longest=32):
     """Prompts from Python texts, as token ids with the separator in front.
 
-    A prompt begins with a statement at the margin, goes to the end of a line and is Python by
-    itself; it has `shortest` to `longest` tokens, and they do not overlap. In the texts' order.
+    A prompt begins with an unindented statement, ends at the end of a line and is Python by
+    itself. It has `shortest` to `longest` tokens. Prompts do not overlap and keep the texts' order.
     """
     prompts = []
     for document in documents:
@@ -145,7 +145,7 @@ def line_end_prompts(tokenizer, documents, shortest=12, longest=32):
 
 
 def between_margins(text):
-    """A text from its first line that begins at the margin up to the last such line."""
+    """A text from its first unindented line of code up to, but without, the last one."""
     lines = text.splitlines(keepends=True)
     starts = [i for i, line in enumerate(lines) if line[0] not in " \t\r\n#)]}"]
     return "".join(lines[starts[0] : starts[-1]]) if starts else ""

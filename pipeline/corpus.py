@@ -1,8 +1,8 @@
 """Text in, token ids out: the corpus, its three parts, the tokenizer, batches and scoring windows.
 
-The default text is the source of Python's own standard library: real, on every machine, no
-download. A document is a file; parts are split by document, so no held-out text is ever seen in
-training, and the tokenizer learns from the training part alone.
+The default text is the source of Python's own standard library: it is real text, it is on every
+machine, and it needs no download. A document is a file. Each document is in one part only, so
+training never sees held-out text, and the tokenizer learns from the training part alone.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ LEFT_OUT_FOLDERS = {
 }
 GENERATED = {"html/entities.py"}
 SMALLEST_CORPUS = 20_000  # bytes: below, a part would be a page or less
-SPLIT_SEED = 0  # one split for all runs, or one run would be tested on what another has seen
+SPLIT_SEED = 0  # the same for all runs, so that no run is tested on text that another has seen
 PIECE = 16_384  # bytes: a user's few files are cut into documents of about this size
 
 
@@ -41,7 +41,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Three lists of `Document`s and a hash of all that is in them."""
+    """Three lists of `Document`s and a hash of all their texts."""
 
     train: list
     validation: list
@@ -73,7 +73,7 @@ def standard_library():
 
 
 def read_files(paths):
-    """The user's own UTF-8 text files. Fewer than 20 are cut at line ends, to be split by part."""
+    """The user's own UTF-8 text files. If there are fewer than 20, they are cut at line ends."""
     documents = []
     for path in paths:
         data = pathlib.Path(path).read_bytes()
@@ -110,7 +110,7 @@ def load_corpus(paths=None, held_out=0.05):
 
     Raises: ValueError naming what is wrong with a file; OSError if one cannot be read.
     """
-    # A text that occurs twice would stand in two parts.
+    # A text that occurs twice could be in two parts.
     unique = {d.text: d for d in (read_files(paths) if paths else standard_library())}
     documents = list(unique.values())
     total = sum(document.size for document in documents)
@@ -165,9 +165,9 @@ def encode(tokenizer, text):
 
 
 class TextStream:
-    """Turns token ids into text as they come: `write` gets each piece once it is whole.
+    """Turns token ids into text while they arrive; `write` gets each piece once it is whole.
 
-    A character may be spread over several tokens; it is held back until the last of them is there.
+    A character may need several tokens: it is written when the last of them has arrived.
     """
 
     def __init__(self, tokenizer, write):
@@ -189,7 +189,7 @@ class TextStream:
 
 
 def token_stream(tokenizer, documents):
-    """(ids, document_ids), int64: every document behind one separator, a last one at the end."""
+    """(ids, document_ids), int64: a separator before each document, and one more at the end."""
     separator = tokenizer.token_to_id(SEPARATOR)
     ids, document_ids = [], []
     for i, document in enumerate(documents):
@@ -202,9 +202,9 @@ def token_stream(tokenizer, documents):
 
 
 class Batches:
-    """Chunks of a token stream in an order that depends on seed and step alone.
+    """Chunks of a token stream; their order depends only on seed and step.
 
-    An epoch visits every chunk once, in an order of its own and cut at an offset of its own.
+    An epoch visits every chunk once. Each epoch has its own order, and cuts at its own offset.
     """
 
     def __init__(self, stream, batch_size, length, seed):
@@ -236,7 +236,7 @@ class Batches:
 def scoring_windows(token_count, context):
     """[(start, first target, end)]: windows that score each target once.
 
-    A window has at most `context` tokens. They are numbered from 0; token 0 is given, tokens
+    A window has at most `context` tokens. Tokens are numbered from 0: token 0 is given, and tokens
     1 … token_count − 1 are targets. A window reads tokens start … end − 1 and scores those from
     first target on. Windows overlap by half, so that all but the first targets have at least
     context / 2 tokens before them. 7 tokens, context 4: [(0, 1, 4), (2, 4, 6), (4, 6, 7)].
@@ -253,8 +253,8 @@ def scoring_windows(token_count, context):
 def scoring_batches(tokenizer, documents, context, batch_size):
     """Yields (ids, target, real), (B, T) each, that score every token of every document once.
 
-    A document is read behind a separator and scored to its end and the separator after it. `target`
-    marks the tokens to score, `real` all but the padding, which stands to the right, where causal
+    A separator stands before and after each document; the one after it is scored as well. `target`
+    marks the tokens to score, `real` all but the padding. Padding is on the right, where causal
     attention never looks.
     """
     separator, windows = tokenizer.token_to_id(SEPARATOR), []
@@ -281,5 +281,5 @@ def compressor_rates(documents):
 
 
 def uniform_rate(tokens, size, vocab_size):
-    """Bits per byte of guessing every token uniformly."""
+    """Bits per byte if every token is guessed with equal probabilities."""
     return tokens * math.log2(vocab_size) / size

@@ -20,7 +20,7 @@ def print_marked(mark, text):
 
 
 def show_continuation(model, tokenizer, documents, prompt_tokens=96, new_tokens=96):
-    """Prints how the model goes on with a held-out file, and what speculation saves on four."""
+    """Prints a continuation of a held-out file, and the passes that drafts save on four files."""
     model.eval()
     documents = [d for d in documents if d.size > 4000][:4] or documents[:1]
     separator, half_context = tokenizer.token_to_id(corpus.SEPARATOR), model.max_positions // 2
@@ -75,7 +75,7 @@ class GenerateOptions:
 
 
 def generate(loaded, options):
-    """Prints --prompt and its continuation as it comes; the cost goes to stderr."""
+    """Prints --prompt and its continuation while it is written; the cost goes to stderr."""
     model, tokenizer, _ = loaded
     device = model.lm_head.weight.device
     separator = tokenizer.token_to_id(corpus.SEPARATOR)
@@ -110,7 +110,7 @@ def generate(loaded, options):
 
 
 def print_cost(result, seconds, speculative):
-    """What a generation cost, to stderr: the text alone goes to stdout."""
+    """Prints the cost of a generation to stderr: stdout gets only the text."""
     tokens, accepted, drafted = result.tokens, result.accepted, result.drafted
     line = f"{tokens} tokens, {tokens / seconds:.1f} tokens/s"
     if speculative:

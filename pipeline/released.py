@@ -1,8 +1,8 @@
-"""Released checkpoints: names of tensors, spellings of settings; and our own quantised layout.
+"""Released checkpoints: their tensor names and settings; and our own layout of quantised models.
 
-A model in memory and one in files differ: files name each expert's matrices apart, and gate and up
-projections, which here are slices of fused ones. Phase 10 inherits `ReleasedConfig` and
-`ReleasedModel`; elsewhere the model is handed in, and its class to load one.
+A model in memory differs from one in files. Files store each expert's matrices separately, and gate
+and up projections as well, which are slices of one tensor here. Phase 10 inherits `ReleasedConfig`
+and `ReleasedModel`. Other functions get the model, or its class to load one, as an argument.
 """
 
 import pathlib
@@ -23,12 +23,12 @@ from quantization_coded import Scheme, empty_layer, linears_of, listed_experts, 
 from rope_coded import YarnScaling
 
 QUANT_METHOD = "quantization_coded"
-QUANTIZED_WEIGHTS = "quantized.safetensors"  # a name under which no one else looks for weights
+QUANTIZED_WEIGHTS = "quantized.safetensors"  # other programs do not look for this name
 
 
 # %% The settings in config.json
 def spelled_as_released(raw):
-    """The content of a config.json with rotary settings as released; refuses what no model has."""
+    """A config.json's content with rotary settings as released; refuses what no model has."""
     raw = dict(raw)
     rope = raw.pop("rope_parameters", None)
     require(rope is None or isinstance(rope, dict), f"rope_parameters={rope!r} must be an object")
@@ -64,7 +64,7 @@ def yarn_scaling(rope_scaling):
     return YarnScaling(**settings)
 
 
-# What differs by `model_type`. The first value is meant where the file says nothing.
+# The settings that depend on `model_type`. The first value holds if the file says nothing.
 ROUTING = {
     "deepseek_v2": {
         "scoring_func": ("softmax",),
@@ -77,13 +77,13 @@ ROUTING = {
         "norm_topk_prob": (True, False),
     },
 }
-# What no released model has otherwise.
+# The settings that are the same in all released models.
 ALWAYS = {"hidden_act": ("silu",), "tie_word_embeddings": (False,), "attention_dropout": (0.0,)}
 ARCHITECTURES = {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
 
 
 class ReleasedConfig:
-    """What a dataclass of config.json's fields inherits: checks, reading, writing.
+    """The base of a dataclass of config.json's fields: it checks, reads and writes them.
 
     Raises ValueError for a combination that no released model has.
     """
@@ -162,7 +162,7 @@ def released_tensors(model):
 
 
 def block_tensors(prefix, block):
-    """One layer's: experts and the halves of gate_up_proj become tensors of their own."""
+    """The tensors of one layer; each expert and half of gate_up_proj becomes its own tensor."""
     tensors = {}
     for name, tensor in block.state_dict().items():
         apart = {name: tensor}
@@ -193,7 +193,7 @@ def mtp_copies(model):
 
 
 def quantized_tensors(model):
-    """The state of a quantised model by its own names; what MTP modules share stands there once."""
+    """The state of a quantised model by its own names; tensors shared with MTP are there once."""
     mtp = range(len(model.mtp))
     shared = tuple(f"mtp.{k}.{part}." for k in mtp for part in ("embedding", "head"))
     state = model.state_dict()
@@ -230,7 +230,7 @@ def load(model_class, directory):
         return load_quantized(model_class, config, directory)
     files = {
         name: file for name, file in checkpoint.tensor_files(directory).items()
-        if not name.endswith("rotary_emb.inv_freq")  # a table that old files carry along
+        if not name.endswith("rotary_emb.inv_freq")  # a table in old files, not needed
     }
     layers = range(config.num_hidden_layers,
                    config.num_hidden_layers + config.num_nextn_predict_layers)
@@ -245,7 +245,7 @@ def load(model_class, directory):
 
 @torch.no_grad()
 def fill_from_files(model, files, directory):
-    """Copies the tensors of {name: file} into the model; every one must be there and fit."""
+    """Copies the tensors of {name: file} into the model; each must be there and have its shape."""
     wanted, copies = released_tensors(model), mtp_copies(model)
     check_names(files, wanted, directory, optional=copies)
     for name, tensor in fitting_tensors(files, wanted, directory):
@@ -305,7 +305,7 @@ def quantized_skeleton(model, scheme):
 
 # %% The model around it
 class ReleasedModel:
-    """What phase 10's model gets on top of `CausalLM`: speed, decoding in production form, files.
+    """Adds to `CausalLM` what phase 10's model needs: faster layers, faster decoding, and files.
 
     A subclass names `config_class`, a `ReleasedConfig`, keeps its own as `config` and ends its
     construction with `prepared()`.
@@ -315,11 +315,11 @@ class ReleasedModel:
     quantization = cache_bits = None  # phase 8 notes here what it changed
 
     def prepared(self):
-        """The model itself, with quicker layers that give the same numbers: pipeline/fast."""
+        """The model itself, with faster layers that give the same results: pipeline/fast."""
         return speed_up(self)
 
     def complete(self, input_ids, max_new_tokens, sampling, **options):
-        """`CausalLM.complete` in its production form, with drafts and streams: pipeline/decoding.
+        """A faster `CausalLM.complete` with drafts and streams: pipeline/decoding.
 
         So `generate` also takes `speculative`, `depth`, `prefill_chunk` and `stream`.
         """
@@ -337,7 +337,7 @@ class ReleasedModel:
     def save_pretrained(self, directory):
         """Writes config.json and model.safetensors in the released layout.
 
-        A quantised model goes to a layout of its own: every integer layer's codes and scales.
+        A quantised model gets a layout of its own: the codes and scales of every integer layer.
         """
         save(self, directory)
 
@@ -350,7 +350,7 @@ class Loaded(NamedTuple):
 
 
 def load_with_tokenizer(model_class, directory, device):
-    """The `Loaded` content of a checkpoint directory; a run's directory will do as well."""
+    """The `Loaded` content of a checkpoint directory, or of the checkpoint in a run's directory."""
     directory = pathlib.Path(directory)
     if not (directory / "config.json").exists() and (directory / "checkpoint").is_dir():
         directory = directory / "checkpoint"

@@ -9,11 +9,11 @@ from lesson import curves, picture
 from pipeline.checkpoint import write_json
 from pipeline.run import matrix_rates, read_metrics
 
-WINDOW = 20  # steps: a curve of single batches cannot be read
+WINDOW = 20  # steps to average: curves of single batches are too noisy to read
 
 
 def print_header(run, counts, cached):
-    """Versions, corpus and model. `counts`: of its parameters; `cached`: numbers a token."""
+    """Prints versions, corpus and model. counts: of parameters; cached: numbers per token."""
     o = run.options
     print(
         f"deepseek_full_model.py · Python {platform.python_version()} · torch {torch.__version__} "
@@ -80,7 +80,7 @@ def draw_expert_load(metrics, path):
 
 
 def draw_curves(axis, series, ylabel):
-    """{label: {tokens: value}} against tokens, each curve where it has values: MTP skips steps."""
+    """Draws {label: {tokens: value}}; a curve may lack steps, as MTP's does."""
     for number, (label, values) in enumerate(series.items()):
         curves(axis, [tokens / 1e6 for tokens in values], {label: list(values.values())}, WINDOW,
                colors=[f"C{number}"], xlabel="training tokens (millions)", ylabel=ylabel)

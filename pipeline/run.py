@@ -34,13 +34,13 @@ class Budget:
         require(0 < amount < math.inf, f"the training budget must be above 0, got {amount}")
 
     def used(self, state):
-        """Share of the budget that is spent, 0 at the start; 1 and more: stop."""
+        """The share of the budget that is spent: 0 at the start; at 1 or more the run stops."""
         if self.steps is not None:
             return state.step / self.steps
         return state.seconds / (60 * self.minutes)
 
     def seconds_in_all(self, state, seconds_a_step):
-        """How long the whole run takes if each step from now on takes so long."""
+        """Seconds of the whole run if each step from now on takes `seconds_a_step`."""
         if self.minutes is not None:
             return 60 * self.minutes
         return state.seconds + (self.steps - state.step) * seconds_a_step
@@ -48,7 +48,7 @@ class Budget:
 
 @dataclass
 class State:
-    """Where a run stands. `seconds` counts training steps only, not saving or evaluating."""
+    """The progress of a run. `seconds` counts training steps only, not saving or evaluating."""
 
     step: int = 0
     seconds: float = 0.0
@@ -69,7 +69,7 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 def matrix_rates(device, size=512, repeats=5):
     """{"float32": floating-point operations a second in products of that precision, "bfloat16"}."""
     seconds = {}
-    for _ in range(repeats):  # the first are slow: the least counts
+    for _ in range(repeats):  # the first are slow, so the shortest time counts
         for name in ("float32", "bfloat16"):
             matrix = torch.ones(size, size, dtype=getattr(torch, name), device=device)
             start = time.perf_counter()
@@ -81,7 +81,7 @@ def matrix_rates(device, size=512, repeats=5):
 def fastest_precision(device):
     """Name of the faster precision of matrix products: "bfloat16" or "float32".
 
-    On a CPU "bfloat16" if it takes at most 2/3 of the time, measured; on CUDA where the hardware
+    On a CPU "bfloat16" if it is measured to take less than 2/3 of the time; on CUDA if the hardware
     has it.
     """
     if device == "cuda":
@@ -94,7 +94,7 @@ def fastest_precision(device):
 
 # %% The metrics file
 class Metrics:
-    """`metrics.jsonl`: one JSON object a line. Lines past `state.step` belong to a lost attempt."""
+    """`metrics.jsonl`: one JSON object a line. Lines past `state.step` are dropped."""
 
     def __init__(self, path, state):
         self.path = pathlib.Path(path)
@@ -124,9 +124,9 @@ def read_metrics(path):
 
 # %% The run
 class Run:
-    """Steps until the budget is spent: saved, stopped and resumed, whatever a step does.
+    """A loop of steps until the budget is spent. It can be saved, stopped and resumed.
 
-    A kind of run has `model`, `optimizers`, `tokenizer` and `corpus`, a `step`, and these names.
+    A subclass has `model`, `optimizers`, `tokenizer`, `corpus`, `step`, and sets the names below.
     Its options are a dataclass with at least `data`, `steps` and `minutes`.
     """
 
@@ -136,7 +136,7 @@ class Run:
     doing, done = "training", "trained"
     default_minutes, default_directory = None, "default"
     save_every = 60.0  # seconds
-    look_ahead = None  # after so many steps, the first left out, it says what to expect
+    look_ahead = None  # the number of steps, after the first, until the run prints its forecast
 
     def __init__(self, directory, options, device):
         self.directory, self.options, self.device = pathlib.Path(directory), options, device
@@ -149,7 +149,7 @@ class Run:
         raise NotImplementedError
 
     def go(self):
-        """Steps until the budget is spent. Ctrl-C: saves, says how to go on, exits with 130."""
+        """Steps until the budget is spent. Ctrl-C saves, says how to go on, and exits with 130."""
         self.directory.mkdir(parents=True, exist_ok=True)
         steps = self.state.step
         if self.budget.used(self.state) >= 1:
@@ -162,7 +162,7 @@ class Run:
             raise SystemExit(130)
 
     def _steps(self):
-        """Ctrl-C ends the loop after the step under way: a resumed run repeats and skips none."""
+        """Ctrl-C ends the loop after the current step: a resumed run repeats and skips no step."""
         state, budget, metrics = self.state, self.budget, Metrics(self.metrics, self.state)
         began = last_saved = time.perf_counter()
         steps_before, tokens_before, warm = state.step, state.tokens, None
@@ -193,7 +193,7 @@ class Run:
 
     # Saving
     def save(self):
-        """The whole checkpoint directory at once: an interrupted save leaves the last one whole."""
+        """Saves the whole checkpoint at once: an interrupted save leaves the last one complete."""
         self.directory.mkdir(parents=True, exist_ok=True)
         with checkpoint.replaced_directory(self.checkpoint) as fresh:
             self.model.save_pretrained(fresh)
@@ -218,7 +218,7 @@ class Run:
 
     # Resuming
     def read_record(self):
-        """The checkpoint's record; takes over its state. ValueError if the text is another."""
+        """Returns the checkpoint's record and restores its state. ValueError for another text."""
         stored = read_record(self.checkpoint / self.record, self.options_class)
         now, then = self.corpus.fingerprint, stored["corpus"]
         require(now == then, f"the text has changed since {self.directory} was started: its hash "
@@ -232,7 +232,7 @@ class Run:
 
 
 def read_record(path, options_class=None):
-    """A record: options (of that class, if one is given), state and corpus hash; none may lack."""
+    """A record: options (checked against the class, if given), state, corpus hash; all required."""
     stored = checkpoint.read_json(path)
     try:
         options = stored["options"]
@@ -253,7 +253,7 @@ def training_record(directory):
 
 @contextlib.contextmanager
 def stop_requests():
-    """Yields an event that Ctrl-C or a termination signal sets: steps and saves are never cut."""
+    """Yields an event that Ctrl-C or a termination signal sets: no step or save is cut short."""
     stop, handlers = threading.Event(), {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -266,7 +266,7 @@ def stop_requests():
 
 
 def expectation(budget, warm, state):
-    """The pace since the state `warm`, and what the whole run comes to if it stays so."""
+    """The speed since the state `warm`, and a forecast of the whole run at this speed."""
     seconds, tokens = state.seconds - warm.seconds, state.tokens - warm.tokens
     whole = budget.seconds_in_all(state, seconds / (state.step - warm.step))
     expected = state.tokens + (whole - state.seconds) * tokens / seconds

@@ -1,4 +1,4 @@
-"""Scoring: bits per byte of held-out text, beside honest yardsticks on the same bytes."""
+"""Scoring: bits per byte of held-out text, compared with simple methods on the same bytes."""
 
 import math
 import sys
@@ -16,9 +16,9 @@ from quantization_coded import quantize_cache
 
 @torch.no_grad()
 def score(model, tokenizer, documents, batch_size=16):
-    """Bits per byte of the documents, each byte scored once; also drafts and experts' loads.
+    """Bits per byte of the documents, each byte scored once; also MTP acceptance and expert load.
 
-    Windows of the model's context overlap by half: `corpus.scoring_batches`.
+    The text is read in windows that overlap by half: see `corpus.scoring_batches`.
 
     Returns: dict with `bits_per_byte`, `tokens`, `bytes`, `mtp_acceptance` (share of the
         MTP module's greedy drafts that are the main model's own greedy choice; None without MTP)
@@ -29,10 +29,10 @@ def score(model, tokenizer, documents, batch_size=16):
     nats, tokens, agreed, drafted, loads = 0.0, 0, 0, 0, {}
     for batch in corpus.scoring_batches(tokenizer, documents, context, batch_size):
         ids_BT, target_BT, real_BT = (part.to(device) for part in batch)
-        # A quantised cache enters the score: each token attends to what the cache holds.
+        # A quantised cache affects the score: each token attends to the cached values.
         caches = model.new_caches() if model.cache_bits else None
         hidden_BTD = model.hidden_states(ids_BT, caches=caches, routed=(routed := []))
-        # The head runs on the scored rows only: about half, and it is the widest matrix.
+        # The head, the widest matrix, runs only on the scored rows, about half of them.
         scored_BT, targets = target_BT[:, 1:], ids_BT[:, 1:][target_BT[:, 1:]]
         logits = model.lm_head(hidden_BTD[:, :-1][scored_BT])
         losses = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
@@ -59,7 +59,7 @@ def score(model, tokenizer, documents, batch_size=16):
 
 
 def agreement(model, hidden_BTD, ids_BT, target_BT, choice_BT):
-    """Whether each greedy draft of the first MTP module is the main model's choice: bools (n,).
+    """bools (n,): True where the first MTP module's greedy draft is the main model's choice.
 
     choice_BT (B, T − 1): the main model's greedy token after each; only scored tokens count.
     """
@@ -70,7 +70,7 @@ def agreement(model, hidden_BTD, ids_BT, target_BT, choice_BT):
 
 
 def print_scores(scores, documents, tokenizer, part):
-    """The scores beside honest yardsticks on the same bytes; returns all rates."""
+    """Prints the scores and, for comparison, simple rates on the same bytes; returns all rates."""
     rates = {"this model": scores["bits_per_byte"], **corpus.compressor_rates(documents)}
     rates["uniform"] = corpus.uniform_rate(
         scores["tokens"], scores["bytes"], tokenizer.get_vocab_size()

@@ -1,4 +1,4 @@
-"""A trainer around phase 9's step: what a run holds between steps, and the checks at its door."""
+"""A trainer around phase 9's step. It keeps state between steps and checks task and rewards."""
 
 import functools
 
@@ -8,11 +8,11 @@ from lesson.batches import step_generator
 
 
 class GRPOTrainer:
-    """GRPO on a `CausalLM`, towards a `Task`.
+    """Trains a `CausalLM` on a `Task` with GRPO.
 
-    A step's randomness depends on seed and step number alone, so that a run whose weights,
-    optimizer and `steps_done` are put back goes on as if it had never stopped. Prompts that cannot
-    be, and rewards that are no finite numbers, are named by a ValueError.
+    A step's randomness depends only on seed and step number. So a run whose weights,
+    optimizer and `steps_done` are restored goes on as if it had never stopped. A ValueError names
+    prompts that cannot be used and rewards that are not finite numbers.
     """
 
     def __init__(self, policy, task, settings):
@@ -35,7 +35,7 @@ class GRPOTrainer:
         return figures
 
     def generator(self, purpose=0):
-        """A generator of this step's own; on the policy's device."""
+        """This step's own random generator, on the policy's device."""
         return step_generator(self.settings.seed, self.steps_done, purpose, self.device)
 
 

@@ -1,4 +1,4 @@
-"""Training: a `Run` from a text to a checkpoint. Phase 10 gives it model, optimizers and step."""
+"""Training: a `Run` that turns a text into a checkpoint. Phase 10 adds model, optimizers, step."""
 
 import pathlib
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ DEFAULT_MINUTES = 4.6
 
 @dataclass
 class RunOptions:
-    """What a training run was asked for; stored with its checkpoint, so that it can resume.
+    """The options of a training run. They are stored with its checkpoint, so that it can resume.
 
-    `earlier`: what the runs did that were stored before the field was there.
+    `earlier`: values for runs that were stored before the field existed.
     """
 
     earlier: ClassVar = {"mtp_from": 0.0}
@@ -45,7 +45,7 @@ class RunOptions:
     optimizer: str = setting("muon", choices=OPTIMIZERS)
     mtp_weight: float = setting(0.3, at_least=0)
     mtp_from: float = setting(
-        0.7, "the share of the run after which the MTP module learns, too", at_least=0, below=1
+        0.7, "share of the run after which the MTP module learns as well", at_least=0, below=1
     )
     gamma: float = setting(0.005, at_least=0)
 
@@ -59,9 +59,9 @@ class RunOptions:
 
 
 class TrainingRun(Run):
-    """Everything between the options and a trained checkpoint in `directory`/checkpoint.
+    """Trains a model as the options say, and writes it to `directory`/checkpoint.
 
-    A subclass names the class of its model, and has `build_optimizers`, `costs` and `step`.
+    A subclass sets `model_class`, and defines `build_optimizers`, `costs` and `step`.
     """
 
     model_class = None
@@ -91,7 +91,7 @@ class TrainingRun(Run):
         raise NotImplementedError
 
     def fresh(self):
-        """Tokenizer and model of a new run. The vocabulary is as large as the text gives."""
+        """Tokenizer and model of a new run. A short text may give a smaller vocabulary."""
         config = self.model_class.config_class.from_file(self.options.config)
         require(config.quantization_config is None,
                 f"{self.options.config}: a quantised model cannot be trained")
