@@ -1,12 +1,20 @@
 """Phase 2: causal attention, where no token sees a later one.
 
-A language model predicts the next token. In training it reads a whole text, so token t must not
-look at token t + 1: it would read the answer. A mask removes the later keys before the softmax.
+A language model predicts the next token. In training it reads a whole text at once, and the answer
+for token t is token t + 1. So the output of token t must not depend on any later token: the model
+would copy the answer. A mask removes the keys of later tokens before the softmax.
 With a cache (phase 3), some keys come from earlier calls, so there are more keys than queries. The
-*last* query then lines up with the *last* key: the triangle of the mask moves to the right.
+queries are then the newest tokens: the *last* query belongs to the *last* key, and the triangle of
+the mask moves S − T columns to the right.
 
-    M_ij = 1  if  j ≤ i + (S − T),  else 0
-    CausalAttention(Q, K, V) = softmax(Q Kᵀ / √d_k  where M = 1,  −∞ elsewhere) V
+    M_ij = True  if  j ≤ i + (S − T),  else False
+    A_ij = q_i · k_j / √d_k  if M_ij,  else −∞
+    CausalAttention(Q, K, V) = softmax(A) V
+
+The mask makes one call for all queries possible. The price: all T · S scores are computed, and of a
+whole text (S = T) almost half of them are thrown away.
+Dropout sets a share p of the weights to 0 in training and multiplies the others by 1 / (1 − p). The
+mean stays, and the model learns not to rely on a single key.
 
 Paper: Vaswani et al., "Attention Is All You Need" (2017, arXiv:1706.03762), section 3.2.3
 (masking). Section 5.4 has dropout on sub-layer outputs and embeddings; only the authors' code has
@@ -14,8 +22,8 @@ it on the attention weights.
 Simplified: one head, no output projection.
 Before: phase 1. Reading 7 minutes, running 5 seconds.
 
-Dimensions: B batch · T query positions · S key positions · D model width · K query/key width ·
-V value width.
+Dimensions: B batch · T query positions · S key positions · D model width · K query/key width (d_k
+in the equation) · V value width.
 
 Run:  python causal_attention_coded.py [--length 6] [--dropout 0.5]
 """
@@ -28,7 +36,7 @@ from self_attention_coded import SelfAttention, scaled_dot_product_attention
 
 # %% The naive reference: each query gets its own list of keys
 def causal_attention_loops(query, key, value):
-    """Causal attention without a mask: query i attends to the first i + 1 + (S − T) keys.
+    """Causal attention without a mask: query i, from 0, attends to the first i + 1 + (S − T) keys.
 
     Args: query (T, K), key (S, K), value (S, V), S ≥ T. Returns: output (T, V).
     """
@@ -50,7 +58,7 @@ def causal_mask(query_length, key_length=None, device=None):
         1 1 1 0
         1 1 1 1
 
-    ValueError for fewer keys than queries: the first query could attend to no key.
+    ValueError for fewer keys than queries: the first queries could attend to no key.
     """
     T, S = query_length, query_length if key_length is None else key_length
     require(S >= T, f"key_length={S} must be at least query_length={T}")
@@ -69,7 +77,8 @@ class CausalSelfAttention(SelfAttention):
     def forward(self, x, mask=None):
         """(B, T, d_in) or (T, d_in) → (..., T, d_out).
 
-        `mask`: boolean, broadcastable to (..., T, T). It can remove more keys, such as padding.
+        `mask`: boolean, True = may attend, broadcastable to (..., T, T). It can only remove
+        more keys: padding, for instance, with (B, 1, T).
         """
         query, key, value = self.project(x)
         allowed = causal_mask(x.shape[-2], device=x.device)
@@ -81,7 +90,10 @@ class CausalSelfAttention(SelfAttention):
 
 # %% Two tests that no token sees a later one
 def largest_leak_by_perturbation(attention, x):
-    """Changes each token in turn; returns the largest change of an earlier output. x: (T, D)."""
+    """Adds 1 to each token but the first, in turn. x: (T, D).
+
+    Returns the largest change of an output before the changed token: exactly 0 without a leak.
+    """
     before = attention(x)
     leak = 0.0
     for position in range(1, x.shape[0]):
@@ -93,7 +105,10 @@ def largest_leak_by_perturbation(attention, x):
 
 
 def gradient_reach(attention, x):
-    """Returns (T, T): the size of the gradient of output i with respect to input j. x: (T, D)."""
+    """Returns a table (T, T): in row i the size of output i's gradient at each input j. x: (T, D).
+
+    The gradient is that of the sum of output i's numbers.
+    """
     x = x.detach().requires_grad_()
     output = attention(x)
     rows = [torch.autograd.grad(row.sum(), x, retain_graph=True)[0] for row in output]
@@ -104,37 +119,49 @@ def gradient_reach(attention, x):
 @demonstration(__doc__, flag("length", 6, "tokens of the example", at_least=3),
                flag("dropout", 0.5, "share of weights dropped"))
 def main(demo, arguments):
-    length, device = arguments.length, demo.device
-    attention = CausalSelfAttention(16, 8, dropout=arguments.dropout).to(device).eval()
-    x_TD = torch.randn(length, 16, device=device)
+    T = arguments.length
+    attention = CausalSelfAttention(16, 8).to(demo.device)
+    x_TD = torch.randn(T, 16, device=demo.device)
 
-    for row in causal_mask(2, 4).int().tolist():
-        demo.note(f"mask of 2 queries over 4 keys: {row}")
-    query_TK, key_SK, value_SV = attention.project(x_TD)
-    loops_TV = causal_attention_loops(query_TK, key_SK, value_SV)
+    demo.note(f"mask of {T} queries over {T} keys, True where a query may attend:")
+    for row in causal_mask(T).tolist():
+        demo.note("  " + " ".join("·T"[allowed] for allowed in row))
+    query_TK, key_TK, value_TV = attention.project(x_TD)
+    loops_TV = causal_attention_loops(query_TK, key_TK, value_TV)
     demo.same("a key list for each query = mask", "(T, V)", attention(x_TD), loops_TV)
-    mask_2S = causal_mask(2, length, device=device)
-    last_two_2V, _ = scaled_dot_product_attention(query_TK[-2:], key_SK, value_SV, mask_2S)
-    demo.same("the last 2 queries alone = the last 2 rows", "(2, V)", last_two_2V, loops_TV[-2:])
+    last_query_2K, mask_2T = query_TK[-2:], causal_mask(2, T, device=demo.device)
+    last_2V, _ = scaled_dot_product_attention(last_query_2K, key_TK, value_TV, mask_2T)
+    demo.same("the last 2 queries alone = the last 2 rows", "(2, V)", last_2V, loops_TV[-2:])
+    lists_2V = causal_attention_loops(last_query_2K, key_TK, value_TV)
+    demo.same("the last 2 queries, each with its key list", "(2, V)", lists_2V, loops_TV[-2:])
 
     leak = largest_leak_by_perturbation(attention, x_TD)
-    demo.check("changing a token changes no earlier output", "(T, D)", f"leak {leak}", leak == 0)
-    reach_TS = gradient_reach(attention, x_TD)
-    future, past = reach_TS.triu(1).max(), reach_TS.diagonal().min()
+    demo.check("changing a token changes no earlier output", "(T, V)", f"leak {leak}", leak == 0)
+    reach_TT = gradient_reach(attention, x_TD)
+    later, own = reach_TT.triu(1).max(), reach_TT.diagonal().min()
     demo.check("gradient: none at later tokens, some at the own one", "(T, T)",
-               f"later {future:.1e}, own at least {past:.1e}", future == 0 and past > 0)
+               f"later {later:.1e}, own at least {own:.1e}", later == 0 and own > 0)
+    unmasked = SelfAttention(16, 8).to(demo.device)  # both tests must see what phase 1 leaks
+    leak = largest_leak_by_perturbation(unmasked, x_TD)
+    later = gradient_reach(unmasked, x_TD).triu(1)
+    demo.check("without a mask, both tests find a leak", "(T, V), (T, T)",
+               f"leak {leak:.2f}, later {later.max():.1e}", leak > 0 and later.max() > 0)
 
-    nothing_TS = torch.zeros(length, length, dtype=torch.bool, device=device)
-    masked_TV = attention(x_TD, mask=nothing_TS)
-    demo.check("a fully masked row gives zeros, not NaN", "(T, V)", f"sum {masked_TV.sum()}",
-               bool((masked_TV == 0).all()))
+    nothing_TT = torch.zeros(T, T, dtype=torch.bool, device=demo.device)
+    masked_TV = attention(x_TD, mask=nothing_TT)
+    demo.check("fully masked rows give zeros, not NaN", "(T, V)",
+               f"largest {masked_TV.abs().max()}", bool((masked_TV == 0).all()))
 
+    # Equal scores: each of 4 values, all 1, has weight 1/4. Without dropout every output is 1.
     query, key, value = torch.zeros(20000, 1, 8), torch.zeros(20000, 4, 8), torch.ones(20000, 4, 1)
     dropped, _ = scaled_dot_product_attention(query, key, value, dropout_p=arguments.dropout)
+    share = arguments.dropout
+    error = 5 * (share / (1 - share) / 4 / 20000) ** 0.5  # five standard errors of the mean
     demo.check("dropout keeps the mean of the output", "(20000, 1, 1)",
-               f"mean {dropped.mean():.3f}, want 1 within 0.05", abs(dropped.mean() - 1) < 0.05)
-    demo.finish("--length 12: a longer text, and still no leak",
-                "--dropout 0.9: single outputs differ more, their mean stays near 1")
+               f"mean {dropped.mean():.3f}, want 1 within {error:.3f}, spread {dropped.std():.2f}",
+               abs(dropped.mean() - 1) <= error)
+    demo.finish("--length 12: a larger triangle, and still no leak",
+                "--dropout 0.9: the spread grows from 0.5 to 1.5, the mean stays near 1")
 
 
 if __name__ == "__main__":

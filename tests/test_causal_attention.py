@@ -32,7 +32,7 @@ def test_square_mask_matches_pytorch_is_causal():
     torch.testing.assert_close(output, expected)
 
 
-def test_mask_matches_shrinking_key_lists_with_an_offset():
+def test_mask_matches_growing_key_lists_with_an_offset():
     q, k, v = torch.randn(3, 4), torch.randn(8, 4), torch.randn(8, 5)
     output, _ = scaled_dot_product_attention(q, k, v, causal_mask(3, 8))
     torch.testing.assert_close(output, causal_attention_loops(q, k, v))
