@@ -252,7 +252,7 @@ class Experts(nn.Module):
 
         Three tokens, A = 2, three experts:
 
-            choices      token 0: 1 0    token 1: 2 1    token 2: 1 2
+            choices      token 0: experts 1 0    token 1: experts 2 1    token 2: experts 1 2
             experts      0  1  1  1  2  2
             tokens       0  0  1  2  1  2     runs of 1, 3 and 2 rows
         """

@@ -349,7 +349,7 @@ class CausalLM(LanguageModel):
 
     @torch.no_grad()
     def init_weights(self, std=0.02):
-        """Matrices are drawn from N(0, std²), biases are 0. At std 0.02 the loss is about ln(W)."""
+        """Matrices from N(0, std²), biases 0. At std 0.02, the first loss is about ln(W)."""
         for name, parameter in self.named_parameters():
             if parameter.dim() >= 2:
                 nn.init.normal_(parameter, std=std)
@@ -443,7 +443,7 @@ def train_small(model, steps, weight, device, seed=0, rate=4e-3, precision=torch
 
 
 def cost_of(model, ids):
-    """(parameters, FLOPs of one forward pass of main model and modules). Masked scores count."""
+    """(parameters, FLOPs of one forward pass, modules included). Masked scores count as well."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         hidden = model.hidden_states(ids, path="naive")
         model.lm_head(hidden)
@@ -543,7 +543,7 @@ def check_drawn_drafts(demo, draws=100_000):
 def check_speculation(demo, steps, depth):
     """Caches and speculation leave the greedy text as it is; good drafts save passes.
 
-    Then the modules get random weights: bad drafts cost speed and do not change the text.
+    Then each `eh_proj` is made random: bad drafts cost speed but do not change the text.
     """
     torch.manual_seed(demo.seed)
     model = small_model(depth=depth).to(demo.device)
