@@ -1,23 +1,30 @@
-"""Phase 5: mixture of experts (MoE), many small feed-forward networks of which few run.
+"""Phase 5: mixture of experts (MoE), many feed-forward networks of which each token uses a few.
 
-A dense feed-forward layer spends the same arithmetic on every token. An MoE layer holds E experts
-and lets a router send each token to A of them: parameters grow with E, arithmetic with A. The
-danger is collapse: experts that are chosen more learn more and are chosen still more. Switch (one
-expert a token) answers with a balance loss, and a capacity caps what an expert takes. DeepSeekMoE
-cuts experts finer and adds shared ones that every token passes; V2 keeps the load even by balance
-losses. V3 does so by a bias that steers the *choice* of experts and leaves their weights alone; of
-the losses, it keeps a very small one within each sequence.
+In a dense feed-forward layer, every token uses every weight. An MoE layer holds E expert networks,
+and a router sends each token to A of them: the number of parameters grows with E, but the
+arithmetic per token grows only with A. The danger is collapse: an expert that is chosen often
+learns more, and is then chosen even more often. Switch sends each token to one expert. It adds a
+balance loss against collapse, and a capacity limits how many tokens an expert takes. DeepSeekMoE
+uses more and smaller experts, and adds shared experts that process every token. V2 balances the
+load (how many tokens each expert gets) by losses. V3 balances it by a bias that changes which
+experts are chosen, but not the weights of their outputs. It keeps one very small loss, for the
+load within each sequence.
 
     y = Σ_shared FFN(x) + Σ_{i chosen} g_i FFN_i(x)
-    FFN(x) = W_down (SiLU(W_gate x) ⊙ W_up x)
+    FFN(x) = W_down (SiLU(W_gate x) ⊙ W_up x),  SiLU(z) = z · sigmoid(z)
     V2:  s = softmax(W x),  top A of s in the best groups,      g_i = c · s_i
     V3:  s = sigmoid(W x),  top A of s + b in the best groups,  g_i = c · s_i / Σ_chosen s
     after each step (V3):    b_i ← b_i − γ if expert i was overloaded, b_i + γ if underloaded
 
-Papers: Switch Transformer (2021), section 2; DeepSeek-V2 (2024), section 2.2, equations 20–31;
-DeepSeek-V3 (2024), section 2.1.2, equations 12–20. Names follow the released checkpoints.
-Simplified: all experts on one device; V2's device-level token dropping is left out.
-Read before: phase 3, whose attention is in the block. The experts need no other phase.
+s_i is the score of expert i for a token (its affinity, in the papers), g_i the weight of its
+output, b_i its bias; c and γ are constants; ⊙ multiplies element by element.
+
+Papers: Switch Transformer (2021, arXiv:2101.03961), section 2; DeepSeekMoE (2024,
+arXiv:2401.06066), section 3; DeepSeek-V2 (2024, arXiv:2405.04434), section 2.2, equations 20–31;
+DeepSeek-V3 (2024, arXiv:2412.19437), section 2.1.2, equations 12–20. Names follow the released
+checkpoints.
+Simplified: all experts are on one device, and V2's token dropping per device is left out.
+Before: phase 3, for the attention in the block. Reading 30 minutes, running 10 seconds.
 
 Dimensions: B batch · T query positions · D model width · M tokens (B·T) · E routed experts · A
 active experts per token · F expert hidden width.
@@ -43,7 +50,7 @@ class SwiGLU(nn.Module):
     def __init__(self, hidden_size, intermediate_size):
         super().__init__()
         checks.check_sizes(hidden_size=hidden_size, intermediate_size=intermediate_size)
-        # [W_gate; W_up] is one matrix for one product. Released files store the two apart.
+        # One matrix [W_gate; W_up] allows one product. Released files store the two separately.
         self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
@@ -53,17 +60,18 @@ class SwiGLU(nn.Module):
 
 
 def swiglu(x, gate_up, down):
-    """What `SwiGLU` does, from its two matrices (2F, D) and (D, F)."""
+    """The function of `SwiGLU`, given its two matrices (2F, D) and (D, F)."""
     gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
     return F.linear(F.silu(gate) * up, down)
 
 
-# %% Routing: what a router decides
+# %% Routing: the decision of a router
 class Routing(NamedTuple):
-    """weights (M, A) of the chosen experts, their indices (M, A), all affinities (M, E).
+    """The chosen experts of M tokens, all in FP32: a rounded score may choose another expert.
 
-    `kept` (M, A) is False where an expert had no room left; None where nothing is dropped. All of
-    it is worked out in FP32: a rounded affinity may choose another expert.
+    weights (M, A) of the chosen experts' outputs; indices (M, A) of the chosen experts; scores
+    (M, E) of all experts. kept (M, A): False where an expert had no room for the token; None if
+    the router never drops tokens.
     """
 
     weights: torch.Tensor
@@ -74,11 +82,12 @@ class Routing(NamedTuple):
 
 # %% Switch: one expert a token, and a capacity
 class SwitchRouter(nn.Module):
-    """Top-1 routing: g = softmax(W x) of the best expert; an expert takes so many tokens at most.
+    """Top-1 routing: each token goes to its best expert, with the weight g = max softmax(W x).
 
-    Capacity = capacity_factor · M / E (section 2.2), here rounded down and at least 1. First come,
-    first served; a dropped token gets no expert: the residual connection around the layer passes
-    it through. So an output depends on the other tokens of the batch, unlike the routers below.
+    An expert takes at most capacity_factor · M / E tokens (section 2.2), here rounded down and at
+    least 1. Tokens are served in their order. If an expert is full, a token is dropped: it gets no
+    expert, and only the residual connection around the layer carries it on. So the output of a
+    token depends on the other tokens of the batch. With the routers below, it does not.
 
     Six tokens, two experts, capacity_factor 1: an expert takes 3 tokens.
 
@@ -100,9 +109,9 @@ class SwitchRouter(nn.Module):
         return max(1, int(self.capacity_factor * tokens / self.num_experts))
 
     def forward(self, x_MD, token_mask=None):
-        """(M, D) → `Routing` with A = 1. token_mask (M,) False: padding takes no place in a queue.
+        """(M, D) → `Routing` with A = 1. token_mask (M,): False = padding, which is not queued.
 
-        Weights of dropped tokens are there, but nothing uses them.
+        A dropped token has a weight as well, but nothing uses it.
         """
         scores_ME = precision.linear_in_fp32(x_MD, self.weight).softmax(dim=-1)
         weights_M1, indices_M1 = scores_ME.max(dim=-1, keepdim=True)
@@ -113,29 +122,31 @@ class SwitchRouter(nn.Module):
         return Routing(weights_M1, indices_M1, scores_ME, has_room_M1 & real_M1)
 
 
-# %% DeepSeekMoE: the top A of many fine-grained experts, chosen within the best groups
+# %% DeepSeekMoE: the best A of many small experts, chosen within the best groups
 SCORING = {"softmax": functools.partial(torch.softmax, dim=-1), "sigmoid": torch.sigmoid}
-# A group's score is the sum of the scores of so many of its experts, the best ones.
+# A group's score is the sum of its best scores. This is how many of them count.
 BEST_OF_GROUP = {"greedy": 1, "group_limited_greedy": 1, "noaux_tc": 2}
 
 
 class TopKRouter(surgery.TypesKept):
-    """V2's and V3's routers, by the names in config.json.
+    """V2's and V3's routers. The arguments have the names of config.json.
 
-    `scoring_func`: "softmax" (V2) or "sigmoid" (V3). `topk_method`: "greedy" (V2-Lite),
-    "group_limited_greedy" (V2: a group counts as much as its best expert) or "noaux_tc" (V3: with
-    the bias `e_score_correction_bias`; a group counts as much as its two best biased scores).
-    Only the experts of the best `topk_group` of `n_group` groups can be chosen. `norm_topk_prob`:
-    the chosen weights are divided by their sum (V3). `routed_scaling_factor`: c above. The bias
-    stays in FP32 when the model is cast to BF16, which would swallow steps of γ.
+    scoring_func: "softmax" (V2) or "sigmoid" (V3).
+    topk_method: "greedy" (V2-Lite) chooses among all experts. The other two divide the experts into
+        `n_group` groups and choose only within the best `topk_group` of them. A group's score is
+        its best score for "group_limited_greedy" (V2). "noaux_tc" (V3) first adds the bias
+        `e_score_correction_bias` to all scores; a group's score is then the sum of its best two.
+    norm_topk_prob: divide the chosen weights by their sum (V3). routed_scaling_factor: c above.
 
-    Two tokens, four experts in two groups, the best group counts, one expert a token (V3):
+    The bias stays in FP32 if the model is cast to BF16, where steps of γ would be rounded away.
 
-        s         (.9 .1 | .6 .7)   (.2 .4 | .3 .1)     affinities
-        s + b     (.9 .1 | .6 .5)   (.2 .4 | .3 −.1)    with b = (0, 0, 0, −.2)
-        groups    1.0     1.1        .6     .2           sum of the two best: right, left
-        chosen    expert 2           expert 1            the best of s + b within the group
-        weights   .6 / .6 = 1        .4 / .4 = 1         from s: the bias selects, it does not weigh
+    V3's routing of two tokens to four experts in two groups: the best group, two experts a token.
+
+        s         (.9 .1 | .6 .7)   (.2 .3 | .4 .6)    scores
+        s + b     (.9 .1 | .6 .3)   (.2 .3 | .4 .2)    with b = (0, 0, 0, −.4)
+        groups    1.0     .9         .5     .6         sums of s + b: left, right
+        chosen    experts 0 and 1   experts 2 and 3    without b, both tokens would go right
+        weights   .9 and .1         .4 and .6          from s, divided by their sum: b is not in it
     """
 
     def __init__(
@@ -160,7 +171,7 @@ class TopKRouter(surgery.TypesKept):
             self.register_buffer("e_score_correction_bias", torch.zeros(n_routed_experts))
 
     def forward(self, x_MD, token_mask=None):
-        """(M, D) → `Routing`, in FP32. `token_mask` is without effect: tokens do not compete."""
+        """(M, D) → `Routing`, in FP32. `token_mask` changes nothing: tokens do not compete."""
         logits_ME = precision.linear_in_fp32(x_MD, self.weight)
         scores_ME = SCORING[self.scoring_func](logits_ME)
         choice_ME = scores_ME.detach()
@@ -169,13 +180,13 @@ class TopKRouter(surgery.TypesKept):
         if self.n_group > 1:
             choice_ME = choice_ME.masked_fill(~self.in_best_groups(choice_ME), float("-inf"))
         indices_MA = choice_ME.topk(self.num_experts_per_tok, dim=-1).indices
-        weights_MA = scores_ME.gather(1, indices_MA)  # the bias selects, it does not weigh
+        weights_MA = scores_ME.gather(1, indices_MA)  # without the bias, which only selects
         if self.norm_topk_prob:
             weights_MA = weights_MA / (weights_MA.sum(dim=-1, keepdim=True) + 1e-20)
         return Routing(weights_MA * self.routed_scaling_factor, indices_MA, scores_ME)
 
     def in_best_groups(self, choice_ME):
-        """(M, E) boolean: whether the expert's group is among the best `topk_group`."""
+        """(M, E) boolean: True where the expert's group is among the best `topk_group`."""
         by_group = choice_ME.unflatten(1, (self.n_group, -1))
         group_scores = by_group.topk(self.best_of_group, dim=-1).values.sum(dim=-1)
         best_groups = group_scores.topk(self.topk_group, dim=-1).indices
@@ -184,11 +195,11 @@ class TopKRouter(surgery.TypesKept):
 
     @torch.no_grad()
     def update_bias(self, load_E, gamma):
-        """One step of V3's balancing (section 2.1.2): how often each expert was chosen, γ.
+        """One step of V3's balancing (section 2.1.2).
 
-        An expert above the mean load loses `gamma`, one below gains it: loads (6, 2, 4, 4) have the
-        mean 4 and move b by (−γ, +γ, 0, 0). A load of zeros, or a router without bias, changes
-        nothing.
+        load_E (E,): how often each expert was chosen. An expert above the mean load loses `gamma`,
+        one below it gains `gamma`: loads (6, 2, 4, 4) have the mean 4 and change b by
+        (−γ, +γ, 0, 0). Zero loads change nothing, and a router without bias ignores the call.
         """
         if self.topk_method == "noaux_tc":
             load_E = load_E.float()
@@ -199,7 +210,7 @@ class TopKRouter(surgery.TypesKept):
 class Experts(nn.Module):
     """E SwiGLU networks in two tensors, `gate_up_proj` (E, 2F, D) and `down_proj` (E, D, F)."""
 
-    dispatches = ("dense", "loop", "grouped")  # a method each
+    dispatches = ("dense", "loop", "grouped")  # one method for each
 
     def __init__(self, num_experts, hidden_size, intermediate_size):
         super().__init__()
@@ -211,11 +222,11 @@ class Experts(nn.Module):
             nn.init.uniform_(weight, -(weight.shape[-1] ** -0.5), weight.shape[-1] ** -0.5)
 
     def expert(self, e, x):
-        """Expert e on any rows, (..., D) → (..., D): what `SwiGLU` does."""
+        """Expert e on any rows, (..., D) → (..., D): see `SwiGLU`."""
         return swiglu(x, self.gate_up_proj[e], self.down_proj[e])
 
     def dense(self, x_MD, routing):
-        """The naive reference: every expert on every token, most of it weighed with zero."""
+        """The naive reference: every expert processes every token; most weights are zero."""
         used_MA = routing.weights if routing.kept is None else routing.weights * routing.kept
         weights_ME = torch.zeros_like(routing.scores).scatter(1, routing.indices, used_MA)
         outputs = [
@@ -225,7 +236,7 @@ class Experts(nn.Module):
         return torch.stack(outputs).sum(dim=0)
 
     def loop(self, x_MD, routing):
-        """Expert by expert, each on its own tokens."""
+        """One expert after another, each on the tokens that chose it."""
         output_MD = torch.zeros_like(x_MD)
         for e in range(len(self.down_proj)):
             mine_MA = routing.indices == e
@@ -237,11 +248,11 @@ class Experts(nn.Module):
         return output_MD
 
     def grouped(self, x_MD, routing):
-        """Choices sorted by expert: the rows of each expert are one run, with nothing to look up.
+        """All choices are sorted by expert: the rows of each expert then lie together, in a run.
 
         Three tokens, A = 2, three experts:
 
-            choices      token 0: 1 0    token 1: 2 1    token 2: 1 2
+            choices      token 0: experts 1 0    token 1: experts 2 1    token 2: experts 1 2
             experts      0  1  1  1  2  2
             tokens       0  0  1  2  1  2     runs of 1, 3 and 2 rows
         """
@@ -249,7 +260,7 @@ class Experts(nn.Module):
         order = experts.argsort(stable=True)
         if routing.kept is not None:
             order = order[routing.kept.flatten()[order]]
-        tokens = order // routing.indices.shape[1]  # A choices belong to a token
+        tokens = order // routing.indices.shape[1]  # each token has made A choices
         rows = x_MD.index_select(0, tokens)
         weights = routing.weights.flatten().index_select(0, order)
         lengths_E = torch.bincount(experts[order], minlength=len(self.down_proj))
@@ -257,7 +268,7 @@ class Experts(nn.Module):
         return torch.zeros_like(x_MD).index_add(0, tokens, outputs)
 
     def by_runs(self, rows, lengths_E):
-        """(rows, D) → (rows, D): each expert on its own run of the rows, one after the other."""
+        """(rows, D) → (rows, D): one expert after another, each on its own run of the rows."""
         runs = rows.split(lengths_E.tolist())
         experts = zip(runs, self.gate_up_proj, self.down_proj, strict=True)
         return torch.cat([swiglu(*run_and_weights) for run_and_weights in experts])
@@ -265,9 +276,9 @@ class Experts(nn.Module):
 
 # %% The layer
 class Routed(NamedTuple):
-    """What one MoE layer decided in one pass: balance losses and biases are made from it.
+    """The decision of one MoE layer in one pass. Balance loss and bias update are made from it.
 
-        error = F.mse_loss(layer(x, routed=routed), target)  # `routed`, a list, gets this pass
+        error = F.mse_loss(layer(x, routed=routed), target)  # appends to the list `routed`
         (error + routed[0].balance_loss()).backward()
         layer.gate.update_bias(routed[0].load(), gamma)      # V3, after the optimizer's step
     """
@@ -278,7 +289,7 @@ class Routed(NamedTuple):
     token_mask: torch.Tensor | None
 
     def balance_loss(self):
-        """The layer's loss of its scores (B, T, E) and choices (B, T, A); 0 if it has none."""
+        """The layer's balance loss of this pass, a scalar; 0 if the layer has none."""
         _, indices, scores, _ = self.routing
         if self.layer.balance_loss is None:
             return scores.new_zeros(())
@@ -286,17 +297,17 @@ class Routed(NamedTuple):
         return self.layer.balance_loss(scores, indices, token_mask=self.token_mask)
 
     def load(self):
-        """(E,) how often each expert was chosen; padding is left out."""
+        """(E,): how often each expert was chosen, without padding."""
         indices = self.routing.indices[batches.real_rows(self.token_mask, self.routing.indices)]
         return torch.bincount(indices.flatten(), minlength=self.layer.gate.num_experts)
 
 
 class MixtureOfExperts(nn.Module):
-    """Router, routed experts, and shared experts that see every token. No residual inside.
+    """A router, its routed experts, and shared experts for every token. No residual inside.
 
-    `n_shared_experts` of width F are one SwiGLU of width n · F, as in the released checkpoints.
-    `balance_loss(scores, indices, token_mask=...)` → scalar, or None: one of the losses below with
-    its α bound, as in `functools.partial(expert_balance_loss, alpha=0.003)`.
+    n_shared_experts: n shared experts of width F form one SwiGLU of width n · F, as in the
+    released checkpoints. balance_loss: a function (scores, indices, token_mask=...) → scalar, or
+    None. To bind α of a loss below: `functools.partial(expert_balance_loss, alpha=0.003)`.
     """
 
     def __init__(
@@ -316,8 +327,9 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x, token_mask=None, routed=None, dispatch="grouped"):
         """(..., D) → (..., D).
 
-        token_mask: (...), False = padding, which enters neither balance loss nor load. routed: a
-        list that gets this pass's `Routed`. dispatch: "dense", "loop" or "grouped", all the same.
+        token_mask: (...), False = padding, which counts neither in the balance loss nor in the
+        load. routed: a list, to which this pass's `Routed` is appended. dispatch: "dense", "loop"
+        or "grouped"; all give the same output.
         """
         checks.check_tokens(x, self.gate.weight.shape[1], token_mask, dispatch, Experts.dispatches)
         x_MD = x.flatten(0, -2)
@@ -330,7 +342,7 @@ class MixtureOfExperts(nn.Module):
         return output_MD.view_as(x)
 
 
-# %% The block: attention, then a feed-forward, each with a norm before and a residual around
+# %% The block: attention, then feed-forward, each after a norm and with a residual connection
 class TransformerBlock(nn.Module):
     """h += attention(norm(h)); h += feed_forward(norm(h)); names as in the released checkpoints.
 
@@ -347,8 +359,9 @@ class TransformerBlock(nn.Module):
         self.mlp = feed_forward
 
     def forward(self, hidden, token_mask=None, routed=None, **attention_options):
-        """(B, T, D) → (B, T, D). `attention_options` (mask, cache, ...) go to the attention,
-        `token_mask` (B, T) and the list `routed` to the experts, if the block has any.
+        """(B, T, D) → (B, T, D). `attention_options` (mask, cache, ...) go to the attention.
+
+        token_mask (B, T) and the list `routed` go to the experts, if the block has any.
         """
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), **attention_options)
         normed = self.post_attention_layernorm(hidden)
@@ -357,58 +370,62 @@ class TransformerBlock(nn.Module):
         return hidden + self.mlp(normed)
 
 
-# %% Balance losses: what training adds so that experts are used alike
-# Scores are (B, T, E) or (M, E), indices (B, T, A) or (M, A); token_mask False = padding, which is
-# left out. Each loss is α when what it counts is even (communication: when tokens reach all the
-# devices that they may). As a rule, uneven use costs more, since P favours what is chosen often:
+# %% Balance losses: they train the router to use all experts equally
+# Scores are (B, T, E) or (M, E), indices (B, T, A) or (M, A). Padding (token_mask False) is left
+# out. Each loss is α if the load is even. (The communication loss is α if, in addition, each token
+# is sent to as many devices as it may be.) An uneven load usually costs more, because the mean
+# score P is high for experts that are chosen often:
 #
 #     scores (.7 .1 .1 .1) and (.5 .3 .1 .1), both tokens choose experts 0 and 1
 #     experts       f  = (2, 2, 0, 0), P  = (.6, .2, .1, .1), loss 1.6 α
 #     two devices   f' = (2, 0),       P' = (.8, .2),         loss 1.6 α
 #
-# But not always. Two experts, top 1, scores (.51, .49), (.51, .49), (0, 1): f = (4/3, 2/3),
-# P = (.34, .66), and the loss is 0.893 α.
+# It does not always cost more. Two experts, one a token, scores (.51, .49), (.51, .49), (0, 1):
+# f = (4/3, 2/3), P = (.34, .66), and the loss is 0.893 α.
 def token_mean(values, token_mask=None, each_sequence=False):
-    """(B, T, X) → (X,), the mean over all real tokens, or (B, X) over those of each sequence."""
+    """(B, T, X) → (X,): the mean over real tokens. (B, X) if the mean is within each sequence."""
     over = 1 if each_sequence else tuple(range(values.dim() - 1))
     real = batches.real_rows(token_mask, values).unsqueeze(-1)
     return (values * real).sum(dim=over) / real.sum(dim=over).clamp(min=1)
 
 
 def is_chosen(scores, indices):
-    """(..., E): 1 where a token has chosen the expert, 0 elsewhere."""
+    """(..., E): 1 where a token has chosen an expert, 0 elsewhere."""
     return torch.zeros_like(scores).scatter(-1, indices, 1.0)
 
 
 def use_of_experts(scores, indices, token_mask=None, each_sequence=False):
-    """f (E,): E/A · share of the tokens that chose an expert. P (E,): mean score."""
+    """f (E,): E/A · the share of tokens that chose an expert. P (E,): its mean score."""
     chosen = is_chosen(scores, indices) * (scores.shape[-1] / indices.shape[-1])
     return tuple(token_mean(each, token_mask, each_sequence) for each in (chosen, scores))
 
 
 def switch_balance_loss(scores, indices, alpha, token_mask=None):
-    """α E Σ_i f_i P_i (Switch, equation 4); f share of the tokens sent to i, P mean score of i."""
+    """α E Σ_i f_i P_i (Switch, equation 4). f_i: share of tokens sent to i. P_i: its mean score."""
     return expert_balance_loss(scores, indices[..., :1], alpha, token_mask)
 
 
 def expert_balance_loss(scores, indices, alpha, token_mask=None):
-    """α Σ_i f_i P_i over all experts (V2, equations 23–25). Scores must sum to 1 over experts."""
+    """α Σ_i f_i P_i over experts i (V2, equations 23–25). A token's scores must sum to 1."""
     f_E, P_E = use_of_experts(scores, indices, token_mask)
     return alpha * (f_E * P_E).sum()
 
 
 def device_balance_loss(scores, indices, alpha, devices, token_mask=None):
-    """α Σ_d f'_d P'_d (V2, equations 26–28): f' mean of f, P' sum of P over a device's experts."""
+    """α Σ_d f'_d P'_d over devices d (V2, equations 26–28).
+
+    f'_d is the mean of f over the device's experts, P'_d is the sum of P over them.
+    """
     f_E, P_E = use_of_experts(scores, indices, token_mask)
     f, P = by_devices(f_E, devices).mean(dim=-1), by_devices(P_E, devices).sum(dim=-1)
     return alpha * (f * P).sum()
 
 
 def communication_balance_loss(scores, indices, alpha, devices, max_devices, token_mask=None):
-    """α Σ_d f''_d P''_d (V2, equations 29–31), over devices d.
+    """α Σ_d f''_d P''_d over devices d (V2, equations 29–31).
 
-    f''_d = devices / (max_devices · M) · tokens sent to d, where `max_devices` is how many devices
-    a token may be sent to; P''_d is the sum of P over the device's experts.
+    f''_d = devices / (max_devices · M) · number of tokens sent to d. A token may be sent to
+    `max_devices` devices. P''_d is the sum of P over the device's experts.
     """
     sent = by_devices(is_chosen(scores, indices), devices).amax(dim=-1)
     f = token_mean(sent, token_mask) * devices / max_devices
@@ -417,7 +434,7 @@ def communication_balance_loss(scores, indices, alpha, devices, max_devices, tok
 
 
 def by_devices(per_expert, devices):
-    """(..., E) → (..., devices, E / devices): neighbours share a device."""
+    """(..., E) → (..., devices, E / devices): neighbouring experts share a device."""
     checks.check_divides(experts=per_expert.shape[-1], devices=devices)
     return per_expert.unflatten(-1, (devices, -1))
 
@@ -425,9 +442,9 @@ def by_devices(per_expert, devices):
 def sequence_balance_loss(scores_BTE, indices_BTA, alpha, token_mask=None):
     """α Σ_i f_i P_i within each sequence, averaged over sequences (V3, equations 17–20).
 
-    f counts the top A of the plain scores: neither bias nor groups enter, so that `indices_BTA`
-    only says what A is. P is the mean of the scores after they are normalised over all experts. A
-    sequence of padding alone counts for nothing.
+    f counts the top A of the scores, without bias and groups; only A is taken from `indices_BTA`.
+    P is the mean of the scores after division by their sum over all experts. A sequence that has
+    only padding does not count.
     """
     checks.require_shape(scores_BTE, "scores within sequences must be", B=0, T=0, E=1)
     shares_BTE = scores_BTE / (scores_BTE.sum(dim=-1, keepdim=True) + 1e-20)
@@ -439,10 +456,10 @@ def sequence_balance_loss(scores_BTE, indices_BTA, alpha, token_mask=None):
 
 # %% The cost
 def expert_parameters(hidden_size, moe_intermediate_size, routed, active, shared):
-    """(parameters that exist, parameters that a token uses) in one layer's experts.
+    """(all parameters, parameters that a token uses) of the experts in one layer.
 
-    DeepSeek-V3, D = 7168, F = 2048: an expert has 3 · D · F = 44M. 256 routed ones and a shared
-    one exist, 11.32B; 8 and the shared one are used, 0.40B. Arithmetic goes with the latter.
+    DeepSeek-V3, D = 7168, F = 2048: an expert has 3 · D · F = 44M. The layer has 256 routed experts
+    and a shared one, 11.32B. A token uses 8 and the shared one, 0.40B: this sets its arithmetic.
     """
     one = 3 * hidden_size * moe_intermediate_size
     return (routed + shared) * one, (active + shared) * one
@@ -450,10 +467,10 @@ def expert_parameters(hidden_size, moe_intermediate_size, routed, active, shared
 
 # %% Load over training, with and without balancing
 def train_on_clusters(balancing, steps, gamma, seed, device="cpu"):
-    """Trains one MoE layer on tokens of 8 unequal clusters, each with a map of its own to learn.
+    """Trains one MoE layer on tokens of 8 clusters, common and rare; each has its own map to learn.
 
-    `balancing`: "none", "bias" (V3's update) or "loss" (V2's, α = 1). Returns: (steps, E) share
-    of the choices that went to each expert, and the last mean squared error.
+    balancing: "none", "bias" (V3's update) or "loss" (V2's, α = 1). Returns: (steps, E), the share
+    of the choices that went to each expert, and the mean squared error of the last step.
     """
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
@@ -486,7 +503,7 @@ def train_on_clusters(balancing, steps, gamma, seed, device="cpu"):
 
 # %% The demonstration
 def check_dispatches(demo):
-    """Loop and runs equal the dense reference, for every router."""
+    """`loop` and `grouped` equal the dense reference, with every router."""
     v2 = dict(scoring_func="softmax", topk_method="group_limited_greedy", norm_topk_prob=False)
     routers = {
         "V2 (softmax, best group)": TopKRouter(
@@ -507,7 +524,7 @@ def check_dispatches(demo):
 
 
 def check_dropped_tokens(demo, layer, x_BTD):
-    """In a block, a token without an expert keeps what attention and shared experts gave it."""
+    """In a block, a dropped token keeps the sum of its input, attention and shared experts."""
     block, routed = TransformerBlock(MultiHeadAttention(32, 4), layer).to(demo.device), []
     output_BTD = block(x_BTD, routed=routed)
     hidden_BTD = x_BTD + block.self_attn(block.input_layernorm(x_BTD))
@@ -521,9 +538,9 @@ def check_dropped_tokens(demo, layer, x_BTD):
 
 
 def check_balance_losses(demo):
-    """Every loss is its α when experts, devices and sequences are used alike."""
+    """Every loss equals its α if experts, devices and sequences are used evenly."""
     even_ME, turns_MA = torch.full((64, 8), 1 / 8), torch.arange(128).view(64, 2) % 8
-    # each token's best two experts are one further than the last token's
+    # The best two experts of each token lie one further than those of the token before.
     turning_BTE = torch.stack([torch.linspace(1, 2, 8).roll(t) for t in range(8)])[None]
     losses = {
         "Switch": (switch_balance_loss(even_ME, torch.arange(64)[:, None] % 8, 0.01), 0.01),
@@ -538,7 +555,7 @@ def check_balance_losses(demo):
 
 
 def check_balancing(demo, steps, gamma, path):
-    """Trains with each way of balancing, draws the load, and compares the busiest experts."""
+    """Trains with each way of balancing, draws the loads, and compares the busiest experts."""
     shares, busiest = {}, {}
     for name, balancing in {"no balancing": "none", "V3 bias": "bias", "V2 loss": "loss"}.items():
         shares[name], error = train_on_clusters(balancing, steps, gamma, demo.seed, demo.device)

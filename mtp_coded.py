@@ -1,29 +1,31 @@
-"""Phase 6: multi-token prediction (MTP): learn, and draft, more than the next token.
+"""Phase 6: multi-token prediction (MTP), where a model learns and drafts more than the next token.
 
 A language model gets one target per position. A simple way to get more is to add heads that guess
 the tokens after the next one, all from the same hidden state. But the second token depends on the
-first, and such a head cannot know the first. DeepSeek-V3 chains small modules instead: module k
+first, and such a head cannot know the first. DeepSeek-V3 chains small modules instead. Module k
 takes the hidden state of the module before it, joins it with the embedding of the token that really
-came, and passes both through one block. Embedding and output head are those of the main model.
-After training we can drop the modules, or keep them to draft tokens that the main model checks in
-one pass. This is speculative decoding. It changes only speed: in exact arithmetic, greedy text is
-identical and sampled text has the same distribution. In FP32, greedy text can differ only where two
-tokens tie up to rounding.
+came, and passes both through one block. It uses the embedding and the output head of the main
+model. After training, we can drop the modules. Or we keep them for speculative decoding: they draft
+the next tokens, and the main model checks all drafts in one pass. This changes only speed: in exact
+arithmetic, greedy text is identical and sampled text has the same distribution. In FP32, greedy
+text can differ only where two tokens tie up to rounding.
 
     h_k,i = RMSNorm(Block_k( W_k [ RMSNorm(Emb(t_{i+k})) ; RMSNorm(h_{k−1,i}) ] ))
     P_k(t_{i+k+1}) = softmax(Head(h_k,i))
     L = L_main + λ/n · Σ_k L_k,    k = 1 … n
     accept a draft x, drawn from q, with probability min(1, p(x)/q(x)); else draw from max(0, p − q)
 
-h_0 is the main model's state after its final norm. k is the depth of a module in a chain of n: its
-state at position i has seen k tokens more than the main model's.
-The embedding comes first as in the released weights; equation 21 has the hidden state first.
+t_i is token i, and k is the depth of a module in a chain of n. h_0,i is the main model's state
+after its final norm. h_k,i has seen the tokens up to t_{i+k}, k more than h_0,i. A module drafts
+from its distribution q; that of the main model is p. Here the embedding comes first, as in the
+released weights; in equation 21 the hidden state comes first.
 
 Papers: DeepSeek-V3 (2024, arXiv:2412.19437), section 2.2, equations 21–25, and 5.4.3; Gloeckle et
-al. (2024, arXiv:2404.19737) for the independent heads; Leviathan et al. (2023, arXiv:2211.17192)
-for speculative decoding.
-Simplified: each loss is a mean over the targets that count, where equation 24 divides by the
-sequence length. Drafting and checking have no caches: both read the whole text again.
+al. (2024, arXiv:2404.19737), section 2, for the independent heads; Leviathan et al. (2023,
+arXiv:2211.17192), sections 2.3 and 3.1, for speculative decoding.
+Simplified: each loss is the mean over its targets, where equation 24 divides by the sequence
+length. Drafting and checking have no caches: both read the whole text again in every round.
+Before: phases 4 and 5. Reading 30 minutes, running 15 seconds.
 
 Dimensions: B batch · T query positions · S key positions · D model width · W vocabulary.
 
@@ -44,7 +46,7 @@ from moe_coded import SwiGLU, TransformerBlock
 
 # %% The simple idea: independent heads on the same hidden state
 class IndependentHead(nn.Module):
-    """Guesses the token k + 1 ahead from the main hidden state alone (Gloeckle et al., 2024)."""
+    """Guesses token i + k + 1 from the main model's state at i alone (Gloeckle et al., 2024)."""
 
     chained = False  # every head starts from the main model's hidden states
 
@@ -54,7 +56,7 @@ class IndependentHead(nn.Module):
         self.norm = nn.RMSNorm(embedding.embedding_dim, eps=norm_eps)
 
     def join(self, hidden, future_ids):
-        """The input of the block, (B, T, D): the future tokens do not enter."""
+        """The input of the block, (B, T, D): the hidden states, without the future tokens."""
         return hidden
 
     def forward(self, hidden, future_ids, **options):
@@ -64,9 +66,9 @@ class IndependentHead(nn.Module):
 
 # %% V3's module: it continues from the module before and sees the token in between
 class MultiTokenPredictor(nn.Module):
-    """An MTP module around a `TransformerBlock`, with `embedding` and `head` of the main model.
+    """An MTP module around a `TransformerBlock`. It shares `embedding` and `head` with the model.
 
-    Row i of each, in a text t0 t1 t2 …:
+    Rows of the main model and of two modules, in a text t0 t1 t2 …:
 
                                row 0   row 1   row 2      guesses (row 0, 1, 2)
         main model   reads     t0      t1      t2         t1  t2  t3
@@ -98,18 +100,18 @@ class MultiTokenPredictor(nn.Module):
     def forward(self, hidden, future_ids, **options):
         """Normed states of the module before, and the tokens k ahead → normed states of this one.
 
-        hidden (B, T, D), future_ids (B, T): future_ids[:, i] is t_{i+k}. Returns (B, T, D): `head`
-        turns it into logits for t_{i+k+1}, and the next module takes it as it is.
-        `options` go to the block.
+        hidden (B, T, D), future_ids (B, T): future_ids[:, i] is t_{i+k}. Returns (B, T, D). `head`
+        makes logits for t_{i+k+1} of it, and the next module takes it as it is. `options` go to
+        the block.
         """
         return self.norm(self.block(self.join(hidden, future_ids), **options))
 
 
 def mtp_states(modules, hidden, input_ids, attention_mask=None, **options):
-    """Hidden states of every module while the future is known, as in training.
+    """Hidden states of every module where the text is known, as in training.
 
     hidden: the main model's (B, T, D) of input_ids (B, T). attention_mask (B, T): 0 = padding.
-    Returns: a list; entry k − 1 is (B, T − k, D): the last k rows have no token k ahead to join.
+    Returns: a list. Entry k − 1 is (B, T − k, D), since the last k positions have no token k ahead.
     """
     states = []
     for k, module in enumerate(modules, start=1):
@@ -122,10 +124,11 @@ def mtp_states(modules, hidden, input_ids, attention_mask=None, **options):
 
 # %% The losses: which token is the target of which row
 def shifted_targets(input_ids, rows, shift, document_ids=None, token_mask=None):
-    """(B, rows): token i + shift at row i, and −100, which no loss counts, where there is none.
+    """Targets (B, rows): row i gets token i + shift, or −100 where there is no target.
 
-    A token of another document than token i is no target, and neither is padding. Tokens 5 6 7 8,
-    of which 8 begins a new document: shift 1 gives 6 7 −100 −100, shift 2 gives 7 −100 −100 −100.
+    The loss skips −100. A target must be in the text, and in the same document as token i; neither
+    of the two tokens may be padding. Tokens 5 6 7 8, of which 8 begins a new document: shift 1
+    gives 6 7 −100 −100, shift 2 gives 7 −100 −100 −100.
     """
 
     def ahead(values, fill):
@@ -157,10 +160,10 @@ def next_token_loss(logits, input_ids, token_mask=None):
 
 
 def mtp_loss(depth_logits, input_ids, weight=0.3, document_ids=None, token_mask=None):
-    """λ/n · Σ_k L_k of n modules (V3, equations 24–25), in nats; 0 if there is none.
+    """λ/n · Σ_k L_k of n modules (V3, equations 24–25), in nats; 0 without modules.
 
-    depth_logits: from `CausalLM.mtp_logits`; entry k − 1 predicts token i + k + 1 at row i.
-    weight: λ. Other arguments: `shifted_loss`.
+    depth_logits: from `CausalLM.mtp_logits`. Row i of entry k − 1 predicts token i + k + 1.
+    weight: λ. Other arguments: see `shifted_loss`.
     """
     losses = [
         shifted_loss(logits, input_ids, k + 1, document_ids, token_mask)
@@ -172,7 +175,7 @@ def mtp_loss(depth_logits, input_ids, weight=0.3, document_ids=None, token_mask=
 # %% Speculative decoding: the modules draft, the main model checks all drafts in one pass
 @torch.no_grad()
 def greedy_generate(model, input_ids, max_new_tokens):
-    """Plain decoding, which the rest must equal: a pass over the whole text gives one token."""
+    """Plain decoding, the reference. Each pass reads the whole text again and gives one token."""
     ids = input_ids
     for _ in range(max_new_tokens):
         ids = torch.cat([ids, model(ids)[:, -1:].argmax(dim=-1)], dim=1)
@@ -183,18 +186,19 @@ def greedy_generate(model, input_ids, max_new_tokens):
 def speculative_generate(model, input_ids, max_new_tokens, temperature=0.0, generator=None):
     """The same text in fewer passes of the main model: (1, T) → ids (1, T + new) and figures.
 
-    A round: module k drafts the k-th token, the main model reads the text and all drafts in one
-    pass, and `verify` keeps the drafts up to the first wrong one and adds a token of the model's
-    own. So a pass gives from one token to one more than there are modules. An example, greedy:
+    In a round, module k drafts the k-th new token. The main model then reads the text and all
+    drafts in one pass. `verify` accepts drafts from the left, up to the first wrong one, and adds
+    one token of the main model's own. So a pass gives at least one token, and at most one more than
+    there are modules. A greedy round in which one of three drafts is rejected:
 
-        text and drafts           The cat sat | on  the  rug
-        the model's choices                     on  the  mat  .
-        kept                      The cat sat   on  the  mat
+        text and drafts            The cat sat | on  the  rug
+        the main model's choices                 on  the  mat  .     "." follows a wrong draft
+        new text                   The cat sat   on  the  mat        2 accepted, 1 of its own
 
-    The first pass has no drafts: it reads the prompt. Later drafts start from the states that the
-    last check left: a state depends on no later token, so those before a rejected draft are right.
-    Nothing else is kept: every pass reads the whole text anew, and so does every module. That shows
-    the idea and saves no time; `pipeline/decoding.py` does, with caches and for batches.
+    The first pass reads the prompt and checks no drafts. Later rounds draft from the hidden states
+    of the pass before. No state depends on later tokens, so the states before a rejected draft are
+    right. Only these states are kept: each pass and each module reads the whole text again. This
+    shows the idea but saves no time. `pipeline/decoding.py` does, with caches and for batches.
 
     In FP32 the greedy text is the same, token for token, up to ties in the last bit. Sampled text
     has the same distribution. Figures: `forwards` (passes), `drafted` and `accepted` tokens.
@@ -219,13 +223,13 @@ def speculative_generate(model, input_ids, max_new_tokens, temperature=0.0, gene
 
 
 def draft(model, ids, hidden, count, sampling):
-    """What the modules guess behind ids (1, T): drafts (1, count), and their distributions.
+    """Drafts for the tokens behind ids (1, T): (1, count), and the distributions they come from.
 
-    hidden: the main model's states of tokens 0 … T − 2, (1, T − 1, D); it has not read the last.
+    hidden: the main model's states (1, T − 1, D). The main model has not read the last token yet.
     Module k needs the token k ahead of each state. For tokens 0–6, the states are those of tokens
-    0–5: module 1 joins them with tokens 1–6 and drafts token 7 behind its last state; module 2
-    joins module 1's states with tokens 2–7, the draft among them, and drafts token 8.
-    The distributions are (1, count, W), or None if greedy or if count is 0.
+    0–5. Module 1 joins them with tokens 1–6, and its last state drafts token 7. Module 2 joins
+    module 1's states with tokens 2–7, of which 7 is the draft, and drafts token 8.
+    The distributions are (1, count, W). They are None if decoding is greedy or count is 0.
     """
     tokens, chances = ids, []
     for k, module in enumerate(model.mtp[:count], start=1):
@@ -240,20 +244,23 @@ def draft(model, ids, hidden, count, sampling):
 
 
 def verify(logits, drafts, draft_chances, sampling):
-    """How many drafts to accept, from the left, and the model's own token after them: (B,), (B,).
+    """How many drafts to accept from the left, (B,), and the main model's next token, (B,).
 
-    logits (B, d + 1, W): the model's, at the token before the drafts and at each draft. drafts
-    (B, d), drawn from draft_chances (B, d, W); None if greedy or if nothing was drafted.
+    logits (B, d + 1, W): the main model's, at the token before the drafts and at each draft.
+    drafts (B, d), drawn from draft_chances (B, d, W); None if greedy or if nothing was drafted.
 
-    Greedy: accept a draft if it is the model's choice. Sampling (Leviathan et al., 2023, section
-    2.3): accept a draft x drawn from q with probability min(1, p(x)/q(x)); after a rejection, draw
-    the token from max(0, p − q), normalised. Together that is a token drawn from p, whatever q is:
+    Greedy: accept a draft if it is the main model's choice. Sampling (Leviathan et al., 2023,
+    section 2.3): accept a draft x, drawn from q, with probability min(1, p(x)/q(x)). After a
+    rejection, draw a token from max(0, p − q), divided by its sum. The result is a token drawn from
+    p, whatever q is. An example with three tokens, where a draft is rejected with probability .4:
 
-        x as an accepted draft:    q(x) · min(1, p(x)/q(x)) = min(p(x), q(x))
-        x after a rejection:       max(0, p(x) − q(x)), as rejections have chance Σ max(0, p − q)
-        their sum:                 p(x)
+        main model's probability     p(x)                                       .5  .3  .2
+        module's probability         q(x)                                       .2  .7  .1
+        x as an accepted draft       q(x) · min(1, p(x)/q(x)) = min(p(x), q(x)) .2  .3  .1
+        x after a rejection          max(0, p(x) − q(x))                        .3   0  .1
+        x in either way              p(x)                                       .5  .3  .2
 
-    To accept by confidence, when q(x) or p(x) is above some bound, gives another distribution.
+    Accepting every draft with q(x) or p(x) above some bound would give another distribution.
     """
     rows = torch.arange(len(logits), device=logits.device)
     if sampling.greedy:
@@ -265,7 +272,7 @@ def verify(logits, drafts, draft_chances, sampling):
     p, q = (c.gather(2, drafts[..., None]).squeeze(2) for c in (chances[:, :-1], draft_chances))
     uniform = torch.rand(p.shape, device=p.device, generator=sampling.generator)
     accepted = (uniform * q < p).long().cumprod(dim=1).sum(dim=1)
-    # After the last draft nothing was drafted: there q = 0, and the rest is p itself.
+    # There is no draft after the last one: q = 0, and the token is drawn from p itself.
     p_BW, q_BW = (c[rows, accepted] for c in (chances, F.pad(draft_chances, (0, 0, 0, 1))))
     rest_BW = (p_BW - q_BW).clamp(min=0)
     equal = rest_BW.sum(dim=-1, keepdim=True) <= 0  # p = q up to rounding
@@ -273,9 +280,10 @@ def verify(logits, drafts, draft_chances, sampling):
 
 
 def tokens_a_pass(acceptance, modules):
-    """1 + a + a² + … + aⁿ: what a pass with n drafts gives on average (Leviathan, equation 1).
+    """1 + a + a² + … + aⁿ: the average tokens per pass with n drafts (Leviathan, equation 1).
 
-    Draft k stays if it and all before it are accepted, each with probability a = Σ min(p, q).
+    Draft k is accepted with probability aᵏ: it and all drafts before it must pass, each with
+    probability a = Σ min(p, q). With a = 0.5 and two modules, a pass gives 1.75 tokens.
     DeepSeek-V3 (section 5.4.3) reports a = 0.85–0.9 with one module, and 1.8 times the speed.
     """
     return sum(acceptance**k for k in range(modules + 1))
@@ -283,9 +291,9 @@ def tokens_a_pass(acceptance, modules):
 
 # %% Choosing a token
 class Sampling(SamplingOptions):
-    """How the next token is chosen from logits.
+    """Chooses the next token from logits.
 
-    temperature: 0 takes the most likely token; above 0 a token is drawn from
+    temperature: 0 takes the most likely token. Above 0, a token is drawn from
         softmax(logits / temperature), with `generator` if there is one.
     top_k, top_p: for later phases, see `SamplingOptions.limited`.
     """
@@ -301,9 +309,9 @@ class Sampling(SamplingOptions):
         return self.limited((logits / self.temperature).softmax(dim=-1))
 
     def draw(self, probabilities):
-        """(B, W), which need not sum to 1 → (B,).
+        """One token for each row of (B, W), whose numbers need not sum to 1. Returns (B,).
 
-        A uniform number, one a row, falls between two running sums and so chooses a token. With
+        A uniform number falls between two running sums of the row, and so chooses a token. With
         .25 .5 .25 the sums are .25 .75 1: a number below .25 gives token 0, .25 or .7 token 1.
         """
         sums = probabilities.cumsum(dim=-1)
@@ -318,14 +326,14 @@ class Sampling(SamplingOptions):
 class CausalLM(LanguageModel):
     """Embedding, blocks with latent attention, final norm, untied head, and MTP modules.
 
-    blocks: `TransformerBlock`s. mtp_blocks: one for each MTP module. max_positions: longest
+    blocks: `TransformerBlock`s. mtp_blocks: one for each MTP module. max_positions: the longest
     context, None = no limit. mtp_class: `MultiTokenPredictor` or `IndependentHead`.
 
-    `complete` and `generate` come from lesson/writing.py: they read the prompts in one pass and
-    then each new token alone, because caches keep the past.
+    `complete` and `generate` come from lesson/writing.py. They read the prompts in one pass and
+    then only each new token, because caches keep the past.
     """
 
-    sampling = Sampling  # how `generate` chooses
+    sampling = Sampling  # `generate` chooses tokens by it
 
     def __init__(self, vocab_size, hidden_size, blocks, mtp_blocks=(), norm_eps=1e-6,
                  max_positions=None, mtp_class=MultiTokenPredictor):
@@ -341,7 +349,7 @@ class CausalLM(LanguageModel):
 
     @torch.no_grad()
     def init_weights(self, std=0.02):
-        """Matrices from a normal distribution, biases zero: the first loss is about ln(W)."""
+        """Matrices from N(0, std²), biases 0. At std 0.02, the first loss is about ln(W)."""
         for name, parameter in self.named_parameters():
             if parameter.dim() >= 2:
                 nn.init.normal_(parameter, std=std)
@@ -353,7 +361,7 @@ class CausalLM(LanguageModel):
     ):
         """Token ids (B, T) → hidden states after the final norm (B, T, D).
 
-        attention_mask (B, S), 0 = padding: see `places`. caches: from `new_caches`, appended to.
+        attention_mask (B, S), 0 = padding: see `places`. caches: from `new_caches`; they grow.
         path: see `MultiHeadLatentAttention`. routed: see `MixtureOfExperts`.
         """
         options = dict(path=path, routed=routed, **self.places(input_ids, attention_mask, caches))
@@ -379,10 +387,10 @@ class CausalLM(LanguageModel):
 
 # %% A tiny language to learn, and the cost of learning it
 def small_language(tokens, seed):
-    """(tokens,) ids 0–31. The next token is one of three followers, at 80, 15 and 5 %.
+    """(tokens,) ids 0–31. Each token is followed by one of three, with odds of 80, 15 and 5 %.
 
-    The followers of each token are drawn once, at random: two of the three may be the same token,
-    and a token may follow several others.
+    The three followers of each token are drawn at random, and are the same for every seed. Two of
+    them may be the same token, and a token may follow several others.
     """
     followers = torch.randint(32, (32, 3), generator=torch.Generator().manual_seed(1234)).tolist()
     odds, generator = torch.tensor([0.8, 0.15, 0.05]), torch.Generator().manual_seed(seed)
@@ -410,7 +418,7 @@ def small_model(mtp_class=MultiTokenPredictor, depth=0, width=48):
 
 
 def train_small(model, steps, weight, device, seed=0, rate=4e-3, precision=torch.float32):
-    """Trains on the small language; returns the held-out (main loss, loss of module 1 or None)."""
+    """Trains on the small language. Returns held-out losses: (main, first module or None)."""
     training_text = small_language(40_000, seed=1)
     held_out = small_language(8_192, seed=2).view(-1, 64).to(device)
     generator = torch.Generator().manual_seed(seed)
@@ -435,7 +443,7 @@ def train_small(model, steps, weight, device, seed=0, rate=4e-3, precision=torch
 
 
 def cost_of(model, ids):
-    """(parameters, forward FLOPs of main model and MTP modules); attention counted in full."""
+    """(parameters, FLOPs of one forward pass, modules included). Masked scores count as well."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         hidden = model.hidden_states(ids, path="naive")
         model.lm_head(hidden)
@@ -445,7 +453,7 @@ def cost_of(model, ids):
 
 # %% The demonstration
 def check_untrained(demo, ids_BT):
-    """Which row of which module predicts which token, and how well by chance."""
+    """Row i of module k predicts token i + k + 1. An untrained module only guesses."""
     model = small_model(depth=2).to(demo.device)
     logits = model.mtp_logits(model.hidden_states(ids_BT), ids_BT)
     shapes = [tuple(each.shape) for each in logits]
@@ -457,7 +465,7 @@ def check_untrained(demo, ids_BT):
 
 
 def check_sight(demo, ids_BT):
-    """After an edit of token 9, the first row that differs shows how far a row has read."""
+    """Token 9 is edited. The first row that changes shows how far ahead of itself a row reads."""
     edited_BT = ids_BT.clone()
     edited_BT[:, 9] = (ids_BT[:, 9] + 1) % 32
     for mtp_class, what, wanted in (
@@ -474,7 +482,7 @@ def check_sight(demo, ids_BT):
 
 
 def check_targets(demo):
-    """No module learns to predict across the end of a document: here token 8 begins a new one."""
+    """A module learns nothing across the end of a document: here, token 8 begins a new one."""
     ids_BT, documents_BT = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[0, 0, 0, 1]])
     next_T, second_T = (
         shifted_targets(ids_BT, rows=4, shift=shift, document_ids=documents_BT)[0].tolist()
@@ -488,9 +496,9 @@ def compare_heads(demo, ids_BT, steps):
     """Trains without MTP, with an independent head and with a module; prints costs and losses.
 
     The module gets the true token in between, and the independent head does not. So the module's
-    lower loss partly measures that information, and not only how well it learns.
+    lower loss partly comes from that token, and not only from learning better.
     """
-    demo.note("held-out loss in nats after equal tokens; FLOPs and parameters beside no MTP:")
+    demo.note("held-out loss in nats after equally many tokens; costs relative to no MTP:")
     kinds = {
         "no MTP": dict(depth=0),
         "independent head": dict(depth=1, mtp_class=IndependentHead),
@@ -509,11 +517,11 @@ def compare_heads(demo, ids_BT, steps):
         demo.note(f"    {name:<17} {losses}, FLOPs × {flops:.2f}, parameters × {parameters:.2f}")
     guess, chained = second_losses["independent head"], second_losses["MTP module"]
     figure, better = f"{guess:.3f} → {chained:.3f} nats", chained < guess or steps < 60
-    demo.check("being given the token in between helps", "token after next", figure, better)
+    demo.check("knowing the token in between helps", "token after next", figure, better)
 
 
 def check_drawn_drafts(demo, draws=100_000):
-    """Drafts from q, put through `verify`, come out as tokens from p, however p and q differ."""
+    """Drafts are drawn from q. After `verify`, the tokens have the distribution p."""
     p_logits, q_logits = torch.randn(2, 8, device=demo.device) * 1.5
     p, q = p_logits.softmax(dim=-1), q_logits.softmax(dim=-1)
     drafts = torch.multinomial(q, 3 * draws, replacement=True).view(draws, 3)
@@ -533,7 +541,10 @@ def check_drawn_drafts(demo, draws=100_000):
 
 
 def check_speculation(demo, steps, depth):
-    """Caches save work, good drafts save passes; spoilt drafts change the speed, not the text."""
+    """Caches and speculation leave the greedy text as it is; good drafts save passes.
+
+    Then each `eh_proj` is made random: bad drafts cost speed but do not change the text.
+    """
     torch.manual_seed(demo.seed)
     model = small_model(depth=depth).to(demo.device)
     train_small(model, steps, 0.3, demo.device, demo.seed)
@@ -541,7 +552,7 @@ def check_speculation(demo, steps, depth):
     plain = greedy_generate(model, prompt, 64)
     same = torch.equal(plain, model.generate(prompt, 64))
     demo.check("latent caches = reading the text anew", "(1, T + new)", "64 tokens", same)
-    for name in ("trained", "spoilt"):
+    for name in ("trained", "random"):
         text, figures = speculative_generate(model, prompt, 64)
         figure = f"{figures['accepted']} of {figures['drafted']} accepted, "
         figure += f"{64 / figures['forwards']:.2f} tokens a pass"

@@ -1,11 +1,11 @@
-"""Generation at speed, for batches of unequal rows: what `DeepSeekModel.complete` does.
+"""Generation at speed, for batches of unequal rows: `DeepSeekModel.complete` calls it.
 
-Two ideas have a plain form elsewhere: `LanguageModel.complete` in lesson/writing.py, token by token
-with caches, and phase 6's `speculative_generate`, drafts that the main model checks in one pass.
-This is their production form. Caches have their room set aside, and each row of a batch keeps its
-own place in them, so that rows may accept different numbers of drafts. Prompts can be read in
-chunks, texts come as a stream, and the number of drafts follows the text. Tests hold it equal to
-the plain forms.
+Two ideas have a plain form elsewhere. `LanguageModel.complete` in lesson/writing.py writes token by
+token with caches. Phase 6's `speculative_generate` drafts tokens, and the main model checks them in
+one pass. This is their production form. Its caches reserve their memory in advance. Each row of a
+batch has its own place in them, so rows may accept different numbers of drafts. Prompts can be read
+in chunks, texts can be streamed, and the number of drafts adapts to the text. Tests show that the
+results equal those of the plain forms.
 """
 
 import functools
@@ -23,7 +23,7 @@ from pipeline.fast import EXPAND_FROM, decoding_head
 
 @dataclass(frozen=True)
 class Task:
-    """What to write. prompts (B, T): at the left of their rows; lengths (B,): without padding.
+    """What to write. prompts (B, T) start at the left of their rows; lengths (B,) of the prompts.
 
     Other fields: see `complete`.
     """
@@ -36,7 +36,7 @@ class Task:
     pad_token_id: int
     prefill_chunk: int | None
     stream: Any
-    copies: int  # so many texts of each prompt
+    copies: int  # number of texts for each prompt
 
 
 def complete(
@@ -47,16 +47,16 @@ def complete(
 
     Args:
         sampling, attention_mask, eos_token_id, pad_token_id, copies: see `LanguageModel.complete`.
-        speculative: draft with the MTP modules. Greedy text stays the same (in FP32, up to ties in
-            the last bit, where a pass over several tokens may round differently than one over one;
-            in BF16 such ties are common). Sampled text keeps its distribution.
-        depth: tokens drafted a round. Where it asks for more than there are modules, the last one
-            is applied again to its own hidden states. Default: as `Depth` says (independent heads:
-            at most one each).
-        prefill_chunk: the main model reads prompts so many tokens at a time, which bounds the
-            memory that its layers take; None: at once. (With drafts or prompts of unequal length
-            all last hidden states are kept, and the modules read a prompt at once.)
-        stream: called after each pass with the new tokens, one list a sequence.
+        speculative: draft with the MTP modules. In FP32, greedy text stays the same up to ties in
+            the last bit: a pass over several tokens may round differently than a pass over one. In
+            BF16 such ties are common. Sampled text keeps its distribution.
+        depth: number of tokens to draft in a round. If there are fewer modules, the last one is
+            applied again to its own hidden states. Default: `Depth` decides (independent heads
+            draft at most one token each).
+        prefill_chunk: the main model reads prompts so many tokens at a time, which limits the
+            memory of its layers; None: at once. (With drafts or prompts of unequal length, all last
+            hidden states are stored. The modules always read a prompt at once.)
+        stream: called after each pass with the new tokens, one list for each sequence.
 
     Raises: ValueError if prompt and new tokens exceed the context, before any work is done.
     """
@@ -66,7 +66,7 @@ def complete(
     require(depth is None or speculative, f"depth={depth} is for speculative=True")
     require(copies >= 1, f"copies={copies} must be at least 1")
     input_ids = input_ids.long()
-    if speculative and copies > 1:  # each copy keeps its own pace from the start
+    if speculative and copies > 1:  # copies may accept different numbers of drafts
         input_ids, attention_mask = repeated(copies, [], input_ids, attention_mask)
         copies = 1
     if max_new_tokens == 0 or len(input_ids) == 0:
@@ -79,23 +79,23 @@ def complete(
         copies,
     )
     result = write_with_drafts(model, task, depth) if speculative else write(model, task)
-    # Clones are made outside of inference mode: they may enter later training.
+    # These clones are made outside of inference mode, so that they may enter later training.
     prompts = input_ids.repeat_interleave(copies, dim=0)
     result.ids = torch.cat([prompts, result.ids.clone()], dim=1)
     result.logprobs = None if result.logprobs is None else result.logprobs.clone()
     return result
 
 
-# %% Caches with room, in which each row has a place of its own
+# %% Caches that reserve room, in which each row has its own place
 class PreallocatedRows:
-    """Rows (..., length, width) in one tensor with room for more; its plain twin: `RowStore`.
+    """Rows (..., length, width) in one tensor with room for more. The plain form is `RowStore`.
 
-    capacity: the room that the first append sets aside. When it runs out, space doubles, so n
-    appends copy O(n) rows in all. For inference: what is stored is cut off from the gradient.
+    capacity: the first append reserves room for so many rows. When the room runs out, it doubles,
+    so n appends copy O(n) rows in all. For inference only: stored rows carry no gradient.
 
-    The sequences of a batch (B, ..., length, width) may have lengths of their own: `truncate` takes
-    a (B,) tensor, too. Then `length` is the longest, `append` puts each sequence's rows at its own
-    end, and returns a view as long as the longest: a mask must hide what lies behind the others.
+    The sequences of a batch (B, ..., length, width) may have different lengths: `truncate` also
+    takes a (B,) tensor. Then `length` is the longest. `append` puts each sequence's rows at its own
+    end, and returns a view up to the longest end: a mask must hide what lies behind shorter ones.
     """
 
     def __init__(self, capacity=0):
@@ -104,7 +104,7 @@ class PreallocatedRows:
         self.lengths = None  # (B,); None: all sequences are `length` long
 
     def append(self, rows):
-        """Stores rows (..., new, width) behind the others; returns all of them (a view)."""
+        """Stores rows (..., new, width) behind the present ones. Returns all rows, as a view."""
         if self.storage is not None:
             kept = (*self.storage.shape[:-2], self.length, self.storage.shape[-1])
             fits = kept[:-2] == rows.shape[:-2] and kept[-1] == rows.shape[-1]
@@ -132,14 +132,14 @@ class PreallocatedRows:
         self.storage = storage
 
     def truncate(self, length):
-        """Forgets all rows after the first `length`, a number or (B,): rolls the cache back."""
+        """Forgets all rows after the first `length`, a number or (B,): it rolls the cache back."""
         each = torch.is_tensor(length)
         longest = int(length.max()) if each else length
         check_rollback(longest, self.length)
         self.length, self.lengths = longest, length if each else None
 
     def repeat(self, times):
-        """Each sequence so often, one below the other, while all have one length: after prompts."""
+        """Puts `times` copies of each sequence below each other. All must have one length."""
         self.storage = self.storage.repeat_interleave(times, dim=0)
 
     def used_bytes(self):
@@ -162,9 +162,9 @@ def used_bytes(caches):
     return sum(cache.used_bytes() for cache in caches)
 
 
-# %% Places: where the rows of a batch stand
+# %% Places: the positions at which the rows of a batch stand
 def left_aligned(input_ids, attention_mask):
-    """Prompts (B, T) with padding behind them, where nobody looks, and their lengths (B,)."""
+    """Prompts (B, T) with the padding behind them, where no token sees it; their lengths (B,)."""
     if attention_mask is None:
         return input_ids, torch.full_like(input_ids[:, 0], input_ids.shape[1])
     real_BT = attention_mask.bool()
@@ -173,12 +173,12 @@ def left_aligned(input_ids, attention_mask):
 
 
 def one_or_each(start):
-    """A (B,) tensor of places as a number where there is one sequence: slices instead of masks."""
+    """Places (B,) as they are, or as a number if B = 1: then slices are enough, without masks."""
     return int(start) if len(start) == 1 else start
 
 
 def take(rows, start, count):
-    """Rows start … start + count − 1 of (B, n, ...): start a number, or (B,) one a sequence."""
+    """Rows start … start + count − 1 of (B, n, ...). start: a number, or (B,), one a sequence."""
     if not torch.is_tensor(start):
         return rows[:, start : start + count]
     places = start[:, None] + torch.arange(count, device=rows.device)
@@ -186,11 +186,11 @@ def take(rows, start, count):
 
 
 def slots(start, count, device):
-    """The options of a block that reads `count` tokens a sequence from position `start` on.
+    """The options of a block that reads `count` tokens of each sequence, from position `start` on.
 
-    start: a number, or (B,) where sequences have different lengths: then a mask hides from each
-    what lies behind its own tokens (left from a longer prompt or from a rejected draft). The
-    caches must be truncated to `start` first.
+    start: a number, or (B,) if sequences have different lengths. Then a mask hides from each the
+    rows behind its own tokens, which a longer prompt or a rejected draft has left there. Before
+    that, the caches must be truncated to `start`.
     """
     steps = torch.arange(count, device=device)
     path = "absorbed" if count < EXPAND_FROM else "expanded"
@@ -204,9 +204,9 @@ def slots(start, count, device):
 
 # %% Reading: a pass of the main model over tokens at their places
 def read(model, ids, caches, start, last=None):
-    """The main model's states of ids (B, n), which stand from position `start` on: (B, n, D).
+    """The main model's states (B, n, D) of ids (B, n), which stand from position `start` on.
 
-    What the caches hold from `start` on is forgotten. last: only the states of the last so many
+    The caches forget what they hold from `start` on. last: return only the states of so many last
     tokens (`start` must be a number).
     """
     for cache in caches:
@@ -221,10 +221,10 @@ def read(model, ids, caches, start, last=None):
 
 
 def last_outputs(block, hidden, cache, start, last):
-    """A block's outputs at the last tokens alone, (B, last, D).
+    """A block's outputs at the last tokens only, (B, last, D).
 
-    hidden: (B, n, D), from position `start` on. Of the tokens before the last, the block fills only
-    its cache, which is all that later tokens need (a prompt of 1,024 in four layers: 74 → 58 ms).
+    hidden: (B, n, D), from position `start` on. For the tokens before the last, the block only
+    fills its cache. Later tokens need no more (a prompt of 1,024 in four layers: 74 → 58 ms).
     """
     before = hidden.shape[1] - last
     if before > 0:
@@ -235,7 +235,7 @@ def last_outputs(block, hidden, cache, start, last):
 
 
 def read_prompts(model, task, caches, last=None):
-    """The states of the prompts (B, T, D), read a chunk at a time; last: see `read`, of each."""
+    """The states of the prompts (B, T, D), read in chunks. last: see `read`, for each chunk."""
     pieces, start = [], 0
     for piece in task.prompts.split(task.prefill_chunk or task.prompts.shape[1], dim=1):
         pieces.append(read(model, piece, caches, start, last))
@@ -246,10 +246,10 @@ def read_prompts(model, task, caches, last=None):
 # %% Writing token by token
 @torch.inference_mode()
 def write(model, task):
-    """`Generation` of the new tokens alone, (B · copies, new). Each pass writes one token a row."""
+    """`Generation` of only the new tokens, (B · copies, new). Each pass writes one token a row."""
     T, new_tokens = task.prompts.shape[1], task.new_tokens
     head, caches = decoding_head(model.lm_head, new_tokens), new_caches(model, T + new_tokens - 1)
-    # Rows of one length share their place in the caches, which then need no mask.
+    # Rows of one length have the same places in the caches: then no mask is needed.
     even = bool((task.lengths == T).all())
     hidden = read_prompts(model, task, caches, last=1 if even else None)
     hidden, lengths = hidden[:, -1:] if even else take(hidden, task.lengths - 1, 1), task.lengths
@@ -279,25 +279,26 @@ def write(model, task):
 # %% Writing with drafts
 @torch.inference_mode()
 def write_with_drafts(model, task, depth=None):
-    """`Generation` of the new tokens alone, (B, new).
+    """`Generation` of only the new tokens, (B, new).
 
-    A round: the main model reads the last confirmed token and the drafts after it. `verify`
-    accepts drafts from the left up to the first wrong one, and puts one token of the model's own
-    after them. Then the modules draft again.
+    In a round, the main model reads the last confirmed token and the drafts after it. `verify`
+    accepts drafts from the left, up to the first wrong one, and adds one token of the main model's
+    own. Then the modules draft again.
     """
     require(len(model.mtp) > 0, "speculative decoding needs MTP modules, and this model has none")
     adaptive, asked = Depth(deepest_draft(model, depth)), depth
-    # Finished rows are read along, as far past their end as another row drafts or pauses.
+    # Finished rows are read along with the others. They need room past their end for as many tokens
+    # as another row drafts, or as it catches up with after a pause.
     room = max(adaptive.deepest, Depth.LONGEST_PAUSE) + 2 * len(model.mtp)
     text, result = Continuation(task, room), Generation(None)
     capacity, head = text.tokens.shape[1], decoding_head(model.lm_head, task.new_tokens)
     caches, drafter = new_caches(model, capacity), Drafter(model, capacity, task.sampling, head)
-    # `start` (B,): where the states in `hidden` begin. `judging` (B, drafted + 1, D): those from
-    # the last confirmed token on; at first only the state of the prompt's last token.
+    # `start` (B,): the position of the first state in `hidden`. `judging` (B, drafted + 1, D): the
+    # states from the last confirmed token on; at first only that of the prompt's last token.
     start, drafted, chances = torch.zeros_like(task.lengths), 0, None
     hidden = read_prompts(model, task, caches)
     judging = take(hidden, task.lengths - 1, 1)
-    while True:  # check the drafts, confirm, draft anew, one pass over last token and drafts
+    while True:  # check the drafts, confirm tokens, draft anew, read the last token and the drafts
         drafts = take(text.tokens, one_or_each(text.lengths), drafted)
         useful = text.drafts_wanted(drafted)
         accepted, own = verify(head(judging), drafts, chances, task.sampling)
@@ -307,7 +308,7 @@ def write_with_drafts(model, task, depth=None):
             task.stream(appended)
         if not text.active.any():
             break
-        # As many as asked for or as seem to pay; one past the end would be thrown away.
+        # A caller's depth or the adaptive one. Nothing is drafted past the end of the text.
         wanted = asked or adaptive.next(drafted, accepted=most)
         drafted = int(text.drafts_wanted(wanted).max())
         drafter.observe(hidden, start)
@@ -321,10 +322,10 @@ def write_with_drafts(model, task, depth=None):
 
 
 def count_round(result, useful, accepted, appended):
-    """Counts a round in a `Generation`; returns how many drafts the row with the most accepted.
+    """Adds a round to a `Generation`. Returns the accepted drafts of the row with the most.
 
-    All lists have a number a row. useful: the drafts that the row had room for. appended: how many
-    tokens it got, of which one is the model's own unless a draft ended the text.
+    The lists have one number a row. useful: drafts that the row had room for. appended: tokens that
+    it got. One of these is the main model's own, unless a draft ended the text.
     """
     result.forwards += 1
     result.drafted += sum(useful)
@@ -333,7 +334,7 @@ def count_round(result, useful, accepted, appended):
 
 
 def deepest_draft(model, depth):
-    """How many tokens a round may draft: `depth`, if it is given and possible."""
+    """The largest number of tokens to draft in a round: `depth`, if it is given and possible."""
     modules, chained = len(model.mtp), model.mtp[-1].chained
     require(depth is None or depth >= 1, f"depth={depth} must be at least 1")
     if not chained:
@@ -343,10 +344,10 @@ def deepest_draft(model, depth):
 
 
 class Depth:
-    """How many tokens to draft in the next round, where the caller does not say.
+    """Decides how many tokens to draft in the next round if the caller does not.
 
     Draft one token more than the last round accepted. If every draft was rejected, skip drafting
-    for a while: a text that the modules guess badly costs little more than without drafts.
+    for a while. So a text that the modules guess badly costs little more than without drafts.
     """
 
     DEEPEST, LONGEST_PAUSE = 12, 16
@@ -355,7 +356,7 @@ class Depth:
         self.deepest, self.pause, self.waiting = deepest, 0, 0
 
     def next(self, drafted, accepted):
-        """Tokens to draft now.
+        """The number of tokens to draft now.
 
         drafted: how many the last round drafted, 0 = none. accepted: how many of them the main
         model accepted; in a batch, those of the sequence with the most.
@@ -376,40 +377,41 @@ class Depth:
 class Drafter:
     """The MTP modules, their caches, and the main model's hidden states that they start from.
 
-    A place in a cache is a position in the text, as in the main model's. What a rejected draft left
-    is overwritten.
+    In these caches, as in the main model's, the place of a row is its position in the text. The
+    rows of rejected drafts are overwritten.
     """
 
     def __init__(self, model, capacity, sampling, head):
         self.model, self.sampling, self.head = model, sampling, head
-        self.unread = None  # (B,): from here on the states are new to the modules; None: nowhere
+        self.unread = None  # (B,): from here on, states are new to the modules; None: there is none
         self.caches = new_caches(model, capacity, [module.block for module in model.mtp])
         self.hidden = PreallocatedRows(capacity)  # the main model's, at every token read so far
 
     def observe(self, hidden, start):
-        """The main model's states (B, n, D) from position `start` (B,) on, new or once more."""
+        """Stores the main model's states (B, n, D) from position `start` (B,) on, new or again."""
         self.hidden.truncate(one_or_each(start))
         self.hidden.append(hidden)
         self.unread = start if self.unread is None else self.unread
 
     def draft(self, tokens, lengths, depth):
-        """Writes `depth` drafts into tokens (B, ·) behind each row's `lengths`.
+        """Writes `depth` drafts into tokens (B, ·), for each row behind its first `lengths` tokens.
 
-        Returns: (B, depth, W) the distributions they were drawn from; greedy: None.
+        Returns: the distributions that they were drawn from, (B, depth, W); None if greedy.
 
-        Module k at position i joins the state of module k − 1 there with token i + k, and guesses
-        token i + k + 1. So at the last positions module k needs drafts of the modules before it.
-        They may prove wrong, so these positions are read again next time. With 2 modules, tokens
-        0–6 confirmed (lengths 7) and states 0–5 observed, of which 4 and 5 are new (unread 4):
+        At position i, module k joins the state of module k − 1 with token i + k, and guesses token
+        i + k + 1. So at the last positions, module k needs drafts of the modules before it. These
+        drafts may be rejected, so the positions are read again next time. In this example of 2
+        modules, tokens 0–6 are confirmed (lengths 7), and states 0–5 are observed, of which 4 and 5
+        are new (unread 4):
 
             module   reads positions   joined with tokens   drafts token
-            1        3 4 5             4 5 6                7             catching up
-            2        3 4 5             5 6 7                8             catching up
-            2        6                 8                    9             going on
-            2        7                 9                    10            going on
+            1        3 4 5             4 5 6                7             `catch_up`
+            2        3 4 5             5 6 7                8             `catch_up`
+            2        6                 8                    9             `go_on`
+            2        7                 9                    10            `go_on`
 
-        All rows read as many positions as the one that has most to catch up with. What a row reads
-        past its own last position means nothing; masks hide it until it is overwritten.
+        All rows read as many positions as the row that must catch up with the most. The others read
+        past their own last position. Masks hide these results until they are overwritten.
         """
         modules, newest_at, chances = len(self.model.mtp), lengths - 2, []
         first = (self.unread - modules + 1).clamp(min=0)
@@ -425,15 +427,15 @@ class Drafter:
                 state = output if self.model.mtp[k - 1].chained else state
             else:
                 newest = self.go_on(newest, tokens, newest_at + k - modules)
-            if k <= depth:  # else it only reads along, so that its cache has no gaps
+            if k <= depth:  # else the module only fills its cache
                 drafts = self.choose(newest, chances)
                 tokens.scatter_(1, (lengths + k - 1)[:, None], drafts[:, None])
         return torch.stack(chances, dim=1) if chances else None
 
     def catch_up(self, k, state, tokens, first):
-        """Module k reads the states (B, n, D) of the one before, from position `first` (B,) on.
+        """Module k reads the states (B, n, D) of the module before, from position `first` (B,) on.
 
-        Returns its states (B, n, D). For one sequence, the last module gives only the last one.
+        Returns its states (B, n, D). For one sequence, the last module returns only its last state.
         """
         module, cache, start = self.model.mtp[k - 1], self.caches[k - 1], one_or_each(first)
         count = state.shape[1]
@@ -445,7 +447,7 @@ class Drafter:
         return module.norm(module.block(joined, cache=cache, **places))
 
     def go_on(self, newest, tokens, position):
-        """The last module once more, at `position` (B,), from its own state one position before."""
+        """The last module at `position` (B,): it reads its own state of the position before."""
         modules = len(self.caches)
         module, cache, start = self.model.mtp[-1], self.caches[-1], one_or_each(position)
         cache.truncate(start)
@@ -453,7 +455,7 @@ class Drafter:
         return module(newest, future_ids, cache=cache, **slots(start, 1, tokens.device))
 
     def choose(self, newest, chances):
-        """Drafts (B,) from states (B, 1, D); their distribution (B, W) goes to the list."""
+        """Drafts (B,) from states (B, 1, D). If drawn, their distribution (B, W) is appended."""
         logits = self.head(newest[:, 0])
         if self.sampling.greedy:
             return logits.argmax(dim=-1)
@@ -462,10 +464,9 @@ class Drafter:
 
 
 class Continuation:
-    """Tokens (B, ·), row by row from the left: prompt, what is confirmed, then drafts.
+    """Tokens (B, ·). From the left, a row has its prompt, then confirmed tokens, then drafts.
 
-    `room`: extra places, so that what is drafted past a row's end has one. `end` (B,): the length
-    at which a row is full.
+    room: extra places for drafts past a row's end. end (B,): a row is full at this length.
     """
 
     def __init__(self, task, room):
@@ -477,10 +478,10 @@ class Continuation:
         self.active = torch.ones_like(task.lengths, dtype=torch.bool)
 
     def confirm(self, drafts, accepted, own):
-        """Each row's accepted drafts (B, d) stay; the model's `own` token (B,) goes behind them.
+        """Keeps each row's accepted drafts (B, d); the model's `own` token (B,) goes behind them.
 
-        Nothing counts past the end or an end-of-text, and nothing in finished rows.
-        Returns: the tokens appended, a list a row.
+        No token counts past a row's end, behind an end-of-text, or in a finished row.
+        Returns: the tokens appended, one list a row.
         """
         self.tokens.scatter_(1, (self.lengths + accepted)[:, None], own[:, None])
         left, active = (self.end - self.lengths).tolist(), self.active.tolist()
@@ -497,11 +498,11 @@ class Continuation:
         return appended
 
     def drafts_wanted(self, depth):
-        """(B,): how many of `depth` drafts each row can still use."""
+        """(B,): how many of `depth` drafts each row can still use; 0 for finished rows."""
         return (self.end - self.lengths - 1).clamp(max=depth) * self.active
 
     def new(self):
-        """(B, new): the tokens appended, then padding."""
+        """(B, new): the tokens appended to each row, then padding."""
         ids = take(self.tokens, self.prompt_lengths, self.new_tokens)
         places = torch.arange(self.new_tokens, device=ids.device)
         written = places < (self.lengths - self.prompt_lengths)[:, None]

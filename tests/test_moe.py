@@ -49,7 +49,7 @@ def decisions(layer, x, token_mask=None):
 
 
 def biased_router(scores, bias, active, **options):
-    """A V3 router that sees these affinities: one-hot tokens, weights that invert the sigmoid."""
+    """A V3 router that sees these scores: one-hot tokens, weights that invert the sigmoid."""
     scores = torch.tensor(scores)
     router = TopKRouter(len(scores), scores.shape[1], active, **options)
     with torch.no_grad():
@@ -315,11 +315,16 @@ def test_block_is_two_normed_residual_steps():
 
 
 def test_routing_example_of_the_docstring():
-    scores = [[0.9, 0.1, 0.6, 0.7], [0.2, 0.4, 0.3, 0.1]]
-    router, x = biased_router(scores, [0.0, 0.0, 0.0, -0.2], 1, n_group=2, topk_group=1)
+    scores, bias = [[0.9, 0.1, 0.6, 0.7], [0.2, 0.3, 0.4, 0.6]], torch.tensor([0, 0, 0, -0.4])
+    router, x = biased_router(scores, bias.tolist(), 2, n_group=2, topk_group=1)
     routing = router(x)
     torch.testing.assert_close(routing.scores, torch.tensor(scores))
-    assert routing.indices.tolist() == [[2], [1]] and routing.weights.tolist() == [[1.0], [1.0]]
+    groups = (routing.scores + bias).unflatten(1, (2, 2)).sum(dim=2)
+    torch.testing.assert_close(groups, torch.tensor([[1.0, 0.9], [0.5, 0.6]]))
+    assert routing.indices.tolist() == [[0, 1], [2, 3]]
+    torch.testing.assert_close(routing.weights, torch.tensor([[0.9, 0.1], [0.4, 0.6]]))
+    router.e_score_correction_bias.zero_()
+    assert [sorted(row) for row in router(x).indices.tolist()] == [[2, 3], [2, 3]]
 
 
 # Balance losses

@@ -572,6 +572,34 @@ def test_verified_drafts_are_tokens_from_the_model_and_confident_ones_are_not():
             assert (abs(surprise(torch.bincount(tokens, minlength=6), wanted)) > 5) == far
 
 
+def test_the_round_of_the_docstring():
+    on, the, rug, mat, stop = range(5)
+    logits = F.one_hot(torch.tensor([[on, the, mat, stop]]), 5).float()
+    accepted, own = verify(logits, torch.tensor([[on, the, rug]]), None, Sampling())
+    assert (accepted.item(), own.item()) == (2, mat)
+
+
+def test_the_shares_of_the_docstring():
+    p, q, draws = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.7, 0.1]), 100_000
+    sampling = Sampling(1.0, generator=torch.Generator().manual_seed(0))
+    drafts = sampling.draw(q.expand(draws, 3))[:, None]
+    accepted, own = verify(p.log().expand(draws, 2, 3), drafts, q.expand(draws, 1, 3), sampling)
+    ways = drafts[accepted == 1, 0], own[accepted == 0]
+    shares = torch.stack([torch.bincount(tokens, minlength=3) for tokens in ways]) / draws
+    wanted = torch.tensor([[0.2, 0.3, 0.1], [0.3, 0.0, 0.1]])
+    torch.testing.assert_close(shares, wanted, rtol=0, atol=0.006)  # 4 standard errors
+
+
+@pytest.mark.parametrize(("uniform", "wanted"), [(0.42, (1, 0)), (0.43, (0, 0)), (0.8, (0, 2))])
+def test_a_uniform_number_accepts_or_rejects_a_draft(uniform, wanted, monkeypatch):
+    # The draft is token 1 with p = .3 and q = .7: it is accepted below 3/7. After a rejection,
+    # .3 0 .1 are left: .43 · .4 falls to token 0, .8 · .4 to token 2.
+    monkeypatch.setattr(torch, "rand", lambda shape, **options: torch.full(shape, uniform))
+    logits, q = torch.tensor([0.5, 0.3, 0.2]).log(), torch.tensor([0.2, 0.7, 0.1])
+    got = verify(logits.expand(1, 2, 3), torch.tensor([[1]]), q.expand(1, 1, 3), Sampling(1.0))
+    assert tuple(each.item() for each in got) == wanted
+
+
 def test_tokens_a_pass_by_hand():
     assert tokens_a_pass(0.5, modules=2) == 1.75
     assert [tokens_a_pass(a, modules=3) for a in (0.0, 1.0)] == [1, 4]
