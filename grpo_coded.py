@@ -1,41 +1,42 @@
 """Phase 9: group relative policy optimisation (GRPO): learning from rewards instead of a text.
 
-A policy is a language model that answers prompts. It answers each prompt G times, and a rule that
-a program can check rewards each answer. Training makes an answer likelier if its reward is above
-the mean of its group, and rarer if it is below. So the group does the work of PPO's value network.
-One set of answers serves several updates, and after the first the policy differs from the policy
-that wrote the answers. The ratio of the two probabilities corrects each token's gradient for this,
-and a token that its advantage has already moved too far is clipped: it gets no gradient. A penalty
-can keep the policy near a frozen copy, the reference.
+A policy is a language model that writes a completion after a prompt. It writes G completions of
+each prompt, and a program rewards each by a rule. Training makes a completion likelier if its
+reward is above the mean of its group, and rarer if it is below. PPO compares with the estimate of
+a second network, the value network; GRPO needs only the group. One set of completions serves
+several updates. After the first update, the policy differs from the policy that wrote them. The
+ratio of the two probabilities corrects each token's gradient for this. A token that has already
+moved far in the direction of its advantage is clipped: it gets no gradient. A penalty can keep the
+policy near a frozen copy, the reference.
 
-The script climbs to this loss in rungs, one change at a time:
+The script builds this loss in rungs, one change at a time:
 
     1  REINFORCE        J = 1/G Σ_i r_i Σ_t log π(o_i,t)
-    2  group baseline   Â_i = (r_i − mean(r)) / std(r) in place of r_i   over the G answers
+    2  group baseline   Â_i = (r_i − mean(r)) / std(r) in place of r_i   over the group
     3  ratio and clip   ρ_i,t = π(o_i,t) / π_old(o_i,t)
                         min{ρ Â, clip(ρ, 1 − ε, 1 + ε) Â} in place of Â log π
     4  mean over tokens 1/|o_i| Σ_t in place of Σ_t
     5  KL penalty       − β k3,  k3_i,t = π_ref/π − log(π_ref/π) − 1   ≥ 0, estimates KL(π ‖ π_ref)
     6  variants         dr_grpo  Â without std; Σ_t of rung 3 again, over a constant length
                         dapo     ε 0.2 below, 0.28 above; the mean is over all tokens; new prompts
-                                 replace those whose group has no signal; answers that run out of
-                                 room are punished
-                        gspo     ρ of the whole answer, (π(o)/π_old(o))^(1/|o|); ε 0.0003 below,
+                                 replace those whose group has equal rewards; completions that run
+                                 out of room are punished
+                        gspo     one ρ for a completion, (π(o)/π_old(o))^(1/|o|); ε 0.0003 below,
                                  0.0004 above
 
-r_i is the reward of answer o_i, o_i,t its token number t, |o_i| its length, Â_i its advantage.
+r_i is the reward of completion o_i, o_i,t its token number t, |o_i| its length, Â_i its advantage.
 
-Rung 1 estimates ∇ E[r]. Rung 2 without its std does so as well, up to a factor. The other changes
+Rung 1 estimates ∇ E[r]. Rung 2 without its std also estimates it, up to a factor. The other changes
 give up some of this accuracy for steadier steps: with std, prompts count unequally; the clip
-leaves tokens out; the mean over tokens makes the tokens of a long answer count less.
+leaves tokens out; with the mean over tokens, each token of a long completion counts less.
 
 Every loss is −J. Papers: REINFORCE: Williams (1992); the clip: PPO, Schulman et al. (2017),
 arXiv:1707.06347, equation 7; GRPO: DeepSeekMath (2024), arXiv:2402.03300, section 4.1, equations
 3–4; k3: Schulman (2020), "Approximating KL divergence"; Dr. GRPO: Liu et al. (2025),
-arXiv:2503.20783; DAPO: Yu et al. (2025), arXiv:2503.14476; GSPO: Zheng et al. (2025),
-arXiv:2507.18071.
-Simplified: the task is small enough for a CPU: sums of two numbers from 0 to 99,
-written last digit first (12+34=64).
+arXiv:2503.20783, section 3; DAPO: Yu et al. (2025), arXiv:2503.14476, section 3; GSPO: Zheng et
+al. (2025), arXiv:2507.18071, section 4.1, its ε: section 5.1.
+Simplified: the task is small enough for a CPU. It is the sum of two numbers from 0 to 99, written
+last digit first (12+34=64).
 Before: phases 5 to 7. Reading 40 minutes, running under 3 minutes.
 
 Dimensions: B batch (all completions) · G completions of a prompt · L completion length · T query
@@ -68,17 +69,17 @@ from rope_coded import RotaryEmbedding, RotaryLatentAttention
 def reinforce_loss(logp, rewards, mask):
     """−J of rung 1: logp (B, L) of the tokens drawn, rewards (B,), mask (B, L) → scalar.
 
-    The reward needs no gradient: ∇ E[r] = E[r ∇ log π(o)], where log π(o) is the
-    sum over the answer's tokens, and answers drawn from π estimate this mean. Two answers with
-    log π of −1 −2 and of −3, rewards 2 and 1: the loss is (2 · 3 + 1 · 3) / 2 = 4.5. A step down
-    this loss makes both likelier, and the tokens of the first twice as fast.
+    The reward needs no gradient: ∇ E[r] = E[r ∇ log π(o)]. Here log π(o) is the sum over the
+    completion's tokens, and completions drawn from π estimate this mean. One completion has two
+    tokens, with log π of −1 and −2, and the reward 2. Another has one token, with −3, and the
+    reward 1. The loss is (2 · 3 + 1 · 3) / 2 = 4.5. It pulls the tokens of the first twice as hard.
     """
     return -(rewards * logp.masked_fill(~mask, 0.0).sum(dim=1)).mean()
 
 
-# %% Rung 2: the group is the baseline. Is an answer better than the others?
+# %% Rung 2: the group's mean is the baseline. Is a completion better than the others?
 def group_advantages(rewards, group_size, normalize_std=True):
-    """Rewards (B,) → advantages (B,); `group_size` neighbours answer the same prompt.
+    """Rewards (B,) → advantages (B,); `group_size` neighbours complete the same prompt.
 
     r − mean of the group; with `normalize_std` divided by its sample std + 1e-6 (DeepSeekMath,
     section 4.1.2). Rewards 1, 0, 0, 3 of one group have mean 1 and std 1.41: the advantages are
@@ -124,12 +125,12 @@ def clipped_loss(logp, old_logp, advantages, mask, clip=0.2):
     return -gain_BL.masked_fill(~mask, 0.0).sum(dim=1).mean()
 
 
-# %% Rung 4: the mean over tokens. How much does an answer's length count?
+# %% Rung 4: the mean over tokens. How much does a completion's length count?
 def averaged(values, mask, how="completion", max_length=None):
     """One number from values (B, L) of the tokens that count, where mask (B, L) is True.
 
     "completion" (GRPO): the mean of each completion's tokens, then the mean of the completions. A
-    token of a long answer counts less: unlike the sum of rung 1, this does not estimate ∇ E[r].
+    token of a long one counts less: unlike the sum of rung 1, this does not estimate ∇ E[r].
     "constant" (Dr. GRPO): each completion's sum divided by `max_length` (default L), then the mean
     of the completions: the sum again, up to a constant factor. "token" (DAPO): the mean of all
     tokens.
@@ -160,9 +161,9 @@ def k3(logp, ref_logp):
 class Variant:
     """The bounds ε below and above 1, and the other settings in which variants differ.
 
-    `average`: the `how` of `averaged`. `sequence_ratio`: one ρ a completion, the geometric mean of
-    its tokens' ρ: 1.5, 1 and 0.5 give 0.75^(1/3) = 0.91. `resample`: new prompts are drawn in place
-    of those whose group has no signal. `overlong`: completions that run out of room are punished.
+    `average`: the `how` of `averaged`. `sequence_ratio`: a completion has one ρ, the geometric mean
+    of its tokens' ρ: 1.5, 1 and 0.5 give 0.75^(1/3) = 0.91. `resample`: new prompts replace those
+    whose group has no signal. `overlong`: completions that run out of room are punished.
     """
 
     clip_low: float = 0.2
@@ -227,7 +228,7 @@ def grpo_loss(
     """−J: (B, L) log-probabilities and (B,) advantages → (loss, `loss_figures`).
 
     Args:
-        logp: of the completions' tokens by the policy that learns; the only one with a gradient.
+        logp: log π of the tokens by the policy that learns; only this one gets a gradient.
         old_logp: by the policy that drew them. ref_logp: by the reference; None if `kl_coef` is 0.
         mask: (B, L), True for the tokens that count: `completion_mask`. Values elsewhere, even NaN,
             change nothing.
@@ -278,10 +279,10 @@ def loss_figures(ratio, logp, ref_logp, advantages, mask, clip_low, clip_high):
 
 
 def rollout_figures(drawn, group_size):
-    """Figures of the policy that drew these completions, over all of them.
+    """Figures of the policy that drew these completions.
 
-    `reward`, `length` in tokens: the means of the completions. `signal`: the share of completions
-    in groups whose rewards differ. `entropy`: as above.
+    `reward`, `length` (in tokens): means over the completions. `signal`: the share of completions
+    in groups whose rewards differ. `entropy`: as in `loss_figures`. `completions`: their number.
     """
     return {
         "reward": drawn.rewards.mean().item(),
@@ -363,8 +364,8 @@ class Task(NamedTuple):
 def judged(policy, prompts, task, settings, generator):
     """The rollout of `prompts` (lists of ids) with its rewards and advantages.
 
-    dapo adds the overlong penalty before it compares: of two right answers, the one that ran
-    out of room is the worse. The reported rewards are without the penalty.
+    dapo adds the overlong penalty before it compares the completions: of two that are right, the
+    one that ran out of room gets the lower advantage. The reported rewards leave the penalty out.
     """
     s, variant = settings, VARIANTS[settings.variant]
     rollout = roll_out(policy.eval(), prompts, s.group_size, s.max_new_tokens, task.eos_token_id,
@@ -483,7 +484,7 @@ def descend(optimizer, loss):
 
 
 def move_routing_bias(loads, gamma):
-    """Comes after a step's last update: an earlier change would send its tokens to other experts.
+    """Call it after a step's last update: an earlier call would send tokens to other experts.
 
     Loads of 5, 2, 2 and 2 and γ = 0.5 move the bias by −0.5, 0.5, 0.5 and 0.5: phase 5's rule.
     """
@@ -565,7 +566,7 @@ def addition_prompts():
     return prompts[2000:], prompts[1000:2000], prompts[:1000]
 
 
-# %% A policy that knows a little: GRPO needs some right answers to start from
+# %% A policy that knows a little: GRPO can only learn if some completions are right
 def small_policy(width=96, layers=3):
     """A small model of phases 4 to 7: rotary latent attention, two of four experts, one shared."""
     rotary = RotaryEmbedding(16)
@@ -641,7 +642,7 @@ def train(policy, task, settings, steps):
 
 # %% The proofs
 def check_baseline(demo, groups=20_000, G=4):
-    """Rung 2 has the direction of rung 1 with less noise. Here an answer is one of 8 tokens."""
+    """Rung 2 has the direction of rung 1 with less noise. Here a completion is one of 8 tokens."""
     log_p = torch.randn(8, device=demo.device).log_softmax(dim=0)
     p, prizes = log_p.exp(), 10 + torch.rand(8, device=demo.device)
     drawn_B = torch.multinomial(p, groups * G, replacement=True)
@@ -655,7 +656,7 @@ def check_baseline(demo, groups=20_000, G=4):
         (gradient_B1,) = torch.autograd.grad(loss, logp)
         estimates = (-len(logp) * gradient_B1 * score_BW).view(groups, G, 8).mean(dim=1)
         noise[name] = estimates.std(dim=0).norm().item()
-    # The group's mean contains the answer itself: this removes 1/G of the gradient.
+    # The group's mean contains the completion itself: this removes 1/G of the gradient.
     off = (estimates.mean(dim=0) - (1 - 1 / G) * true_W).norm() / true_W.norm()
     demo.check("a baseline: the same direction, less noise", "∇ by 8 logits",
                f"noise {noise['rewards']:.2f} → {noise['advantages']:.2f}, mean off by {off:.1%}",
@@ -756,7 +757,7 @@ def main(demo, arguments):
     demo.note(f"reward, KL, entropy and length: {arguments.picture}")
     demo.finish(
         "--variant dr_grpo, --variant dapo: which learns faster?",
-        "--learning-rate 4e-3: watch it collapse", "--kl-coef 0.04: what does the leash cost?",
+        "--learning-rate 4e-3: watch it collapse", "--kl-coef 0.04: what does the penalty cost?",
     )
 
 

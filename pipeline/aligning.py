@@ -32,10 +32,10 @@ HELD_OUT_PROMPTS = 256
 
 @dataclass
 class AlignOptions:
-    """The options of an alignment. They are stored with its checkpoint, so that it can resume.
+    """The options of an alignment. Its checkpoint stores them, so that it can resume.
 
-    `source`: directory of the checkpoint it started from, which stays its reference. `once`: each
-    text earns its reward only once. `Settings` checks the numbers.
+    `source`: the directory of the checkpoint that it starts from and keeps as its reference.
+    `once`: each text earns its reward only once. `Settings` checks the numbers.
     """
 
     source: str | None = setting(None, "the trained model", flag="--checkpoint", metavar="DIR")
@@ -58,7 +58,7 @@ class AlignOptions:
         "auto", "of the updates' products (default: auto, the faster)", choices=PRECISIONS
     )
     once: bool = setting(
-        True, "pay a text as often as it comes: see what it leads to", flag="--pay-again"
+        True, "reward a text every time it comes, not only once", flag="--pay-again"
     )
 
     def settle(self, device):
@@ -147,7 +147,7 @@ class AlignmentRun(Run):
         return prompts, compiler.sample_of(held_out, HELD_OUT_PROMPTS)
 
     def decode(self, ids):
-        """Ids → whole lines, or all of a text that ended by itself; without the first separator."""
+        """Ids → text without the first separator, cut to whole lines unless it ended by itself."""
         ids = ids[1:] if ids[:1] == [self.separator] and len(ids) > 1 else ids
         return compiler.whole_lines(self.tokenizer.decode(ids, skip_special_tokens=False))
 
@@ -194,8 +194,8 @@ class AlignmentRun(Run):
         print(
             f"aligning {o.source}: {o.variant}, {o.prompts} prompts × {o.group_size} completions "
             f"a step, temperature 1, {o.max_new_tokens} tokens cut to whole lines, {o.precision}\n"
-            f"reward 1 for prompt + completion that Python parses, with a statement added that "
-            f"does something, {self.reward.first_step} where only its first lines are so"
+            f"reward 1 if Python parses prompt + completion and the completion adds a statement "
+            f"that does something, {self.reward.first_step} if this holds only for its first lines"
             f"{', each text once' if o.once else ''}; "
             f"{len(self.prompts):,} prompts, {len(self.held_out)} held out"
         )
@@ -238,7 +238,7 @@ def align(run, before=None):
 
 
 def align_after_training(run, scores, run_class):
-    """The last step of the main job. Its budget is the same share of the job as by default.
+    """The last step of the main job. Its budget grows and shrinks with that of the training.
 
     run: the training run; scores: of its model's test part; run_class: the kind of alignment.
     """
@@ -277,10 +277,10 @@ def show_completions(before, after, examples=4):
         print()
     paid = [text for text, v in zip(after[1], verdicts[1], strict=True) if v == "valid"]
     if not paid:
-        print("nothing earned the reward")
+        print("no completion is valid")
         return
     cheapest = sorted(set(paid), key=lambda text: (len(text.strip()), text))[:examples]
     commonest = collections.Counter(text.strip() for text in paid).most_common(3)
-    print(f"the cheapest ways to the reward: {', '.join(repr(t.strip()) for t in cheapest)}")
-    print("the commonest: " + ", ".join(f"{text!r} ({count} of {len(paid)})"
-                                        for text, count in commonest))
+    print(f"the shortest valid completions: {', '.join(repr(t.strip()) for t in cheapest)}")
+    print("the most common: " + ", ".join(f"{text!r} ({count} of {len(paid)})"
+                                          for text, count in commonest))

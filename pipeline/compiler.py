@@ -1,7 +1,7 @@
-"""Python's own compiler judges completions: verdicts, rewards, prompts that end at a line's end.
+"""Python's own compiler judges completions. Here are its verdicts, the rewards and the prompts.
 
-No completion is ever executed. It only goes through `ast.parse`, so an error that a later stage of
-the compiler finds, such as a `return` outside a function, is not seen.
+No completion is ever executed. It only goes through `ast.parse`. This does not see an error that
+only a later stage of the compiler finds, such as a `return` outside a function.
 """
 
 import ast
@@ -81,9 +81,9 @@ def valid_beginning(prompt, completion):
 class CompilerReward:
     """1 for a valid completion, `first_step` if only its first line or lines are valid, else 0.
 
-    A weak model hardly ever writes a valid completion, so rewards of 0 and 1 teach it little:
-    its last line often leaves a bracket or a block open. A valid first line is a step that it
-    can find. The report counts only valid completions.
+    A weak model hardly ever writes a valid completion: its last line often leaves a bracket or a
+    block open. So rewards of only 0 and 1 would teach it little. It writes a valid first line more
+    often, and can learn from that. The report counts only valid completions.
 
     Each text is paid once in a run; for `first_step`, the text is the valid beginning. `paid`
     remembers the texts. Without this memory, a short line that is valid after any prompt earns
@@ -104,7 +104,7 @@ class CompilerReward:
         return 1.0 if whole else self.first_step
 
     def _paid(self, text, whole):
-        """Whether it was paid before; marks it paid. By its words: blank lines do not matter."""
+        """Whether the text was paid before; marks it as paid. White space makes no difference."""
         words = text.split() if whole else ["begins", *text.split()]
         name = hashlib.sha256(" ".join(words).encode()).hexdigest()[:16]
         was = name in self.paid

@@ -10,9 +10,9 @@ from lesson.batches import step_generator
 class GRPOTrainer:
     """Trains a `CausalLM` on a `Task` with GRPO.
 
-    A step's randomness depends only on seed and step number. So a run whose weights,
-    optimizer and `steps_done` are restored goes on as if it had never stopped. A ValueError names
-    prompts that cannot be used and rewards that are not finite numbers.
+    A step's randomness depends only on the seed and the step's number. So a run goes on as if it
+    had never stopped once its weights, optimizer and `steps_done` are restored. A ValueError names
+    a prompt that cannot be used or a reward that is not a finite number.
     """
 
     def __init__(self, policy, task, settings):
@@ -25,7 +25,7 @@ class GRPOTrainer:
         self.steps_done = 0
 
     def step(self, rate=None):
-        """Rollout, judgement, updates; `rate`: learning rate. Returns the step's figures."""
+        """Draws, judges and updates, at the learning rate `rate`. Returns the step's figures."""
         rate = self.settings.learning_rate if rate is None else rate
         for group in self.optimizer.param_groups:
             group["lr"] = rate

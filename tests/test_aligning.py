@@ -69,7 +69,7 @@ def test_align_from_the_command_line(trained, tmp_path, capsys, monkeypatch, any
     full.main(command)
     printed = capsys.readouterr().out
     for promised in ("valid  ", "distinct", "bits per byte, test part", "MTP acceptance",
-                     "the cheapest ways to the reward", "temperature 1, 12 tokens"):
+                     "the shortest valid completions", "temperature 1, 12 tokens"):
         assert promised in printed
     results = checkpoint.read_json(tmp_path / "aligned" / "results.json")
     assert results["steps"] == 2 and results["before"]["test"] != results["after"]["test"]
@@ -125,7 +125,7 @@ def test_an_alignment_without_any_reward_resumes_but_not_on_another_reference(
     AlignmentRun(tmp_path / "run", options, "cpu").go()
     full.main(["align", "--resume", "run", "--steps", "3"])
     printed = capsys.readouterr().out
-    assert "after 3 steps" in printed and "nothing earned the reward" in printed
+    assert "after 3 steps" in printed and "no completion is valid" in printed
     full.main(["train", "--resume", "trained", "--steps", "3"])
     with pytest.raises(SystemExit):
         full.main(["align", "--resume", "run", "--steps", "4"])
