@@ -5,13 +5,12 @@ import json
 import os
 import pathlib
 import shutil
-import subprocess
-import sys
+
+from docs import transcripts
 
 # Several test processes run side by side. Each gets one thread, and this before torch starts its
 # own: two processes that both use all cores slow each other down tenfold.
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}  # torch and NumPy; tokenizers
-os.environ.update(ONE_THREAD)
+os.environ.update(transcripts.ONE_THREAD)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -29,28 +28,27 @@ def run_script(tmp_path):
     """run_script(name, *arguments) → the finished process; it runs in an empty directory."""
 
     def run(name, *arguments, timeout=300):
-        return subprocess.run(
-            [sys.executable, str(ROOT / name), *map(str, arguments)],
-            cwd=tmp_path, capture_output=True, text=True, timeout=timeout,
-            env={**os.environ, **ONE_THREAD, "PYTHONDONTWRITEBYTECODE": "1"},
-        )
+        return transcripts.run(name, *arguments, folder=tmp_path, timeout=timeout)
 
     return run
 
 
 @pytest.fixture
 def check_script(run_script, capsys):
-    """The promises of every phase script: checks pass, `--help` works, a mistake is one line.
+    """The promises of every phase script: checks pass, it prints its transcript, `--help` works,
+    and a mistake is one line.
 
     The script runs as a user runs it; the other two are asked of its `main`, which spares two
     starts of torch.
     """
 
-    def check(name, arguments, bad_arguments, message):
-        result = run_script(name, *arguments)
+    def check(name, bad_arguments, message):
+        result = run_script(name, *transcripts.PHASES[name].arguments)
         assert result.returncode == 0, result.stderr
         assert result.stdout.startswith(name) and "Try changing:" in result.stdout
         assert " ok" in result.stdout and "FAILED" not in result.stdout
+        difference = transcripts.difference(name, result.stdout)
+        assert not difference, difference
         main = importlib.import_module(name.removesuffix(".py")).main
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit_info:

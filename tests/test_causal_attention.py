@@ -89,4 +89,4 @@ def test_mistakes_are_named():
 
 @pytest.mark.integration
 def test_script(check_script):
-    check_script("causal_attention_coded.py", [], ["--length", 2], "--length=2")
+    check_script("causal_attention_coded.py", ["--length", 2], "--length=2")

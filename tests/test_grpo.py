@@ -1049,7 +1049,7 @@ def test_warm_up_sees_training_prompts_only(monkeypatch):
 
 @pytest.mark.integration
 def test_script(check_script, tmp_path):
-    check_script("grpo_coded.py", ["--quick"], ["--steps", "0"], "--steps=0 must be at least 1")
+    check_script("grpo_coded.py", ["--steps", "0"], "--steps=0 must be at least 1")
     assert (tmp_path / "pictures" / "grpo.png").stat().st_size > 1000
     assert [path.name for path in tmp_path.iterdir()] == ["pictures"]  # nothing else is stored
 

@@ -211,4 +211,4 @@ def test_wrong_calls_are_named():
 
 @pytest.mark.integration
 def test_script(check_script):
-    check_script("mla_coded.py", [], ["--context", 0], "--context=0")
+    check_script("mla_coded.py", ["--context", 0], "--context=0")

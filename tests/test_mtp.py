@@ -656,4 +656,4 @@ def test_mistakes_are_named(call, message):
 
 @pytest.mark.integration
 def test_script(check_script):
-    check_script("mtp_coded.py", ["--steps", 30], ["--depth", 0], "--depth=0")
+    check_script("mtp_coded.py", ["--depth", 0], "--depth=0")

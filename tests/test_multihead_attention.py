@@ -260,4 +260,4 @@ def test_mistakes_are_named():
 
 @pytest.mark.integration
 def test_script(check_script):
-    check_script("multihead_attention_coded.py", [], ["--kv-heads", 3], "num_kv_heads=3")
+    check_script("multihead_attention_coded.py", ["--kv-heads", 3], "num_kv_heads=3")

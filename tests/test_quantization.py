@@ -1207,6 +1207,4 @@ def test_generation_with_a_quantised_cache(bits):
 
 @pytest.mark.integration
 def test_script(check_script):
-    check_script(
-        "quantization_coded.py", ["--steps", 20], ["--bits", 9], "--bits=9 must be from 2 to 4"
-    )
+    check_script("quantization_coded.py", ["--bits", 9], "--bits=9 must be from 2 to 4")
