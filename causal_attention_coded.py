@@ -158,7 +158,7 @@ def main(demo, arguments):
     share = arguments.dropout
     error = 5 * (share / (1 - share) / 4 / 20000) ** 0.5  # five standard errors of the mean
     demo.check("dropout keeps the mean of the output", "(20000, 1, 1)",
-               f"mean {dropped.mean():.3f}, want 1 within {error:.3f}, spread {dropped.std():.2f}",
+               f"mean {dropped.mean():.3f}, want 1 ± {error:.3f}, spread {dropped.std():.2f}",
                abs(dropped.mean() - 1) <= error)
     demo.finish("--length 12: a larger triangle, and still no leak",
                 "--dropout 0.9: the spread grows from 0.5 to 1.5, the mean stays near 1")
