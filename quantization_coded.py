@@ -1,12 +1,13 @@
 """Phase 8: quantisation, a model in fewer bits and what it costs.
 
-A weight needs no 32 bits. Rounded to one of 255 or of 15 values it takes a quarter or an eighth
-of the bytes; decoding mostly waits for weights, so it can gain as much (benchmarks/quantization.py
-measures it). Few bits are not the problem. Numbers that share a scale share a grid, and one large
-number makes it coarse for all. Part 1 takes one matrix: who shares a scale (tensor, row, group,
-tile), what to do with large numbers (LLM.int8(), SmoothQuant), how to round so that errors cancel
-(GPTQ, AWQ). Part 2 takes a model: a rounded layer in the place of each linear one, by one of eight
-schemes; then training with rounded weights, training in FP8, and the latent cache.
+A weight does not need 32 bits. Rounded to one of 255 values it takes a quarter of the bytes, and to
+one of 15 values an eighth. Decoding mostly waits for weights, so it can get as much faster
+(benchmarks/quantization.py measures it). Few bits are not the problem. Numbers that share a scale
+share a grid, and one large number makes this grid coarse for all of them. Part 1 is about one
+matrix: which numbers share a scale (those of a tensor, row, group or tile), what to do with large
+numbers (LLM.int8(), SmoothQuant), and how to round so that errors cancel (GPTQ, AWQ). Part 2 is
+about a model. It puts a rounded layer in the place of each linear one, by one of eight schemes.
+Then it trains with rounded weights, trains in FP8, and quantises the latent cache.
 
     absmax        q = round(x / s),  s = max|x| / (2^(bits−1) − 1),      x̂ = s q
     W8A8          y_ij = s_i t_j Σ_k q_ik p_jk,  x̂ = s q,  ŵ = t p       (integers inside the sum)
@@ -23,9 +24,10 @@ arXiv:2210.17323); Lin et al., AWQ (2024, arXiv:2306.00978); Xiao et al., Smooth
 arXiv:2211.10438); DeepSeek-V3 (2024, arXiv:2412.19437), section 3.3; Bengio et al. (2013,
 arXiv:1308.3432) for the straight-through estimator. DeepSeek-V2 (2024, arXiv:2405.04434) reports a
 KV cache of 6 bits and does not say how it is made.
-Simplified: the smoothing σ is applied to the input of a layer, where the papers fold it into the
-norm before; LLM.int8() multiplies outlier columns by 16-bit weights, here these come from the INT8
-codes; FP8 products are emulated (rounded to FP8, multiplied in FP32).
+Simplified: the smoothing σ is applied to the input of a layer; the papers fold it into the norm
+before it. LLM.int8() multiplies outlier columns by 16-bit weights; here these come from the INT8
+codes. FP8 products are emulated: rounded to FP8 and multiplied in FP32.
+Before: phases 1 to 6. Reading 52 minutes, running seconds.
 
 Dimensions: B batch · T query positions · S key positions · D model width · C KV latent · R rotary
 part · M tokens (B·T) · E routed experts · F expert hidden width · W vocabulary.
@@ -53,7 +55,7 @@ from multihead_attention_coded import RowStore
 
 # %% Part 1, one matrix. Integers: who shares a scale
 def absmax_quantize(x, bits=8, dim=None, scale_dtype=torch.float32):
-    """Symmetric integers: x ≈ codes · scale, the largest number at the end of the grid.
+    """Rounds to symmetric integers: x ≈ codes · scale. The largest number is the grid's last code.
 
     Four numbers in 4 bits, codes from −7 to 7:
 

@@ -2,12 +2,13 @@
 
 Attention alone cannot tell "dog bites man" from "man bites dog". RoPE rotates each pair of numbers
 in a query or key by an angle that grows with the token's position; each pair has its own speed. The
-dot product of two rotated vectors depends on their positions only through the difference: of where
-two tokens stand, a score knows just how far apart they are. MLA has a problem with this: absorption
-moves W_UK to the queries, and a rotation of the keys would stand in between. DeepSeek therefore
-*decouples* position from content: a small extra part, q_R and k_R, is rotated, and the content is
-not. In training the slow pairs never complete a full circle, so positions beyond the training
-length look new to them: YaRN slows those pairs down, and those that turn a few times in part.
+dot product of two rotated vectors depends only on the difference of their positions. So a score
+knows how far apart two tokens are, and nothing else about where they stand. MLA has a problem with
+this. Absorption moves W_UK to the queries, and a rotation of the keys would stand in between.
+DeepSeek therefore *decouples* position from content: a small extra part, q_R and k_R, is rotated,
+and the content is not. In training, the slow pairs never complete a full circle, so positions
+beyond the training length give them angles that they have never seen. YaRN slows these pairs down.
+Pairs that rotate a few times are slowed down in part.
 
     θ_i = base^(−2i/R),   (x_2i, x_2i+1) at position m  →  rotated by m·θ_i
     as complex numbers:   (x_2i + j x_2i+1) · e^(j m θ_i)
@@ -16,10 +17,11 @@ length look new to them: YaRN slows those pairs down, and those that turn a few 
     decoupled:        q_C · W_UK c + R_m q_R · R_n k_R               (W_UKᵀ q_C is absorbed)
     YaRN:  θ'_i = θ_i/s · ramp_i + θ_i · (1 − ramp_i),   scores · (0.1·mscale_all_dim·ln s + 1)²
 
-Papers: RoFormer (Su et al., arXiv 2104.09864), equations 12–16 and 34–37; DeepSeek-V2 (arXiv
-2405.04434), section 2.1.3, equations 14–19, and 3.1.4; YaRN (Peng et al., arXiv 2309.00071),
-section 3.
+Papers: RoFormer (Su et al., 2021, arXiv:2104.09864), equations 12–16 and 34–37; DeepSeek-V2 (2024,
+arXiv:2405.04434), section 2.1.3, equations 14–19, and 3.1.4; YaRN (Peng et al., 2023,
+arXiv:2309.00071), section 3.
 Simplified: nothing. This is all that the released models do with positions.
+Before: phases 1 to 4. Reading 18 minutes, running seconds.
 
 Dimensions: B batch · T query positions · S key positions · D model width · H heads · N no-position
 part and R rotary part of a query/key · C KV latent.
@@ -42,7 +44,7 @@ def inverse_frequencies(dim, base=10000.0):
     """θ_i = base^(−2i/dim) for the dim/2 pairs, in radians per position. (dim/2,)."""
     require(dim >= 2 and dim % 2 == 0, f"rotary dim={dim} must be even and at least 2")
     require(base > 1, f"rotary base={base} must be above 1")
-    # On the CPU whatever the default device: a table of a few numbers, exact in FP32.
+    # Always on the CPU: the table has few numbers, and these must be exact in FP32.
     return 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
 
 
@@ -81,7 +83,8 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, dim, base=10000.0, scaling=None):
         super().__init__()
         self.dim, self.base, self.scaling = dim, base, scaling
-        # No buffer: a cast of the model to BF16 would round the angles, far positions most.
+        # This is no buffer, for a cast of the model to BF16 would round it: angles far from the
+        # start of a text would then be quite wrong.
         source = inverse_frequencies if scaling is None else scaling.inverse_frequencies
         self.inv_freq = source(dim, base)
         self.magnitude = 1.0 if scaling is None else scaling.cos_sin_factor
@@ -161,15 +164,18 @@ class RotaryLatentAttention(MultiHeadLatentAttention):
 
 # %% Longer contexts: three ways to change the frequencies
 def position_interpolation(thetas, factor):
-    """All pairs slower by `factor`: positions squeezed into the old range (arXiv 2306.15595)."""
+    """Slows all pairs by `factor`, which squeezes the positions into the old range.
+
+    Chen et al. (2023, arXiv:2306.15595).
+    """
     return thetas / factor
 
 
 def ntk_aware(dim, base, factor):
-    """A larger base: the fastest pair keeps its speed, the slowest is slowed by `factor`.
+    """Takes a larger base: the fastest pair keeps its speed, the slowest is slowed by `factor`.
 
-    Its θ is base^(−(R−2)/R), so a base factor^(R/(R−2)) times as large divides it by the factor
-    (YaRN, section 3.1).
+    The slowest pair's θ is base^(−(R−2)/R). A base that is factor^(R/(R−2)) times as large divides
+    this θ by the factor (YaRN, section 3.1).
     """
     require(dim >= 4, f"NTK-aware scaling needs 2 or more pairs, got rotary dim={dim}")
     return inverse_frequencies(dim, base * factor ** (dim / (dim - 2)))
@@ -202,8 +208,8 @@ class YarnScaling:
         """(low, high): pairs up to `low` keep their speed, from `high` on they are slowed.
 
         They stay within 0 and dim − 1, as in the released code. ValueError if that leaves no ramp.
-        V3, with R = 64, base 10,000 and 4,096 tokens: pair 10.47 turns 32 circles in them, and pair
-        22.51 turns 1, so the ramp goes from pair 10 to pair 23.
+        V3 has R = 64, base 10,000 and 4,096 tokens. In these, pair 10.47 rotates 32 times and pair
+        22.51 once, so the ramp goes from pair 10 to pair 23.
         """
         length = self.original_max_position_embeddings
 
