@@ -1,8 +1,8 @@
 """Phase 2: causal attention, where no token sees a later one.
 
 A language model predicts the next token. In training it reads a whole text at once, and the answer
-for token t is token t + 1. So the output of token t must not depend on any later token: the model
-would copy the answer. A mask removes the keys of later tokens before the softmax.
+for token t is token t + 1. So the output of token t must not depend on any later token; otherwise
+the model would copy the answer. A mask removes the keys of later tokens before the softmax.
 With a cache (phase 3), some keys come from earlier calls, so there are more keys than queries. The
 queries are then the newest tokens: the *last* query belongs to the *last* key, and the triangle of
 the mask moves S − T columns to the right.
@@ -11,10 +11,10 @@ the mask moves S − T columns to the right.
     A_ij = q_i · k_j / √d_k  if M_ij,  else −∞
     CausalAttention(Q, K, V) = softmax(A) V
 
-The mask makes one call for all queries possible. The price: all T · S scores are computed, and of a
-whole text (S = T) almost half of them are thrown away.
-Dropout sets a share p of the weights to 0 in training and multiplies the others by 1 / (1 − p). The
-mean stays, and the model learns not to rely on a single key.
+The mask makes one call for all queries possible. The price: this code computes all T · S
+scores, and of a whole text (S = T) it throws almost half of them away.
+In training, dropout sets each weight to 0 with probability p and multiplies the others by
+1 / (1 − p). Their mean stays, and the model learns not to rely on a single key.
 
 Paper: Vaswani et al., "Attention Is All You Need" (2017, arXiv:1706.03762), section 3.2.3
 (masking). Section 5.4 has dropout on sub-layer outputs and embeddings; only the authors' code has
@@ -92,7 +92,8 @@ class CausalSelfAttention(SelfAttention):
 def largest_leak_by_perturbation(attention, x):
     """Adds 1 to each token but the first, in turn. x: (T, D).
 
-    Returns the largest change of an output before the changed token: exactly 0 without a leak.
+    Returns the largest change of an output before the changed token: exactly 0 without a leak
+    (and without dropout).
     """
     before = attention(x)
     leak = 0.0
@@ -117,7 +118,7 @@ def gradient_reach(attention, x):
 
 # %% The demonstration
 @demonstration(__doc__, flag("length", 6, "tokens of the example", at_least=3),
-               flag("dropout", 0.5, "share of weights dropped"))
+               flag("dropout", 0.5, "share of weights dropped", at_least=0, at_most=0.99))
 def main(demo, arguments):
     T = arguments.length
     attention = CausalSelfAttention(16, 8).to(demo.device)

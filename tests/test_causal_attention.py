@@ -12,6 +12,7 @@ from causal_attention_coded import (
     causal_mask,
     gradient_reach,
     largest_leak_by_perturbation,
+    main,
 )
 from self_attention_coded import scaled_dot_product_attention
 
@@ -90,3 +91,9 @@ def test_mistakes_are_named():
 @pytest.mark.integration
 def test_script(check_script):
     check_script("causal_attention_coded.py", ["--length", 2], "--length=2")
+
+
+def test_dropping_all_weights_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["--dropout", "1"])
+    assert "--dropout=1.0 must be from 0 to 0.99" in capsys.readouterr().err
