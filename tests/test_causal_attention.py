@@ -86,6 +86,18 @@ def test_mistakes_are_named():
         causal_mask(3, 2)
     with pytest.raises(ValueError, match="dropout=1.0 must be at least 0 and below 1"):
         CausalSelfAttention(4, 4, dropout=1.0)
+    with pytest.raises(ValueError, match="dropout=-0.1 must be at least 0"):
+        CausalSelfAttention(4, 4, dropout=-0.1)
+
+
+def test_the_leak_detectors_by_hand():
+    def attention(x):  # output 0 leaks −2 · token 1; output 1 is 3 · token 0 + token 1
+        return torch.stack([x[0] - 2 * x[1], 3 * x[0] + x[1]])
+
+    x = torch.randn(2, 4, dtype=torch.float64)
+    assert largest_leak_by_perturbation(attention, x) == pytest.approx(2)
+    expected = torch.tensor([[2.0, 4.0], [6.0, 2.0]], dtype=torch.float64)
+    torch.testing.assert_close(gradient_reach(attention, x), expected)
 
 
 @pytest.mark.integration

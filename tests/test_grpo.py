@@ -46,7 +46,7 @@ from grpo_coded import (
     update,
     warm_up,
 )
-from lesson.batches import drawn_from, joined
+from lesson.batches import drawn_from, joined, means
 from moe_coded import MixtureOfExperts, Routed, Routing, SwitchRouter
 from mtp_coded import Sampling
 from pipeline.trainer import GRPOTrainer, checked_rewards
@@ -1066,3 +1066,16 @@ def test_wrong_flags_are_named_before_any_work(arguments, message, capsys):
     with pytest.raises(SystemExit) as exit_info:
         grpo_coded.main(arguments)
     assert exit_info.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_default_step_leaves_the_routing_bias_alone():
+    assert Settings().gamma == 0
+
+
+@pytest.mark.parametrize("how", ["completion", "token", "constant"])
+def test_the_mean_of_a_single_token_is_the_token(how):
+    assert averaged(torch.tensor([[7.0]]), torch.tensor([[True]]), how) == 7
+
+
+def test_the_mean_of_a_single_record_is_the_record():
+    assert means([{"a": 3.0}], "a") == {"a": 3.0}

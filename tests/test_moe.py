@@ -1,6 +1,7 @@
 """Phase 5: routing, dispatch, balance."""
 
 import functools
+import math
 
 import numpy as np
 import pytest
@@ -523,3 +524,22 @@ def test_routing_names_its_parts():
 def test_script_draws_its_picture(check_script, tmp_path):
     check_script("moe_coded.py", ["--steps", 3], "--steps=3")
     assert (tmp_path / "pictures" / "moe_load.png").stat().st_size > 5000
+
+
+def test_a_switch_token_weighs_its_expert_by_the_softmax():
+    router = SwitchRouter(1, 2)
+    with torch.no_grad():
+        router.weight.copy_(torch.tensor([[math.log(3.0)], [0.0]]))
+    routing = router(torch.ones(1, 1))
+    torch.testing.assert_close(routing.scores, torch.tensor([[0.75, 0.25]]))
+    torch.testing.assert_close(routing.weights, torch.tensor([[0.75]]))
+
+
+def test_capacity_for_few_tokens():
+    assert SwitchRouter(2, 8, 1.0).capacity(1) == 1
+    assert SwitchRouter(2, 4, 1.0).capacity(7) == 1  # rounded down
+
+
+def test_the_smallest_layer_works():
+    layer = MixtureOfExperts(1, 1, SwitchRouter(1, 1))
+    assert layer(torch.ones(1, 1, 1)).shape == (1, 1, 1)

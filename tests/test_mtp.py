@@ -657,3 +657,15 @@ def test_mistakes_are_named(call, message):
 @pytest.mark.integration
 def test_script(check_script):
     check_script("mtp_coded.py", ["--depth", 0], "--depth=0")
+
+
+def test_the_smallest_top_k_is_greedy():
+    chosen = Sampling(1.0, top_k=1).probabilities(torch.tensor([[0.1, 2.0, 1.9]]))
+    assert chosen.tolist() == [[0, 1, 0]]
+
+
+def test_a_greedy_round_stops_at_the_first_wrong_draft():
+    model_chooses = F.one_hot(torch.tensor([1, 2, 3, 4]), 10).float()
+    for drafts, accepted, own in (((9, 2, 3), 0, 1), ((1, 9, 3), 1, 2), ((1, 2, 3), 3, 4)):
+        got = verify(model_chooses[None], torch.tensor([drafts]), None, Sampling())
+        assert [number.item() for number in got] == [accepted, own]

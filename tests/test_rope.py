@@ -313,3 +313,26 @@ def test_decoupled_scores_are_absorbed_with_the_rotated_part_beside_them():
 
 def test_in_bf16_two_positions_would_be_one():
     assert torch.tensor([256.0, 257.0]).bfloat16().unique().numel() == 1
+
+
+def test_yarn_without_a_softmax_correction():
+    assert YarnScaling(40, 4096).softmax_factor == 1
+    only_one = YarnScaling(40, 4096, mscale=0.7).cos_sin_factor
+    assert only_one == pytest.approx(0.1 * math.log(40) + 1)
+
+
+def test_smallest_sizes_work():
+    assert RotaryEmbedding(2)(torch.tensor([1]))[0].shape == (1, 1)
+    torch.testing.assert_close(ntk_aware(4, 100.0, 1.0), inverse_frequencies(4, 100.0))
+    same = YarnScaling(1, 4096).inverse_frequencies(64, 10000.0)
+    torch.testing.assert_close(same, inverse_frequencies(64))
+
+
+def test_yarn_ramp_by_hand():
+    # R 8, base 100: θ = 1, .316228, .1, .0316228. 100 tokens: pair 0 … 3 rotate 15.9 to 0.5 times.
+    thetas = YarnScaling(4, 100).inverse_frequencies(8, 100.0)
+    low, high = YarnScaling(4, 100).ramp_ends(8, 100.0)
+    ramp = [min(max((i - low) / (high - low), 0), 1) for i in range(4)]
+    wanted = [100 ** (-i / 4) * (1 - ramp[i] + ramp[i] / 4) for i in range(4)]
+    torch.testing.assert_close(thetas, torch.tensor(wanted))
+    torch.testing.assert_close(thetas, torch.tensor([1, 0.23717, 0.05, 0.0079057]))
