@@ -4,11 +4,11 @@ Attention alone cannot tell "dog bites man" from "man bites dog". RoPE rotates e
 in a query or key by an angle that grows with the token's position; each pair has its own speed. The
 dot product of two rotated vectors depends only on the difference of their positions. So a score
 knows how far apart two tokens are, and nothing else about where they stand. MLA has a problem with
-this. Absorption moves W_UK to the queries, and a rotation of the keys would stand in between.
-DeepSeek therefore *decouples* position from content: a small extra part, q_R and k_R, is rotated,
-and the content is not. In training, the slow pairs never complete a full circle, so positions
-beyond the training length give them angles that they have never seen. YaRN slows these pairs down.
-Pairs that rotate a few times are slowed down in part.
+this. Absorption (phase 4) moves W_UK to the queries, and a rotation of the keys would stand in
+between. DeepSeek therefore *decouples* position from content: a small extra part, q_R and k_R, is
+rotated, and the content is not. In training, the slow pairs never complete a full circle, so
+positions beyond the training length give angles that the model has never seen. YaRN slows these
+pairs down. Pairs that complete a few circles are slowed down less.
 
     θ_i = base^(−2i/R),   (x_2i, x_2i+1) at position m  →  rotated by m·θ_i
     as complex numbers:   (x_2i + j x_2i+1) · e^(j m θ_i)
@@ -17,11 +17,14 @@ Pairs that rotate a few times are slowed down in part.
     decoupled:        q_C · W_UK c + R_m q_R · R_n k_R               (W_UKᵀ q_C is absorbed)
     YaRN:  θ'_i = θ_i/s · ramp_i + θ_i · (1 − ramp_i),   scores · (0.1·mscale_all_dim·ln s + 1)²
 
+R_m is the rotation by position m and j the imaginary unit; q is a query and c a latent. YaRN makes
+the context s times as long; ramp_i is 0 for fast pairs and 1 for slow ones.
+
 Papers: RoFormer (Su et al., 2021, arXiv:2104.09864), equations 12–16 and 34–37; DeepSeek-V2 (2024,
 arXiv:2405.04434), section 2.1.3, equations 14–19, and 3.1.4; YaRN (Peng et al., 2023,
 arXiv:2309.00071), section 3.
-Simplified: nothing. This is all that the released models do with positions.
-Before: phases 1 to 4. Reading 18 minutes, running seconds.
+Simplified: nothing. The released models use positions in no other way.
+Before: phases 1 to 4. Reading 18 minutes, running a few seconds.
 
 Dimensions: B batch · T query positions · S key positions · D model width · H heads · N no-position
 part and R rotary part of a query/key · C KV latent.
@@ -41,15 +44,15 @@ from mla_coded import LatentCache, MultiHeadLatentAttention
 
 # %% The naive reference: a rotation matrix for each position
 def inverse_frequencies(dim, base=10000.0):
-    """θ_i = base^(−2i/dim) for the dim/2 pairs, in radians per position. (dim/2,)."""
+    """Returns θ_i = base^(−2i/dim) for the dim/2 pairs, (dim/2,), in radians per position."""
     require(dim >= 2 and dim % 2 == 0, f"rotary dim={dim} must be even and at least 2")
     require(base > 1, f"rotary base={base} must be above 1")
-    # Always on the CPU: the table has few numbers, and these must be exact in FP32.
+    # The table is small, so it is always made on the CPU, in FP32.
     return 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
 
 
 def rotation_matrix(position, thetas):
-    """The (R, R) block-diagonal matrix of RoFormer's equation 15: a 2×2 rotation for each pair."""
+    """RoFormer's block-diagonal matrix (R, R) of equation 15 has a 2×2 rotation for each pair."""
     angles = position * thetas
     blocks = [
         torch.stack([torch.stack([a.cos(), -a.sin()]), torch.stack([a.sin(), a.cos()])])
@@ -60,7 +63,14 @@ def rotation_matrix(position, thetas):
 
 # %% The same with real numbers only: most entries of that matrix are zero
 def apply_rotary(x, cos, sin):
-    """Rotates the pairs (2i, 2i+1) of x (..., T, R) by angles given as cos, sin (..., T, R/2)."""
+    """Rotates the pairs (2i, 2i+1) of x (..., T, R) by angles given as cos, sin (..., T, R/2).
+
+    Take x = (1, 2, 3, 4) at position 3. With R = 4 and base 100, θ = (1, 0.1), so the angles are 3
+    and 0.3 radians:
+
+        (1, 2) by 3      (1 cos 3 − 2 sin 3,      1 sin 3 + 2 cos 3)      = (−1.27, −1.84)
+        (3, 4) by 0.3    (3 cos 0.3 − 4 sin 0.3,  3 sin 0.3 + 4 cos 0.3)  = ( 1.68,  4.71)
+    """
     even, odd = x[..., 0::2], x[..., 1::2]
     rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
     return rotated.flatten(-2).type_as(x)
@@ -68,7 +78,7 @@ def apply_rotary(x, cos, sin):
 
 # %% The same as complex numbers: one multiplication for each pair
 def rotate_complex(x, rotations):
-    """The pairs of x (..., T, R) as complex numbers, times `rotations` e^(j m θ), (..., T, R/2)."""
+    """Multiplies the pairs of x (..., T, R), as complex numbers, by e^(j m θ) (..., T, R/2)."""
     exact = x.to(torch.promote_types(x.dtype, torch.float32))  # FP32, or float64 if x is
     pairs = exact.unflatten(-1, (-1, 2)).clone(memory_format=torch.contiguous_format)
     return torch.view_as_real(torch.view_as_complex(pairs) * rotations).flatten(-2).type_as(x)
@@ -83,8 +93,8 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, dim, base=10000.0, scaling=None):
         super().__init__()
         self.dim, self.base, self.scaling = dim, base, scaling
-        # This is no buffer, for a cast of the model to BF16 would round it: angles far from the
-        # start of a text would then be quite wrong.
+        # This is not a buffer: a cast of the model to BF16 would round a buffer, and the angles of
+        # far positions would be quite wrong.
         source = inverse_frequencies if scaling is None else scaling.inverse_frequencies
         self.inv_freq = source(dim, base)
         self.magnitude = 1.0 if scaling is None else scaling.cos_sin_factor
@@ -97,37 +107,40 @@ class RotaryEmbedding(nn.Module):
         return angles.cos() * self.magnitude, angles.sin() * self.magnitude
 
     def rotations(self, positions):
-        """The same as complex numbers cos + j sin, (..., T, dim/2)."""
+        """Returns the same as complex numbers cos + j sin, (..., T, dim/2)."""
         angles = self.angles(positions)
         return torch.polar(torch.full_like(angles, self.magnitude), angles)
 
 
 def similarity_bound(distance, thetas):
-    """Mean of |Σ e^(j·distance·θ)| over partial sums: RoFormer's bound on a score (equation 37)."""
+    """RoFormer's bound on a score (equation 37), up to a factor that is equal at all distances.
+
+    It is the mean size of the partial sums of e^(j·distance·θ_i).
+    """
     rotations = torch.polar(torch.ones_like(thetas), distance * thetas)
     return rotations.cumsum(0).abs().mean().item()
 
 
-# %% Why MLA must decouple: a rotation stands where absorption needs one fixed matrix
+# %% Why MLA must decouple: absorption needs one fixed matrix, and a rotation is in its way
 def rotated_content_scores(q_BHTN, latent_BSC, w_uk_HNC, rotate):
-    """Scores if the content itself were rotated: R_i q · R_j (W_UK c_j), all keys rebuilt.
+    """Rebuilds all keys and rotates the content itself: R_i q · R_j (W_UK c_j).
 
-    rotate(x) rotates x (..., T, width) by its positions 0 … T − 1. Returns: (B, H, T, S).
+    rotate(x) rotates x (..., T, width) by positions 0 … T − 1. Returns: scores (B, H, T, S).
     """
     k_BHSN = latent_BSC.unsqueeze(1) @ w_uk_HNC.transpose(-2, -1)
     return rotate(q_BHTN) @ rotate(k_BHSN).transpose(-2, -1)
 
 
 def absorbed_content_scores(q_BHTN, latent_BSC, w_uk_HNC, rotate):
-    """An attempt to absorb: W_UK goes to the query, so latents are rotated: R_i W_UKᵀ q · R_j c_j.
+    """Tries to absorb: W_UK moves to the query, and latents are rotated: R_i W_UKᵀ q · R_j c_j.
 
-    Equal if `rotate` changes nothing. Otherwise it is another function: R_j W_UK ≠ W_UK R_j.
+    The scores are equal if `rotate` changes nothing. Otherwise they differ: R_j W_UK ≠ W_UK R_j.
     """
     return rotate(q_BHTN @ w_uk_HNC) @ rotate(latent_BSC.unsqueeze(1)).transpose(-2, -1)
 
 
 def absorbed_by_distance(q_BHTN, latent_BSC, w_uk_HNC):
-    """Exact, but a matrix R_(j−i) W_UK for each distance: more work than rebuilding the keys."""
+    """Absorbs exactly, by a matrix R_(j−i) W_UK for each distance: more work than rebuilding."""
     T, S, thetas = q_BHTN.shape[2], latent_BSC.shape[1], inverse_frequencies(q_BHTN.shape[-1])
     scores_BHTS = q_BHTN.new_zeros(*q_BHTN.shape[:3], S)
     for i in range(T):
@@ -138,13 +151,13 @@ def absorbed_by_distance(q_BHTN, latent_BSC, w_uk_HNC):
     return scores_BHTS
 
 
-# %% Decoupled RoPE: phase 4's attention with its position parts rotated
+# %% Decoupled RoPE: phase 4's attention, where only the position parts are rotated
 class RotaryLatentAttention(MultiHeadLatentAttention):
     """The attention of DeepSeek-V2 and V3: q_R and k_R are rotated, k_R before it is cached.
 
-    The content parts q_C and k_C stay as they are, so phase 4's absorption holds. `rotary`: a
-    `RotaryEmbedding` of width R; layers may share one. Its YaRN scaling, if any, also sharpens this
-    layer's softmax. Other arguments: `MultiHeadLatentAttention`.
+    The content parts q_C and k_C are not rotated, so phase 4's absorption still works. `rotary` is
+    a `RotaryEmbedding` of width R; layers may share one. If it has YaRN scaling, this also sharpens
+    the softmax of the layer. The other arguments are those of `MultiHeadLatentAttention`.
     """
 
     def __init__(self, *args, rotary, **kwargs):
@@ -164,18 +177,15 @@ class RotaryLatentAttention(MultiHeadLatentAttention):
 
 # %% Longer contexts: three ways to change the frequencies
 def position_interpolation(thetas, factor):
-    """Slows all pairs by `factor`, which squeezes the positions into the old range.
-
-    Chen et al. (2023, arXiv:2306.15595).
-    """
+    """Slows all pairs by `factor`: positions fit into the old range (arXiv:2306.15595)."""
     return thetas / factor
 
 
 def ntk_aware(dim, base, factor):
     """Takes a larger base: the fastest pair keeps its speed, the slowest is slowed by `factor`.
 
-    The slowest pair's θ is base^(−(R−2)/R). A base that is factor^(R/(R−2)) times as large divides
-    this θ by the factor (YaRN, section 3.1).
+    The slowest pair's θ is base^(−(R−2)/R). If the base is factor^(R/(R−2)) times as large, this θ
+    is divided by the factor (YaRN, section 3.1).
     """
     require(dim >= 4, f"NTK-aware scaling needs 2 or more pairs, got rotary dim={dim}")
     return inverse_frequencies(dim, base * factor ** (dim / (dim - 2)))
@@ -183,13 +193,13 @@ def ntk_aware(dim, base, factor):
 
 @dataclass(frozen=True)
 class YarnScaling:
-    """YaRN: fast pairs keep their speed, slow ones are interpolated.
+    """YaRN: fast pairs keep their speed, slow pairs are slowed by `factor`.
 
-    `factor` s: new length over `original_max_position_embeddings`. A pair that rotates more than
-    `beta_fast` times within the original length keeps its speed; one that rotates less than
-    `beta_slow` times is slowed by s; those between lie on a linear ramp. Both betas count full
-    circles, not pairs. `mscale` and `mscale_all_dim` correct the temperature of the softmax; None
-    or 0 = not given.
+    `factor` s is the new length divided by `original_max_position_embeddings`. A pair that rotates
+    more than `beta_fast` times within the original length keeps its speed. A pair that rotates less
+    than `beta_slow` times is slowed by s. A linear ramp joins the two. Both betas count full
+    circles, not pairs. `mscale` and `mscale_all_dim` correct the softmax's temperature; None or 0
+    means that one is not given.
     """
 
     factor: float = setting(at_least=1)
@@ -205,11 +215,11 @@ class YarnScaling:
         require(fast > slow, f"beta_fast={fast} must be above beta_slow={slow}")
 
     def ramp_ends(self, dim, base):
-        """(low, high): pairs up to `low` keep their speed, from `high` on they are slowed.
+        """Returns (low, high): pairs up to `low` keep their speed, pairs from `high` on are slowed.
 
-        They stay within 0 and dim − 1, as in the released code. ValueError if that leaves no ramp.
-        V3 has R = 64, base 10,000 and 4,096 tokens. In these, pair 10.47 rotates 32 times and pair
-        22.51 once, so the ramp goes from pair 10 to pair 23.
+        Both stay within 0 and dim − 1, as in the released code. ValueError if this leaves no ramp.
+        V3 has R = 64, base 10,000 and 4,096 tokens. In 4,096 tokens, pair 10.47 would rotate 32
+        times and pair 22.51 once, so the ramp goes from pair 10 to pair 23.
         """
         length = self.original_max_position_embeddings
 
@@ -224,7 +234,7 @@ class YarnScaling:
         return low, high
 
     def inverse_frequencies(self, dim, base):
-        """(dim/2,) frequencies, in radians per position."""
+        """Returns the changed frequencies (dim/2,), in radians per position."""
         thetas = inverse_frequencies(dim, base)
         low, high = self.ramp_ends(dim, base)
         pairs = torch.arange(dim // 2, dtype=torch.float32, device="cpu")
@@ -232,17 +242,17 @@ class YarnScaling:
         return thetas / self.factor * ramp + thetas * (1 - ramp)
 
     def temperature(self, mscale):
-        """m = 0.1 · mscale · ln(factor) + 1."""
+        """Returns m = 0.1 · mscale · ln(factor) + 1."""
         return 0.1 * mscale * math.log(self.factor) + 1.0
 
     @property
     def softmax_factor(self):
-        """What the softmax scale is multiplied by: m² with m from `mscale_all_dim`."""
+        """The softmax scale is multiplied by this: m² with m from `mscale_all_dim`, or else 1."""
         return self.temperature(self.mscale_all_dim) ** 2 if self.mscale_all_dim else 1.0
 
     @property
     def cos_sin_factor(self):
-        """What cos and sin are multiplied by: 1 when mscale = mscale_all_dim, as released."""
+        """Cos and sin are multiplied by this: 1 if mscale = mscale_all_dim, as in V2 and V3."""
         if self.mscale and self.mscale_all_dim:
             return self.temperature(self.mscale) / self.temperature(self.mscale_all_dim)
         return self.temperature(1.0)
@@ -276,7 +286,7 @@ def check_three_forms(demo, dim):
 
 
 def show_why_decoupled(demo, attention, x_BTD):
-    """Rotated content cannot be absorbed; the decoupled form can."""
+    """Shows that rotated content cannot be absorbed, but the decoupled form can."""
     q_BHTN, _ = attention.queries(x_BTD)
     memory = attention.remember(x_BTD, torch.arange(x_BTD.shape[1], device=demo.device))
     latent_BSC, _ = attention.split_memory(memory)
@@ -296,7 +306,7 @@ def show_why_decoupled(demo, attention, x_BTD):
     mismatch = ((got - wanted).norm() / wanted.norm()).item()
     demo.check("content rotated: absorbed is another function", "(B, H, T, S)",
                f"off by {mismatch:.0%} of the scores", mismatch > 0.1)
-    demo.same("… equal with a matrix for each distance", "(B, H, T, S)",
+    demo.same("content rotated: a matrix a distance = rebuilt", "(B, H, T, S)",
               absorbed_by_distance(*parts), wanted)
     expanded, absorbed = attention(x_BTD), attention(x_BTD, path="absorbed")
     demo.same("decoupled RoPE: absorbed = expanded", "(B, T, D)", absorbed, expanded)
@@ -312,7 +322,7 @@ def check_decoupled(demo, attention, x_BTD):
     demo.same("all tokens 500 later: same outputs", "(B, T, D)", moved, naive, 1e-4)
     swapped = attention(x_BTD[:, [1, 0, *range(2, 9)]])
     change = (swapped - naive)[:, -1].abs().max().item()
-    demo.check("two early tokens swapped: the last notices", "(B, D)", f"changes by {change:.3f}",
+    demo.check("two early tokens swapped: the last output differs", "(B, D)", f"by {change:.3f}",
                change > 1e-4)
 
 
@@ -332,7 +342,7 @@ def show_scaling(demo, dim, factor, original_length):
     low, high = yarn.ramp_ends(dim, 10000.0)
     kept = torch.allclose(scaled["YaRN"][: low + 1], thetas[: low + 1])
     slowed = torch.allclose(scaled["YaRN"][high:], thetas[high:] / factor)
-    demo.check("YaRN keeps fast pairs, slows the slow ones", f"ramp from pair {low} to {high}",
+    demo.check("YaRN keeps the fast pairs, slows the slow pairs", f"ramp from pair {low} to {high}",
                f"score scale × {yarn.softmax_factor:.4f}", kept and slowed)
     v3 = YarnScaling(40, 4096, mscale=1.0, mscale_all_dim=1.0)
     ends, scale = v3.ramp_ends(64, 10000.0), 192**-0.5 * v3.softmax_factor
@@ -341,8 +351,8 @@ def show_scaling(demo, dim, factor, original_length):
 
 
 @demonstration(__doc__, flag("dim", 64, "rotary width R", at_least=4),
-               flag("factor", 40.0, "how much longer the context gets"),
-               flag("original-length", 4096, "trained context"))
+               flag("factor", 40.0, "new context over trained context"),
+               flag("original-length", 4096, "trained context, in tokens"))
 def main(demo, arguments):
     check_three_forms(demo, arguments.dim)
     sizes = dict(kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16)

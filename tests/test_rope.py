@@ -53,6 +53,18 @@ def test_rotation_by_hand():
     torch.testing.assert_close(rotated, torch.tensor([[0.0, 1.0]]))
 
 
+def test_four_numbers_rotated_by_hand():
+    """The example in the docstring of `apply_rotary`."""
+    x, thetas = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), inverse_frequencies(4, base=100.0)
+    torch.testing.assert_close(thetas, torch.tensor([1.0, 0.1]))
+    rotary, position = RotaryEmbedding(4, base=100.0), torch.tensor([3])
+    wanted = torch.tensor([[-1.27, -1.84, 1.68, 4.71]])  # two digits, as the docstring has them
+    for rotated in (apply_rotary(x, *rotary(position)),
+                    rotate_complex(x, rotary.rotations(position)),
+                    x @ rotation_matrix(3, thetas).T):
+        torch.testing.assert_close(rotated, wanted, rtol=0, atol=0.005)
+
+
 def test_pairs_are_neighbours():
     x = torch.zeros(1, 8)
     x[0, 2] = 1.0
