@@ -1,23 +1,27 @@
 """Phase 8: quantisation, a model in fewer bits and what it costs.
 
 A weight does not need 32 bits. Rounded to one of 255 values it takes a quarter of the bytes, and to
-one of 15 values an eighth. Decoding mostly waits for weights, so it can get as much faster
+one of 15 values an eighth. Decoding mostly waits for weights, so it can become faster by as much
 (benchmarks/quantization.py measures it). Few bits are not the problem. Numbers that share a scale
 share a grid, and one large number makes this grid coarse for all of them. Part 1 is about one
 matrix: which numbers share a scale (those of a tensor, row, group or tile), what to do with large
-numbers (LLM.int8(), SmoothQuant), and how to round so that errors cancel (GPTQ, AWQ). Part 2 is
-about a model. It puts a rounded layer in the place of each linear one, by one of eight schemes.
-Then it trains with rounded weights, trains in FP8, and quantises the latent cache.
+numbers (LLM.int8(), SmoothQuant), and how to round so that outputs change least (GPTQ, AWQ). Part 2
+is about a model. It puts a rounded layer in the place of each linear one, by one of eight schemes.
+Then it trains with rounded weights (QAT, quantisation-aware training), trains in FP8, and quantises
+the latent cache.
 
     absmax        q = round(x / s),  s = max|x| / (2^(bits−1) − 1),      x̂ = s q
     W8A8          y_ij = s_i t_j Σ_k q_ik p_jk,  x̂ = s q,  ŵ = t p       (integers inside the sum)
-    LLM.int8()    columns with an |x| ≥ 6 apart, in high precision, the others as W8A8
+    LLM.int8()    columns with an |x| ≥ 6 in high precision, all others as in W8A8
     GPTQ          round column i; w_j −= (w_i − ŵ_i) [H⁻¹]_ij / [H⁻¹]_ii for j > i
                   with H = X Xᵀ of the columns from i on
-    AWQ           Ŵ = round(σ W) / σ,  σ_j = mean|X_j|^α,  α by search
+    AWQ           Ŵ = round(σ W) / σ,  σ_j = mean|X_j|^α,  the best of several α
     SmoothQuant   x Wᵀ = (x / σ)(σ W)ᵀ,  σ_j = max|X_j|^α / max|W_j|^(1−α),  α = ½
     FP8 (V3)      E4M3, 1×128 tiles of x and 128×128 blocks of W, s = max|·| / 448
     QAT           forward ŵ, backward ∂w = ∂ŵ                            (straight-through)
+
+q and p are codes, s and t scales; x̂ and ŵ are the rounded x and w. X holds the inputs of a layer.
+The smoothing σ has one number for each input column.
 
 Papers: Dettmers et al., LLM.int8() (2022, arXiv:2208.07339); Frantar et al., GPTQ (2023,
 arXiv:2210.17323); Lin et al., AWQ (2024, arXiv:2306.00978); Xiao et al., SmoothQuant (2023,
@@ -27,7 +31,7 @@ KV cache of 6 bits and does not say how it is made.
 Simplified: the smoothing σ is applied to the input of a layer; the papers fold it into the norm
 before it. LLM.int8() multiplies outlier columns by 16-bit weights; here these come from the INT8
 codes. FP8 products are emulated: rounded to FP8 and multiplied in FP32.
-Before: phases 1 to 6. Reading 52 minutes, running seconds.
+Before: phases 1 to 6. Reading 50 minutes, running 20 seconds.
 
 Dimensions: B batch · T query positions · S key positions · D model width · C KV latent · R rotary
 part · M tokens (B·T) · E routed experts · F expert hidden width · W vocabulary.
@@ -53,7 +57,7 @@ from mtp_coded import CausalLM, next_token_loss, small_language, train_small
 from multihead_attention_coded import RowStore
 
 
-# %% Part 1, one matrix. Integers: who shares a scale
+# %% Part 1, one matrix. Integers: which numbers share a scale
 def absmax_quantize(x, bits=8, dim=None, scale_dtype=torch.float32):
     """Rounds to symmetric integers: x ≈ codes · scale. The largest number is the grid's last code.
 
@@ -61,13 +65,14 @@ def absmax_quantize(x, bits=8, dim=None, scale_dtype=torch.float32):
 
         x      (0.1, −0.5, 1.2, 3.5)     scale 3.5 / 7 = 0.5
         codes  (  0,   −1,   2,   7)     x / scale, rounded
-        x̂      (  0, −0.5, 1.0, 3.5)     without 3.5 the scale would be 0.17, and 0.1 would survive
+        x̂      (  0, −0.5, 1.0, 3.5)     without 3.5, the scale is 0.17 and the code of 0.1 is 1
 
-    dim: the dimension along which numbers share a scale: −1 one scale a row, 0 one a column, None
-    one for all; `in_groups(x, size)` and −1 one a group. Ties go to the even code.
+    dim: the dimension along which numbers share a scale. −1 gives one scale per row, 0 one per
+    column, None one for all; `in_groups(x, size)` with −1 gives one per group. A number halfway
+    between two codes gets the even one.
 
-    Returns: codes (int8, within ±(2^(bits−1) − 1)) and scale (x's shape, 1 along `dim`), rounded to
-        `scale_dtype` before the codes are chosen. All-zero x comes back exactly.
+    Returns: codes (int8, within ±(2^(bits−1) − 1)) and scale (x's shape, but 1 along `dim`). The
+        scale is rounded to `scale_dtype` before the codes are chosen. Zeros come back exactly.
     """
     x = x if x.dtype == torch.float64 else x.float()
     largest = x.abs().amax() if dim is None else x.abs().amax(dim, keepdim=True)
@@ -81,7 +86,7 @@ def nearest_codes(x, scale, bits):
 
 
 def largest_code(bits):
-    """The end of the symmetric grid, 2^(bits−1) − 1."""
+    """The largest code of the symmetric grid, 2^(bits−1) − 1."""
     require(type(bits) is int and 2 <= bits <= 8, f"bits={bits!r} must be from 2 to 8")
     return 2 ** (bits - 1) - 1
 
@@ -96,19 +101,19 @@ def in_groups(x, group_size):
 
 
 def round_nearest(weight, bits, group_size=None):
-    """Each weight to its nearest code: codes (..., out, in) and BF16 scale (..., out, groups)."""
+    """Rounds weights to nearest: codes (..., out, in) and BF16 scale (..., out, groups)."""
     codes, scale = absmax_quantize(in_groups(weight, group_size), bits, -1, torch.bfloat16)
     return codes.flatten(-2), scale.squeeze(-1)
 
 
 def dequantize(codes, scale):
-    """Ŵ (..., out, in), FP32, from codes of that shape and scale (..., out, groups)."""
+    """Returns Ŵ (..., out, in), FP32, from codes of this shape and scale (..., out, groups)."""
     groups = codes.float().unflatten(-1, (scale.shape[-1], -1))
     return groups.mul_(scale.float().unsqueeze(-1)).flatten(-2)
 
 
 def zero_point_quantize(x, bits=8, dim=None):
-    """Asymmetric integers, for numbers that lie to one side: x ≈ (codes − zero) · scale.
+    """Asymmetric integers, x ≈ (codes − zero) · scale, for numbers that lie on one side of 0.
 
     Returns: codes and zero (uint8, 0 … 2^bits − 1) and scale. The range always includes 0, which
         is represented exactly.
@@ -123,19 +128,20 @@ def zero_point_quantize(x, bits=8, dim=None):
 
 
 def rounding_and_clipping(x, bits, largest):
-    """Mean squared error of a grid that ends at `largest`: (of what lies within, of the rest)."""
+    """Mean squared error of a grid that ends at `largest`: (of numbers within it, of the rest)."""
     scale = largest / largest_code(bits)
     error = (x - nearest_codes(x, scale, bits) * scale) ** 2
     inside = x.abs() <= largest
     return (error * inside).mean().item(), (error * ~inside).mean().item()
 
 
-# %% Packing: codes of 2 to 7 bits in bytes, no bit wasted
+# %% Packing: codes of 2 to 7 bits fill bytes without gaps
 def pack_bits(codes, bits):
-    """Signed codes (..., n), int8 → bytes (..., ⌈n · bits / 8⌉), uint8; the first code lowest.
+    """Packs signed codes (..., n), int8, into bytes (..., ⌈n · bits / 8⌉), uint8.
 
-    Codes are stored as code + 2^(bits−1). INT4: two to a byte, the first in the low half:
-    [−8, 7] → 0b1111_0000. 6 bits: four codes in three bytes. 8 bits: the codes as they are.
+    Each code is stored as code + 2^(bits−1); the first one takes the lowest bits. A byte has room
+    for two codes of 4 bits: [−8, 7] → 0b1111_0000. Three bytes have room for four codes of 6 bits.
+    Codes of 8 bits are returned as they are.
     """
     return codes if bits == 8 else packed_bytes(codes + 2 ** (bits - 1), bits)
 
@@ -147,14 +153,14 @@ def unpack_bits(packed, bits, count):
     return unpacked_bytes(packed, bits, count).view(torch.int8) - 2 ** (bits - 1)
 
 
-# %% Floating point in 8 bits: every number has a step of its own
+# %% Floating point in 8 bits: the steps grow with the numbers
 def float8_grid(exponent_bits, mantissa_bits):
     """All finite numbers ≥ 0 of an 8-bit float, in the order of their bit patterns.
 
-    E4M3 gives up infinity for range: only the last pattern is NaN, so it ends at 448. E5M2 keeps
-    the whole last exponent for infinity and NaN, as IEEE does, and ends at 57,344. From 1 to 2,
-    E4M3 goes in steps of 1/8, from 256 on in steps of 32: always an eighth of the power of two
-    (down to 1/64; below, the steps stay 1/512).
+    E4M3 (4 bits of exponent, 3 of mantissa) has no infinity, and only its last pattern is NaN, so
+    it ends at 448. E5M2 keeps the whole last exponent for infinity and NaN, as IEEE does, and ends
+    at 57,344. From 1 to 2, the steps of E4M3 are 1/8; from 256 on, they are 32. A step is always an
+    eighth of the power of two below it, down to 1/64. Below 1/64, the steps stay 1/512.
     """
     bias = 2 ** (exponent_bits - 1) - 1
     values = []
@@ -168,9 +174,9 @@ def float8_grid(exponent_bits, mantissa_bits):
 
 
 def round_to_grid(x, grid):
-    """The naive reference of a cast: each number's nearest on the grid (values ≥ 0, mirrored).
+    """The naive reference of a cast: rounds to the nearest number of the grid (≥ 0, mirrored).
 
-    Halfway between two: the one whose bit pattern is even. Beyond the end: the end.
+    Halfway between two numbers, the even bit pattern wins. Numbers beyond the end go to the end.
     """
     size = x.abs().clamp(max=grid[-1].item())
     above = torch.searchsorted(grid, size).clamp(min=1)
@@ -184,7 +190,7 @@ E4M3_MAX = 448.0
 
 
 def block_quantize(x, rows, columns=128):
-    """x (R, C) → E4M3 codes (R, C) and FP32 scales, one a block: (⌈R/rows⌉, ⌈C/columns⌉).
+    """x (R, C) → E4M3 codes (R, C) and FP32 scales, one per block: (⌈R/rows⌉, ⌈C/columns⌉).
 
     V3 takes blocks of 1×128 for activations and 128×128 for weights. As in the released files, the
     scale *multiplies* the codes although its name there is `weight_scale_inv`.
@@ -193,36 +199,36 @@ def block_quantize(x, rows, columns=128):
     padded = F.pad(x.float(), (0, -width % columns, 0, -height % rows))
     blocks = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
     scale = nonzero(blocks.abs().amax(dim=(1, 3), keepdim=True) / E4M3_MAX)
-    # In blocks so small that the scale itself is rounded, a code may come out above 448: clamped.
+    # If the numbers of a block are tiny, its scale is rounded and a code can exceed 448: clamp it.
     codes = (blocks / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return codes.flatten(2).flatten(0, 1)[:height, :width].contiguous(), scale[:, 0, :, 0]
 
 
 def block_dequantize(codes, scale, rows, columns=128):
-    """The FP32 matrix (R, C) that `block_quantize` stands for."""
+    """Returns the FP32 matrix (R, C) that the result of `block_quantize` stands for."""
     height, width = codes.shape
     spread = scale.repeat_interleave(rows, 0)[:height].repeat_interleave(columns, 1)[:, :width]
     return codes.float() * spread
 
 
 def tile_rounded(x, columns=128):
-    """x (..., C) rounded to E4M3 in tiles of 1×128, in FP32."""
+    """Rounds x (..., C) to E4M3 in tiles of 1×128; the result is FP32."""
     flat = x.flatten(0, -2)
     return block_dequantize(*block_quantize(flat, 1, columns), 1, columns).view_as(x)
 
 
-# %% Outliers: a few large inputs, and the product that rounds all others
+# %% Outliers: a few large inputs, and a product that rounds only the others
 def w8a8_product(x, codes, scale):
     """x Ŵᵀ with integers inside the sum: y_ij = s_i t_j Σ_k q_ik p_jk.
 
-    A row x = (12.7, −1.0, 0.2) has the codes (127, −10, 2) and the step 0.1, a row w of the matrix
-    (1.27, −0.5, 0.0) has (127, −50, 0) and 0.01:
+    A row of x, (12.7, −1.0, 0.2), has the codes (127, −10, 2) and the scale 0.1. A row of W,
+    (1.27, −0.5, 0.0), has the codes (127, −50, 0) and the scale 0.01. So
 
         y = 0.1 · 0.01 · (127 · 127 + 10 · 50 + 2 · 0) = 0.001 · 16,629 = 16.629
 
-    x (M, in), each row rounded as it comes; codes (out, in), scale (out, 1). FP32 adds up whole
-    numbers without error as far as 2²⁴, 1,040 products of 127 · 127. Kernels take INT32, which is
-    where the time is won: pipeline/fast.
+    x (M, in): each row is rounded when it arrives. codes (out, in), scale (out, 1). FP32 adds whole
+    numbers exactly up to 2²⁴, that is, 1,040 products of 127 · 127. Kernels that save time add in
+    INT32: see pipeline/fast.
     """
     x_codes, x_scale = absmax_quantize(x.float(), dim=-1)
     sums = F.linear(x_codes.float(), codes.float())
@@ -232,8 +238,8 @@ def w8a8_product(x, codes, scale):
 def llm_int8_product(x, codes, scale, threshold=6.0, product=w8a8_product):
     """LLM.int8(): columns in which some |x| reaches the threshold are multiplied in high precision.
 
-    They are looked for in every input, so the output of a token depends a little on the other
-    tokens of its batch. The outliers are never rounded; their weights come from the INT8 codes, so
+    These columns are found anew in every input, so a token's output depends a little on the other
+    tokens of its batch. The outliers are never rounded. Their weights come from the INT8 codes, so
     that no second copy is kept. `product` multiplies all other columns.
     """
     outliers = (x.abs() >= threshold).any(dim=0)
@@ -244,7 +250,7 @@ def llm_int8_product(x, codes, scale, threshold=6.0, product=w8a8_product):
 
 # %% Rounding that looks at the inputs: GPTQ
 class InputStatistics:
-    """What calibration leaves of a layer's inputs, all one needs for GPTQ, AWQ and SmoothQuant."""
+    """Sums up a layer's inputs from a calibration text for GPTQ, AWQ and SmoothQuant."""
 
     def __init__(self, width, device=None):
         self.hessian = torch.zeros(width, width, device=device)  # Σ x xᵀ
@@ -260,24 +266,24 @@ class InputStatistics:
 
 
 def output_error(weight, rounded, hessian):
-    """‖(W − Ŵ) X‖², summed over all inputs seen: tr((W − Ŵ) H (W − Ŵ)ᵀ)."""
+    """Returns ‖(W − Ŵ) X‖², summed over all inputs seen: tr((W − Ŵ) H (W − Ŵ)ᵀ)."""
     difference = weight - rounded
     return ((difference @ hessian) * difference).sum().item()
 
 
 def gptq_by_inverses(weight, hessian, bits, group_size=None, dampening=0.01):
-    """The naive reference of `gptq`: a new inverse of what is left of H after each column.
+    """The naive reference of `gptq`: inverts the rest of H anew for each column.
 
-    One column by hand: 3 bits, dampening 0, one row, three input columns, two of them alike:
+    One column by hand, with 3 bits and dampening 0. W has one row; input columns 0 and 1 are alike:
 
         W = (0.4, 1.4, 3.0)     H = (1.0 0.8 0.0)     scale = 3.0 / 3 = 1
                                     (0.8 1.0 0.0)
                                     (0.0 0.0 1.0)
 
-    Column 0 is rounded to 0, an error of 0.4. [H⁻¹]_01 / [H⁻¹]_00 = −0.8, so column 1 becomes
-    1.4 + 0.8 · 0.4 = 1.72 and is rounded to 2: it makes up for column 0. Column 2 has nothing to
-    do with them and stays 3. The codes (0, 2, 3) have an output error of 0.136; rounded to nearest
-    they would be (0, 1, 3), with an error of 0.576.
+    Column 0 is rounded to 0, with an error of 0.4. [H⁻¹]_01 / [H⁻¹]_00 = −0.8, so column 1 becomes
+    1.4 + 0.8 · 0.4 = 1.72 and is rounded to 2. It makes up for the error of column 0. Column 2 is
+    independent of the two and stays 3. The codes (0, 2, 3) have an output error of 0.136. Rounding
+    to nearest gives (0, 1, 3), with an output error of 0.576.
     """
     codes, scale = round_nearest(weight, bits, group_size)
     weight, scale = weight.clone(), scale_of_each(weight, scale)
@@ -296,13 +302,13 @@ def gptq(
 ):
     """Rounds column by column and lets the columns not yet rounded make up for each error.
 
-    The rows of one Cholesky factor U of H⁻¹ (H⁻¹ = Uᵀ U) hold all that the inverses above would
-    tell: [H⁻¹]_ij / [H⁻¹]_ii = U_ij / U_ii. A few columns at a time are finished, then all later
-    ones corrected at once. Scales are those of the weights as they came, so groups stay together
-    when `activation_order` takes the columns with the largest inputs first.
+    One Cholesky factor U of H⁻¹ (H⁻¹ = Uᵀ U) replaces all inverses of the naive reference: their
+    [H⁻¹]_ij / [H⁻¹]_ii is U_ij / U_ii. A few columns at a time are finished; then all later columns
+    are corrected at once. Scales are those of the original weights, so groups stay together even
+    if `activation_order` takes the columns with the largest inputs first.
 
-    weight (out, in); hessian Σ x xᵀ (in, in); dampening: share of the mean of H's diagonal that is
-    added to it. Returns codes (out, in) and BF16 scale (out, groups).
+    weight (out, in); hessian Σ x xᵀ (in, in). dampening: this share of the mean of H's diagonal is
+    added to the diagonal. Returns codes (out, in) and BF16 scale (out, groups).
     """
     codes, scale = round_nearest(weight, bits, group_size)
     column_scale, weight = scale_of_each(weight, scale), weight.clone()
@@ -327,12 +333,12 @@ def gptq(
 
 
 def scale_of_each(weight, scale):
-    """A scale for each weight: (out, groups) → (out, in), in the precision of the weights."""
+    """Gives each weight its scale: (out, groups) → (out, in), in the precision of the weights."""
     return scale.to(weight.dtype).repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)
 
 
 def dampened(hessian, dampening):
-    """H + λI; a column that never had an input counts as independent of the others."""
+    """Returns H + λI; a column whose inputs were all 0 counts as independent of the others."""
     diagonal = hessian.diagonal()
     unused = (diagonal == 0).to(hessian.dtype)
     return hessian + torch.diag(unused + dampening * diagonal.mean())
@@ -340,9 +346,9 @@ def dampened(hessian, dampening):
 
 # %% Scaling before rounding: AWQ and SmoothQuant
 def awq_smoothing(weight, statistics, bits, group_size=None, steps=20):
-    """The smoothing σ = mean|X_j|^α; of α = 0, 1/steps, … 1 the one that moves outputs least.
+    """Returns the σ = mean|X_j|^α, with α from 0, 1/steps, … 1, that changes the outputs least.
 
-    Weights that meet large inputs are scaled up before rounding, so that they lose less; α = 0 is
+    The weights of large inputs are scaled up before rounding, so that they lose less. α = 0 is
     plain rounding.
     """
     size = statistics.total / statistics.total.mean().clamp(min=1e-12)
@@ -357,11 +363,11 @@ def awq_smoothing(weight, statistics, bits, group_size=None, steps=20):
 
 
 def smoothquant_smoothing(weight, largest_input, alpha=0.5):
-    """SmoothQuant's smoothing σ (in,): moves large inputs into the weights, half way at α = ½.
+    """Returns SmoothQuant's σ (in,), which makes large inputs smaller and their weights larger.
 
-    Inputs up to 8 meet weights up to 2: σ = 8^½ / 2^½ = 2, and both then end at 4.
-    A column small in the few inputs that an expert saw need not stay so: max|X_j| counts as a
-    tenth of the columns' mean at least. A column of zeros has σ = 1.
+    With α = ½, inputs up to 8 and weights up to 2 give σ = 8^½ / 2^½ = 2; both then reach 4.
+    An expert may see few inputs, and a column that is small in these can be large later. So
+    max|X_j| counts as at least a tenth of its mean over columns. A column of zeros has σ = 1.
     """
     largest_weight = weight.abs().amax(dim=0)
     unused, floor = largest_input == 0, largest_input.mean() / 10
@@ -374,17 +380,17 @@ def smoothquant_smoothing(weight, largest_input, alpha=0.5):
 def straight_through(exact, rounded):
     """`rounded` in the forward pass; in the backward pass the gradient goes to `exact`.
 
-    Rounding is a staircase: its gradient is zero almost everywhere, and nothing would be learnt.
+    Rounding is a staircase: its gradient is zero almost everywhere, so nothing would be learnt.
     """
     return exact + (rounded - exact).detach()
 
 
 class QuantizedLinear(surgery.TypesKept):
-    """y = (x / input_scale) Ŵᵀ + bias, (..., in) → (..., out). The subclasses say what Ŵ is.
+    """y = (x / input_scale) Ŵᵀ + bias, (..., in) → (..., out). Each subclass has its own Ŵ.
 
-    `input_scale` is the smoothing σ, not a grid's step, or None. `weight` is the FP32 matrix that
-    the layer stands for, worked out at each call: MLA's absorption reads it and sees what the layer
-    does. A cast changes neither codes nor scales.
+    `input_scale` is the smoothing σ or None; it is not the scale of a grid. `weight` is the FP32
+    matrix that the layer stands for, computed at each access. MLA's absorption reads it, and so
+    computes the same as the layer. A cast changes neither codes nor scales.
     """
 
     refusal = "quantised already"
@@ -400,7 +406,7 @@ class QuantizedLinear(surgery.TypesKept):
         raise NotImplementedError
 
     def product(self, rows):
-        """(M, in) → (M, out), without smoothing and bias: dequantise, then multiply."""
+        """(M, in) → (M, out), without smoothing and bias: dequantises, then multiplies."""
         return F.linear(rows, self.rounded_weight().to(rows.dtype))
 
     @property
@@ -423,16 +429,16 @@ class QuantizedLinear(surgery.TypesKept):
         return output.view(*x.shape[:-1], self.out_features)
 
     def weight_bytes(self):
-        """What stands for the matrix: codes, scales and smoothing."""
+        """Counts the bytes of codes, scales and smoothing, which together stand for the matrix."""
         return sum(b.nbytes for name, b in self.named_buffers() if name != "bias")
 
 
 class IntegerLinear(QuantizedLinear):
-    """Weights in 2 to 8 bits, one BF16 scale a row or group; inputs stay as they are.
+    """Has weights of 2 to 8 bits, with one BF16 scale per row or group; inputs are not rounded.
 
-    A scale for 128 weights adds an eighth of a bit to each: INT4 takes 4.125 bits a weight.
-    Codes and scales are dequantised, then multiplied. pipeline/fast has kernels for 8 and 4 bits
-    that read the codes as they are: half the point of fewer bits is that fewer bytes are read.
+    A scale for 128 weights adds an eighth of a bit to each: INT4 takes 4.125 bits per weight.
+    Codes are dequantised, then multiplied. pipeline/fast has kernels for 8 and 4 bits that read the
+    codes themselves: fewer bits save time only if fewer bytes are read.
     """
 
     def __init__(
@@ -453,11 +459,11 @@ class IntegerLinear(QuantizedLinear):
         return self
 
     def fill_nearest(self, weight):
-        """weight (out, in), rounded to nearest."""
+        """Fills in a weight (out, in), rounded to nearest."""
         return self.fill(*round_nearest(weight, self.bits, self.group_size))
 
     def codes_and_scale(self):
-        """codes (out, in), int8, and scale (out, groups), BF16."""
+        """Returns codes (out, in), int8, and scale (out, groups), BF16."""
         return unpack_bits(self.codes, self.bits, self.in_features), self.scale
 
     def rounded_weight(self):
@@ -465,7 +471,7 @@ class IntegerLinear(QuantizedLinear):
 
 
 class W8A8Linear(IntegerLinear):
-    """INT8 rows of weights times INT8 rows of inputs; with `outlier_threshold`, LLM.int8()."""
+    """Multiplies INT8 rows of inputs and of weights; with `outlier_threshold`, by LLM.int8()."""
 
     def __init__(self, *sizes, outlier_threshold=None, **options):
         super().__init__(*sizes, **options)
@@ -478,11 +484,11 @@ class W8A8Linear(IntegerLinear):
 
 
 class Fp8Linear(QuantizedLinear):
-    """E4M3 weights in blocks of 128×128, inputs rounded to E4M3 in tiles of 1×128 (V3, 3.3).
+    """Has E4M3 weights in blocks of 128×128; rounds inputs to E4M3 in tiles of 1×128 (V3, 3.3).
 
-    V3 multiplies FP8 by FP8. Its GPUs keep few bits of a long sum, so every 128 products their sum
-    is added to an FP32 number; here both are dequantised first and all sums are FP32.
-    `rounds_input=False` leaves the inputs alone.
+    V3 multiplies FP8 by FP8. Its GPUs keep few bits of a long sum, so after every 128 products the
+    sum is added to an FP32 number. Here both sides are dequantised first, and all sums are FP32.
+    With `rounds_input=False`, inputs are not rounded.
     """
 
     def __init__(self, in_features, out_features, bias=False, rounds_input=True):
@@ -492,7 +498,7 @@ class Fp8Linear(QuantizedLinear):
         self.hold(codes=codes, weight_scale_inv=scale)
 
     def fill_nearest(self, weight):
-        """weight (out, in), rounded in its blocks."""
+        """Fills in a weight (out, in), rounded in its blocks."""
         self.codes, self.weight_scale_inv = block_quantize(weight, 128)
         return self
 
@@ -503,25 +509,25 @@ class Fp8Linear(QuantizedLinear):
         return super().product(tile_rounded(rows).to(rows.dtype) if self.rounds_input else rows)
 
 
-# %% Schemes: what is done to every matrix of a model
+# %% Schemes: how to round every matrix of a model
 LAYERS = ("weights", "w8a8", "llm_int8", "fp8")
 METHODS = {"nearest": LAYERS, "smooth": ("w8a8",), "gptq": ("weights",), "awq": ("weights",)}
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """What `quantize_model` does to every matrix.
+    """The settings by which `quantize_model` rounds every matrix.
 
-    layer: what is rounded, and the layer that holds it.
+    layer: the kind of the new layers and the numbers that they round.
 
-        "weights"   the weights; inputs stay as they are         `IntegerLinear`
-        "w8a8"      the inputs, too, a scale a row               `W8A8Linear`
-        "llm_int8"  all but the columns with large inputs        `W8A8Linear` with a threshold
+        "weights"   the weights                                  `IntegerLinear`
+        "w8a8"      the weights, and inputs with a scale a row   `W8A8Linear`
+        "llm_int8"  the same, except columns with large inputs   `W8A8Linear` with a threshold
         "fp8"       weights in blocks and inputs in tiles        `Fp8Linear`
 
-    bits: of the weights. group_size: numbers of a row that share a scale; None: the row; "auto":
-    128, 64 or 32, the largest that divides the row, or else the row. method: how weights are
-    rounded, each for some of the layers.
+    bits: bits per weight. group_size: how many numbers of a row share a scale. None: the whole row.
+    "auto": 128, 64 or 32, the largest that divides the row; the whole row if none does. method: how
+    weights are rounded. `METHODS` lists the layers that each method is for.
     """
 
     layer: str = setting("weights", choices=LAYERS)
@@ -539,7 +545,7 @@ class Scheme:
         require(self.layer in fitting, f"method={self.method!r} is for layer={fitting[0]!r}")
 
     def groups(self, width):
-        """Numbers that share a scale in rows of `width`; "auto": 256 → 128, 96 → 32, 100 → 100."""
+        """How many numbers of a row share a scale; "auto": 256 → 128, 96 → 32, 100 → 100."""
         if self.group_size == "auto":
             return next((size for size in (128, 64, 32) if width % size == 0), width)
         return self.group_size or width
@@ -557,17 +563,17 @@ SCHEMES = {
 }
 
 
-# %% From a model to its quantised copy: every `nn.Linear` gives way to its layer
+# %% From a model to its quantised copy: a rounded layer replaces each `nn.Linear`
 def quantize_model(model, scheme, calibration=None):
-    """A quantised copy for inference; the argument is untouched.
+    """Returns a quantised copy for inference; the argument is not changed.
 
-    Rounded are the matrices of attention and of dense, shared and routed feed-forward, also those
-    in the blocks of the MTP modules. Embedding, head, router, norms and `eh_proj` stay as they are.
-    Each matrix is the weight of an `nn.Linear`: block by block they give way to rounded layers.
+    It rounds the matrices of attention and of dense, shared and routed feed-forward, also those in
+    the blocks of the MTP modules. Embedding, head, router, norms and `eh_proj` stay as they are.
+    Each matrix is the weight of an `nn.Linear`. Block by block, rounded layers replace them.
 
     model: a `CausalLM` that is neither quantised nor prepared for QAT. scheme: a name in `SCHEMES`
-    or a `Scheme`. calibration: token ids (B, T), for methods that look at inputs: each block is
-    rounded to the inputs that it gets from the rounded blocks before it.
+    or a `Scheme`. calibration: token ids (B, T), for methods that look at inputs. Each block is
+    rounded for the inputs that it gets from the rounded blocks before it.
     """
     scheme, copied = entry_of(SCHEMES, scheme=scheme), surgery.changeable_copy(model, CausalLM)
     quantized = listed_experts(copied).eval().requires_grad_(False)
@@ -577,7 +583,7 @@ def quantize_model(model, scheme, calibration=None):
         require_shape(calibration, needed, B=1, T=len(model.mtp) + 1)
     for number, block in enumerate(quantized.blocks()):
         linears, statistics = linears_of(block), {}
-        if calibrates:  # by what the rounded blocks before it will really compute
+        if calibrates:  # with the inputs that the rounded blocks before it compute
             statistics = input_statistics(quantized.prepared(), calibration, linears)
         for name, linear in linears.items():
             full_name, seen = f"block {number} {name}", statistics.get(name)
@@ -589,8 +595,8 @@ def quantize_model(model, scheme, calibration=None):
 class ExpertList(Experts):
     """`Experts` with an `nn.Linear` for each expert's matrix.
 
-    Every expert is rounded for itself: it has its own large weights, and sees only the inputs that
-    the router sends it, so GPTQ, AWQ and SmoothQuant find another answer for each.
+    Each expert is rounded separately. It has its own large weights and gets only the inputs that
+    the router sends to it, so GPTQ, AWQ and SmoothQuant round each expert in its own way.
     """
 
     def expert(self, e, x):
@@ -601,13 +607,13 @@ class ExpertList(Experts):
 
 
 def listed_experts(model):
-    """The model itself, its experts now an `ExpertList` in the same memory."""
+    """Turns all `Experts` into `ExpertList`s in the same memory; returns the model itself."""
     return surgery.matrices_apart(model, Experts, ExpertList)
 
 
 @torch.no_grad()
 def input_statistics(model, calibration, linears, batch_size=8):
-    """{name: `InputStatistics`} of {name: linear} while the model reads calibration ids (B, T)."""
+    """{name: linear} → {name: `InputStatistics`} while the model reads calibration ids (B, T)."""
     statistics = {name: InputStatistics(linear.in_features, linear.weight.device)
                   for name, linear in linears.items()}
     with surgery.inputs_watched({linears[name]: seen.add for name, seen in statistics.items()}):
@@ -620,10 +626,10 @@ def input_statistics(model, calibration, linears, batch_size=8):
 
 
 def quantized_linear(linear, scheme, name, statistics=None):
-    """The layer that replaces `linear`, filled; `statistics` of its inputs, if the method asks.
+    """Returns the filled layer that replaces `linear`; some methods need its input `statistics`.
 
-    Rounding to nearest and GPTQ give codes at once; AWQ and SmoothQuant first find a σ that the
-    weights are multiplied by and the inputs will be divided by.
+    Rounding to nearest and GPTQ give codes at once. AWQ and SmoothQuant first find a smoothing σ.
+    The weights are multiplied by σ, and the inputs will be divided by σ.
     """
     weight, width = linear.weight.detach().float(), linear.in_features
     require(weight.isfinite().all(), f"{name}: the weights hold NaN or infinite numbers")
@@ -646,10 +652,10 @@ def quantized_linear(linear, scheme, name, statistics=None):
 
 
 def empty_layer(linear, scheme, name):
-    """The layer that replaces the `linear` of this name, yet to be filled.
+    """Returns the layer that replaces the `linear` of this name, before it is filled.
 
-    MLA's absorbed path feeds `kv_b_proj` other inputs than the expanded path; rounding them would
-    make the two disagree. So only its weights are rounded, never its inputs.
+    MLA's absorbed path gives `kv_b_proj` other inputs than the expanded path. Rounding these inputs
+    would make the two paths disagree, so `kv_b_proj` has only its weights rounded.
     """
     sizes = linear.in_features, linear.out_features, linear.bias is not None
     absorbed = name.endswith("kv_b_proj")
@@ -663,7 +669,7 @@ def empty_layer(linear, scheme, name):
 
 
 def matrix_bytes(model):
-    """(bytes of the quantised matrices with all their scales, bytes of the same in FP32)."""
+    """Returns the bytes of all quantised matrices with their scales, and of the same in FP32."""
     layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
     numbers = sum(layer.in_features * layer.out_features for layer in layers)
     return sum(layer.weight_bytes() for layer in layers), 4 * numbers
@@ -671,9 +677,9 @@ def matrix_bytes(model):
 
 # %% Training with rounded weights
 class FakeQuantize(nn.Module):
-    """Weights (..., out, in) → the same as the integer layer will hold them.
+    """Weights (..., out, in) → the same weights as the integer layer will hold them.
 
-    What training moves stays exact: many small steps add up until a weight falls on the next code.
+    Training changes the exact weights: small steps add up until a weight rounds to the next code.
     """
 
     refusal = "prepared for QAT: convert_qat makes it integer"
@@ -689,10 +695,10 @@ class FakeQuantize(nn.Module):
 
 
 def prepare_qat(model, scheme):
-    """A copy that trains with rounded weights: `int8`, `int4`, or a `Scheme` that rounds so.
+    """Returns a copy that trains with weights rounded to nearest, by `int8`, `int4` or a `Scheme`.
 
-    Whoever reads a weight, be it MLA's absorption, gets it rounded; the optimizer moves the number
-    behind it.
+    All code that reads a weight gets the rounded one, even MLA's absorption. The optimizer changes
+    the exact weight behind it.
     """
     scheme = entry_of(SCHEMES, scheme=scheme)
     fits = (scheme.layer, scheme.method) == ("weights", "nearest")
@@ -704,7 +710,7 @@ def prepare_qat(model, scheme):
 
 
 def convert_qat(model):
-    """The integer model (a copy) that `prepare_qat`'s model has been trained to be."""
+    """Returns an integer copy of a model from `prepare_qat`; it computes the same function."""
     schemes = [module.scheme for module in model.modules() if isinstance(module, FakeQuantize)]
     require(schemes, "the model was not prepared by prepare_qat")
     return quantize_model(surgery.without_parametrizations(model.copy()), schemes[0])
@@ -712,10 +718,11 @@ def convert_qat(model):
 
 # %% A training step in FP8
 class Fp8Product(torch.autograd.Function):
-    """y = x Wᵀ whose three products all take rounded operands, as V3 trains (figure 6).
+    """y = x Wᵀ. All three products of a training step round their operands, as in V3 (figure 6).
 
-    Forward  y = ⌊x⌉ ⌊W⌉ᵀ, input gradient ∂x = ⌊∂y⌉ ⌊W⌉, weight gradient ∂W = ⌊∂yᵀ⌉ ⌊xᵀ⌉ᵀ: tiles of
-    1×128 lie along the dimension that is summed over, in the last product along the tokens.
+    ⌊·⌉ rounds to FP8. The output is y = ⌊x⌉ ⌊W⌉ᵀ, the input gradient ∂x = ⌊∂y⌉ ⌊W⌉, the weight
+    gradient ∂W = ⌊∂yᵀ⌉ ⌊xᵀ⌉ᵀ. Tiles of 1×128 lie along the dimension that is summed over. In the
+    last product, this is the tokens.
     """
 
     @staticmethod
@@ -734,7 +741,7 @@ class Fp8Product(torch.autograd.Function):
 
 
 class Fp8TrainingLinear(nn.Linear):
-    """A linear whose master weights stay FP32 and whose products run in simulated FP8."""
+    """A linear layer whose weights stay FP32 and whose products run in simulated FP8."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -743,9 +750,10 @@ class Fp8TrainingLinear(nn.Linear):
 
 
 def prepare_fp8_training(model):
-    """A copy that trains in simulated FP8; embedding, head, router and norms do not.
+    """Returns a copy whose blocks train in simulated FP8.
 
-    Neither does the attention operator, as in V3; the projections around it do.
+    As in V3, embedding, head, router, norms and the attention operator do not, but the projections
+    around attention do.
     """
     model = listed_experts(surgery.changeable_copy(model, CausalLM))
     for block in model.blocks():
@@ -754,12 +762,12 @@ def prepare_fp8_training(model):
     return model
 
 
-# %% The latent cache in 8 bits or fewer, no bit wasted
+# %% The latent cache in 8 bits or fewer
 class QuantizedLatentCache(LatentCache):
-    """A `LatentCache` of packed integers and two BF16 scales a token: latent and rotary key apart.
+    """A `LatentCache` of packed integers. A token has two BF16 scales, of latent and rotary key.
 
-    Attention reads dequantised numbers, those of the newest token included. V2-sized, 6 bits: 576
-    numbers in 432 + 4 bytes, which are one row of the store.
+    Attention reads dequantised numbers, also those of the newest token. In V2's size and 6 bits,
+    the 576 numbers of a token take 432 + 4 bytes, which are one row of the store.
     """
 
     def __init__(self, store=RowStore, *, bits, latent_width):
@@ -767,7 +775,7 @@ class QuantizedLatentCache(LatentCache):
         self.bits, self.latent_width = bits, latent_width
 
     def append(self, memory):
-        """(B, new, C + R) → all so far, dequantised, (B, S, C + R)."""
+        """Stores (B, new, C + R); returns all rows so far, dequantised, (B, S, C + R)."""
         width, C = memory.shape[-1], self.latent_width
         widths = [C, width - C] if width > C else [C]
         parts = memory.detach().split(widths, dim=-1)
@@ -781,8 +789,8 @@ class QuantizedLatentCache(LatentCache):
 
 
 def quantize_cache(model, bits):
-    """The model itself, from now on with latent caches of `bits` (2 to 8; None: as they were)."""
-    largest_code(8 if bits is None else bits)  # refuses others
+    """Gives the model latent caches of `bits`, 2 to 8, or plain ones (None); returns the model."""
+    largest_code(8 if bits is None else bits)  # refuses all other numbers
     for attention in (block.self_attn for block in model.blocks()):
         options = dict(bits=bits, latent_width=attention.kv_lora_rank)
         smaller = functools.partial(QuantizedLatentCache, **options)
@@ -797,7 +805,7 @@ def relative_error(got, want):
 
 
 def show_shared_scales(demo):
-    """Who shares a scale, what a zero point is for, and where the error comes from."""
+    """Compares ways to share a scale, shows what a zero point gains, and splits the error."""
     x = torch.randn(256, 256, device=demo.device)
     x[:, 7] *= 30  # one large column
     views = {"tensor": (x, None), "row": (x, -1), "column": (x, 0),
@@ -807,16 +815,16 @@ def show_shared_scales(demo):
         codes, scale = absmax_quantize(view, 8, dim)
         errors[name] = relative_error((codes * scale).view_as(x)[:, 64:], x[:, 64:])
     figures = ", ".join(f"{name} {error:.4f}" for name, error in errors.items())
-    demo.note("INT8, one column 30 × the others; error of columns 64…255 by who shares a scale:")
+    demo.note("INT8, one column is 30 × the others; error of columns 64…255, one scale for each:")
     demo.note(f"    {figures}")
-    demo.check("it matters who shares a scale with the large ones", "(256, 256)",
+    demo.check("it matters which numbers share a large one's scale", "(256, 256)",
                " > ".join(errors), sorted(errors, key=errors.get, reverse=True) == list(errors))
     one_sided = torch.rand(64, 64, device=demo.device) + 0.5
     codes, scale, zero = zero_point_quantize(one_sided)
     asymmetric = relative_error((codes.float() - zero) * scale, one_sided)
     codes, scale = absmax_quantize(one_sided)
     symmetric = relative_error(codes * scale, one_sided)
-    demo.check("numbers to one side: a zero point helps", "(64, 64)",
+    demo.check("numbers on one side of 0: a zero point helps", "(64, 64)",
                f"error {symmetric:.4f} → {asymmetric:.4f}", asymmetric < symmetric)
     normal = torch.randn(100_000, device=demo.device)
     demo.note("INT4 of a normal distribution, squared error from rounding + from clipping:")
@@ -828,7 +836,7 @@ def show_shared_scales(demo):
 
 
 def show_formats(demo):
-    """What the 8-bit floats are, what FP8 loses in blocks, and how codes are packed."""
+    """Checks the grids of 8-bit floats and packed codes, and measures what FP8 loses in blocks."""
     for name, bits, dtype in (("E4M3", (4, 3), torch.float8_e4m3fn),
                               ("E5M2", (5, 2), torch.float8_e5m2)):
         grid, numbers = float8_grid(*bits), torch.randn(10_000) * 20
@@ -847,7 +855,7 @@ def show_formats(demo):
 
 
 def show_outliers(demo):
-    """A few large activations: what absmax loses, what LLM.int8() and SmoothQuant keep."""
+    """Compares what absmax, LLM.int8() and SmoothQuant lose to a few large inputs."""
     weight = torch.randn(256, 256, device=demo.device) / 16
     x = torch.randn(64, 256, device=demo.device)
     x[:, [3, 77, 200]] *= 60
@@ -862,22 +870,22 @@ def show_outliers(demo):
         "LLM.int8()": llm_int8_product(x, *by_row),
         "SmoothQuant": w8a8_product(x / smoothing, *round_nearest(weight * smoothing, 8)),
     }
-    # The outliers drown the part of the output that the other columns make.
+    # The outliers make most of the output, so errors are compared with the others' part of it.
     ordinary = torch.ones(256, dtype=torch.bool, device=demo.device)
     ordinary[[3, 77, 200]] = False
     size = F.linear(x[:, ordinary], weight[:, ordinary]).norm()
     errors = {name: ((y - exact).norm() / size).item() for name, y in outputs.items()}
-    demo.note("three of 256 input columns 60 × the others; error over what the other 253 say:")
+    demo.note("three of 256 input columns are 60 × the others; error over the other 253's output:")
     for name, error in errors.items():
         demo.note(f"    {name:<26} {error:.4f}")
     plain, rows, mixed, smoothed = errors.values()
-    demo.check("LLM.int8() and SmoothQuant keep it", "(M, 256) → (M, 256)",
+    demo.check("LLM.int8() and SmoothQuant keep this output", "(M, 256) → (M, 256)",
                f"{plain:.2f}, {rows:.2f} → {mixed:.3f}, {smoothed:.3f}",
                max(mixed, smoothed) < rows / 3 < plain / 3)
 
 
 def show_methods(demo, bits):
-    """Rounding to nearest, GPTQ and AWQ on one layer with correlated inputs."""
+    """Compares rounding to nearest, GPTQ and AWQ on one layer with correlated inputs."""
     mixing = torch.randn(64, 64, device=demo.device)
     mixing = mixing * torch.logspace(0, -2, 64, device=demo.device)
     x = torch.randn(512, 64, device=demo.device) @ mixing
@@ -901,7 +909,7 @@ def show_methods(demo, bits):
                errors["GPTQ"] < errors["AWQ"] <= errors["nearest"])
 
 
-# %% Part 2: a small model with experts, learnt in seconds
+# %% Part 2: a small model with experts, trained in seconds
 def small_quantizable_model(width=64):
     def block(feed_forward):
         attention = MultiHeadLatentAttention(
@@ -925,13 +933,13 @@ def trained_small_model(demo, steps):
 
 @torch.no_grad()
 def held_out_loss(model, caches=False):
-    """Nats per token on text of the same language; `caches`: through the model's own caches."""
+    """Nats per token on new text of the same language; `caches`: read through the caches."""
     ids = small_language(16_384, seed=2).view(-1, 64).to(model.lm_head.weight.device)
     return next_token_loss(model(ids, caches=model.new_caches() if caches else None), ids).item()
 
 
 def show_layers(demo):
-    """What one layer of each kind keeps of a product, and in how many bytes."""
+    """Measures the error and the bytes of one layer of each kind."""
     weight = torch.randn(96, 256, device=demo.device) / 16
     x = torch.randn(5, 256, device=demo.device)
     layers = {"INT8": IntegerLinear(256, 96), "INT4": IntegerLinear(256, 96, bits=4),
@@ -948,7 +956,7 @@ def show_layers(demo):
 
 
 def show_schemes(demo, model, bits, steps):
-    """Every scheme on the small trained model: bytes and loss."""
+    """Measures bytes and loss of the small trained model with every scheme."""
     calibration = small_language(4096, seed=3).view(64, 64).to(demo.device)
     base = held_out_loss(model)
     demo.note(f"the small model, {base:.4f} nats a token in FP32; matrices' bytes and loss:")
@@ -961,7 +969,7 @@ def show_schemes(demo, model, bits, steps):
         losses[name] = held_out_loss(quantized)
         demo.note(f"    {name:<22} {stored / before:.3f} × bytes, loss {losses[name]:.4f} "
                   f"({losses[name] / base - 1:+.2%})")
-    demo.check("INT8 and FP8 lose next to nothing", "nats a token",
+    demo.check("INT8 and FP8 lose almost nothing", "nats a token",
                f"{losses['int8'] - base:+.5f}, {losses['fp8'] - base:+.5f}",
                max(abs(losses[name] / base - 1) for name in ("int8", "fp8")) < 0.005)
     quantized, ids = quantize_model(model, "int4"), calibration[:2]
@@ -974,7 +982,7 @@ def show_schemes(demo, model, bits, steps):
 
 
 def show_caches(demo, model):
-    """Bytes and loss of the latent cache in fewer bits."""
+    """Measures bytes and loss of the latent cache in fewer bits."""
     base, ids = held_out_loss(model), small_language(64, seed=3)[None].to(demo.device)
     for bits in (8, 6, 4):
         cached = quantize_cache(model.copy(), bits)
@@ -986,7 +994,7 @@ def show_caches(demo, model):
 
 
 def show_qat(demo, model, bits, steps):
-    """Training with rounded weights against a control trained as long without."""
+    """Compares training with rounded weights and equally long training without rounding."""
     scheme, base = Scheme(bits=bits), held_out_loss(model)
     lost = held_out_loss(quantize_model(model, scheme)) - base
     control, rounded = model.copy(), prepare_qat(model, scheme)
@@ -994,16 +1002,16 @@ def show_qat(demo, model, bits, steps):
         train_small(trained, steps, 0.0, demo.device, seed=demo.seed + 1, rate=1e-3)
     control = held_out_loss(quantize_model(control, scheme))
     fake, real = held_out_loss(rounded.eval()), held_out_loss(convert_qat(rounded))
-    demo.note(f"{bits} bits a row cost {lost:.4f} nats; {steps} steps later, rounded again: after "
-              f"FP32 training {control - base:+.4f}, after QAT {real - base:+.4f}")
-    demo.check("QAT recovers more than training on", "nats a token",
+    demo.note(f"{bits} bits a row cost {lost:.4f} nats; {steps} more steps, then rounded again: "
+              f"after FP32 training {control - base:+.4f}, after QAT {real - base:+.4f}")
+    demo.check("QAT recovers more than further FP32 training", "nats a token",
                f"{control:.4f} → {real:.4f}", real < control or steps < 50)
     demo.check("converted = trained with fake rounding", "nats a token",
                f"{fake:.5f}, {real:.5f}", abs(fake - real) < 1e-4)
 
 
 def show_fp8_training(demo, steps):
-    """The same steps in simulated FP8 and in BF16."""
+    """Compares the same steps in simulated FP8 and in BF16."""
     losses = {}
     for name, precision in (("BF16", torch.bfloat16), ("FP8", torch.float32)):
         torch.manual_seed(demo.seed)
@@ -1033,7 +1041,7 @@ def main(demo, arguments):
     show_caches(demo, model)
     show_qat(demo, model, bits, steps)
     show_fp8_training(demo, steps)
-    demo.finish("--bits 2: who still works?", "--bits 4: do the methods still differ?",
+    demo.finish("--bits 2: which methods still work?", "--bits 4: do the methods still differ?",
                 "--steps 400: does QAT catch up with FP32?")
 
 

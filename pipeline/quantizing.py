@@ -13,7 +13,7 @@ from pipeline.released import QUANTIZED_WEIGHTS
 from pipeline.run import training_record
 from quantization_coded import SCHEMES, matrix_bytes, quantize_cache, quantize_model
 
-CACHE_HELP = "latent cache of 2 to 8 bits a number (default: as the model has it)"
+CACHE_HELP = "bits per number of the latent cache, 2 to 8 (default: as in the model)"
 
 
 def describe_quantization(model):
@@ -27,7 +27,7 @@ def describe_quantization(model):
 
 
 def calibration_ids(tokenizer, documents, sequences, length, seed=0):
-    """(≤ sequences, length) token ids: pieces of the documents, drawn with a seed."""
+    """Draws pieces of the documents with a seed: token ids (≤ sequences, length)."""
     ids, _ = corpus.token_stream(tokenizer, documents)
     if len(ids) < length:
         return ids[None]
@@ -44,12 +44,12 @@ class QuantizeOptions:
     out: str = setting(help="directory of the new model", metavar="DIR")
     cache_bits: int | None = setting(None, CACHE_HELP, metavar="N")
     calibration_sequences: int = setting(
-        128, "pieces of text, as long as the context, for methods that look at inputs", metavar="N"
+        128, "calibration texts, each as long as the context, if the scheme calibrates", metavar="N"
     )
     data: list | None = setting(
-        None, "where they come from (default: the training text)", metavar="FILE"
+        None, "files with the calibration texts (default: the training text)", metavar="FILE"
     )
-    seed: int = setting(0, "of the calibration texts")
+    seed: int = setting(0, "seed that draws the calibration texts")
 
 
 def quantize(loaded, options):
@@ -61,13 +61,13 @@ def quantize(loaded, options):
     calibration = None
     if SCHEMES[options.scheme].method == "nearest":
         require(not options.data,
-                f"--data is for schemes that calibrate, {options.scheme} does not")
+                f"--data is for schemes that calibrate; {options.scheme} does not")
     else:
         documents = calibration_documents(directory, options.data)
         calibration = calibration_ids(
             tokenizer, documents, count, length=model.max_positions, seed=options.seed
         ).to(model.lm_head.weight.device)
-    quantize_cache(model, options.cache_bits)  # the copy has it, too
+    quantize_cache(model, options.cache_bits)  # the copy inherits it
     quantized = quantize_model(model, options.scheme, calibration)
     with checkpoint.new_directory(out) as fresh:
         quantized.save_pretrained(fresh)
@@ -79,13 +79,13 @@ def quantize(loaded, options):
     size = f"{after.stat().st_size:,} bytes"
     if before.is_file():
         size = f"{before.stat().st_size:,} → {size}"
-    print(f"{after}: {size} (embedding, head, router and norms as before)")
+    print(f"{after}: {size} (embedding, head, router and norms stay as before)")
 
 
 def calibration_documents(directory, data):
-    """The training part of --data, or else of the text that the checkpoint was trained on."""
+    """Returns the training part of --data, or else of the checkpoint's own training text."""
     trained = training_record(directory)
     if not trained and not data:
-        print("note: no run.json tells what the model was trained on: calibrating on the "
-              "standard library", file=sys.stderr)
+        print("note: no run.json names the training text, so the standard library is used for "
+              "calibration", file=sys.stderr)
     return corpus.load_corpus(data or trained.get("options", {}).get("data")).train
