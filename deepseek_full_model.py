@@ -22,8 +22,7 @@ add nothing at first, MTP that starts late in a run, and a learning rate that fa
 right after its warm-up. V3 used AdamW alone, trained MTP from the start, and kept the learning rate
 constant for most of the training before it fell. As in V3, documents follow each other in one
 sequence, and no attention mask separates them.
-Before: phases 4 to 7; phase 8 for `quantize`, phase 9 for `align`. Reading 27 minutes, running 9
-minutes.
+Before: phases 4 to 7 (8 for `quantize`, 9 for `align`). Reading 28 minutes, running 9 minutes.
 
 Dimensions: B batch · T query positions · D model width · E routed experts · A active experts per
 token · W vocabulary.

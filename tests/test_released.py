@@ -382,7 +382,7 @@ def test_transformers_does_not_misread_a_quantised_directory(tmp_path):
 
 def test_a_model_in_qat_is_not_saved_and_one_trained_in_fp8_is(tmp_path):
     model = build("v3", **WIDE)
-    with pytest.raises(ValueError, match="prepared for QAT: convert it by convert_qat before you save it"):
+    with pytest.raises(ValueError, match="prepared for QAT: convert it by convert_qat"):
         prepare_qat(model, "int8").save_pretrained(tmp_path / "qat")
     convert_qat(prepare_qat(model, "int8")).save_pretrained(tmp_path / "int8")
     assert DeepSeekModel.from_pretrained(tmp_path / "int8").quantization["bits"] == 8
