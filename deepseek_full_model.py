@@ -1,21 +1,28 @@
-"""Phase 10: the complete model. All phases together, trained on real text, scored and generating.
+"""Phase 10: the complete model. It joins the parts of all phases; we train, score and align it.
 
-Each layer is phase 5's block around phase 7's attention, with latent KV cache and decoupled rotary
-positions. The first layers have a dense feed-forward. The others have shared and routed experts,
-and a bias balances their load. A multi-token prediction (MTP) module predicts one token further
-ahead and drafts for speculative decoding. The fields of the released config.json describe a model,
-and files have the released layout: this script and transformers read each other's checkpoints.
+Each layer is the block of phase 5 with the attention of phase 7. This attention caches one small
+latent vector for each token, and positions rotate a separate part of queries and keys. The first
+layers have a dense feed-forward. The others have shared and routed experts. In V3, a bias for each
+routed expert balances how many tokens the experts get. A multi-token prediction (MTP) module
+predicts one token further ahead, and drafts tokens for speculative decoding. A model is described
+by the fields of the released config.json, and its files have the released layout. So this script
+and transformers read each other's checkpoints.
 
     h = Emb(t);   per layer: h += RotaryMLA(RMSNorm(h)), h += MoE(RMSNorm(h));   Head(RMSNorm(h))
     L = L_next + λ L_mtp + L_balance;   after each step of a V3 model  b_i ± γ  for the routing bias
 
+t are the token ids, h the hidden states, and b_i is the bias of expert i. The three losses are for
+the next token, for the tokens after it, and for an uneven use of the experts.
+
 Papers: DeepSeek-V2 (2024, arXiv:2405.04434), section 2; DeepSeek-V3 (2024, arXiv:2412.19437),
-sections 2 and 4.2. Attention, MoE, MTP and RoPE: phases 4 to 7.
-Simplified: one device. Our own choices are Muon beside AdamW, blocks that add nothing at first, MTP
-late in a run, and a cosine schedule from the start. V3 used only AdamW, MTP throughout, and kept
-the learning rate constant for most of the training before it decayed.
-As in V3, documents are packed into one sequence without attention masks between them.
-Before: phases 4 to 9. Reading 27 minutes, running 9 minutes.
+sections 2 and 4.2. Phases 4 to 7 explain attention, MoE, MTP and RoPE. For the optimizer: Muon at
+scale (2025, arXiv:2502.16982); Polar Express (2025, arXiv:2505.16932), section 4.
+Simplified: everything runs on one device. Four choices are our own: Muon beside AdamW, blocks that
+add nothing at first, MTP that starts late in a run, and a learning rate that falls along a cosine
+right after its warm-up. V3 used AdamW alone, trained MTP from the start, and kept the learning rate
+constant for most of the training before it fell. As in V3, documents follow each other in one
+sequence, and no attention mask separates them.
+Before: phases 4 to 7 (8 for `quantize`, 9 for `align`). Reading 28 minutes, running 9 minutes.
 
 Dimensions: B batch · T query positions · D model width · E routed experts · A active experts per
 token · W vocabulary.
@@ -73,7 +80,7 @@ def build_block(config, rotary, sparse):
 
 
 def build_experts(config):
-    """Shared and routed experts, with a balance loss for each sequence or for the whole batch."""
+    """Shared and routed experts. `config.seq_aux`: balance each sequence, not the whole batch."""
     router = moe.TopKRouter(
         config.hidden_size,
         config.n_routed_experts,
@@ -98,10 +105,11 @@ def build_experts(config):
 # %% The configuration: the fields of config.json
 @dataclass(kw_only=True)
 class DeepSeekConfig(ReleasedConfig):
-    """Fields as in the released config.json. `model_type` decides where V2 and V3 differ.
+    """The fields of the released config.json. `model_type` says whether a model is a V2 or a V3.
 
-    `from_file` and `from_dict` read both spellings of the rotary settings and fill in what
-    transformers leaves out. Raises ValueError for a combination that no released model has.
+    `from_file` and `from_dict` read rotary settings as released or as transformers writes them, and
+    fill in fields that transformers leaves out. They raise ValueError for a combination that no
+    released model has.
     """
 
     model_type: str = "deepseek_v3"
@@ -120,7 +128,7 @@ class DeepSeekConfig(ReleasedConfig):
     v_head_dim: int = setting(at_least=1)
     attention_bias: bool = False
     attention_dropout: float = setting(0.0, at_least=0)
-    # Dense layers and experts (phase 5). None: the value of `model_type`
+    # Dense layers and experts (phase 5). None: the usual value for the `model_type`
     first_k_dense_replace: int = setting(0, at_least=0)  # number of dense layers
     moe_layer_freq: int = setting(1, at_least=1)
     intermediate_size: int = setting(at_least=1)  # of a dense layer
@@ -156,11 +164,11 @@ class DeepSeekConfig(ReleasedConfig):
 
 # %% The model
 class DeepSeekModel(ReleasedModel, CausalLM):
-    """DeepSeek-V2 or V3, as configured: a `CausalLM` with rotary MLA, experts and MTP modules.
+    """A DeepSeek-V2 or V3 model: a `CausalLM` with rotary MLA, experts and MTP modules.
 
-    `model(input_ids)` (B, T) → logits (B, T, W). `hidden_states`, `mtp_logits` are in `CausalLM`;
-    `from_pretrained`, `save_pretrained` and the fast `generate` are in `ReleasedModel`. Build
-    it under `torch.device("meta")` to count its parameters without using memory.
+    `model(input_ids)` (B, T) → logits (B, T, W). `CausalLM` has `hidden_states` and `mtp_logits`.
+    `ReleasedModel` has `from_pretrained`, `save_pretrained` and the fast `generate`. Build the
+    model under `torch.device("meta")` to count its parameters without using memory.
     """
 
     config_class = DeepSeekConfig
@@ -184,11 +192,11 @@ class DeepSeekModel(ReleasedModel, CausalLM):
 
 # %% The cost of a configuration
 def parameter_counts(model):
-    """Parameters of the main model, all and active (used by a token); those of MTP separately.
+    """Counts the parameters of the main model and of MTP. A token uses only the active ones.
 
-    Returns: dict with `total`, `active`, `active_without_embedding`,
-        `active_without_embedding_and_head` and `mtp` (0 without MTP). Routing biases are buffers
-        and are not counted.
+    Returns: dict with `total`, `active`, `active_without_embedding` and
+        `active_without_embedding_and_head` of the main model, and `mtp`, which leaves out the
+        shared embedding and head (0 without MTP). Routing biases are buffers: they do not count.
     """
 
     def size(module):
@@ -220,7 +228,8 @@ def cache_elements(config):
 def training_flops_per_token(model, context):
     """6 · active parameters without the embedding, plus causal attention at `context` tokens.
 
-    This covers the main model only, as the published figures do; an MTP module costs extra.
+    A parameter takes 2 FLOPs forward and 4 backward. The sum covers only the main model, as the
+    published figures do. An MTP module costs extra.
     """
     config = model.config
     head_widths = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
@@ -229,20 +238,20 @@ def training_flops_per_token(model, context):
 
 
 # %% Muon: every direction of a matrix learns at the same pace
-# X ← aX + bAX + cA²X with A = X Xᵀ applies an odd polynomial to each singular value of X and keeps
-# the singular vectors. These three, one after another, bring all values from 0.01 to 1 into
-# 0.73 … 1.27. Each is the best for the values that the one before it leaves (Polar Express, 2025,
-# arXiv:2505.16932).
+# Each row a, b, c is one step: X ← aX + bAX + cA²X with A = X Xᵀ. It maps each singular value s of
+# X to as + bs³ + cs⁵ and keeps the singular vectors. The three steps bring all s from 0.01 to 1
+# into 0.73 … 1.27. Each step is the best one for the values that the step before it leaves (Polar
+# Express).
 NEWTON_SCHULZ = (
     (8.0934, -23.6204, 17.4461), (3.6366, -2.7219, 0.5365), (2.6613, -1.9771, 0.4526),
 )
 
 
 def orthogonalized(G, precision=torch.float32):
-    """Roughly U Vᵀ for each matrix U S Vᵀ (..., M, N): all its directions get about length 1."""
-    X = (G / (G.norm(dim=(-2, -1), keepdim=True) + 1e-20)).to(precision)  # no value above 1
+    """Roughly U Vᵀ for each matrix U S Vᵀ (..., rows, columns): directions get about length 1."""
+    X = (G / (G.norm(dim=(-2, -1), keepdim=True) + 1e-20)).to(precision)  # now no s is above 1
     tall = X.shape[-2] > X.shape[-1]
-    X = X.mT if tall else X  # A is the smaller of the two products
+    X = X.mT if tall else X  # X Xᵀ is the smaller of the two possible products
     for a, b, c in NEWTON_SCHULZ:
         A = X @ X.mT
         X = a * X + (b * A + c * A @ A) @ X
@@ -252,10 +261,11 @@ def orthogonalized(G, precision=torch.float32):
 class Muon(torch.optim.Optimizer):
     """Steps along the orthogonalised momentum (Jordan, 2024; at scale: 2025, arXiv:2502.16982).
 
-    A few strong directions make up most of a gradient. AdamW leaves the many weak ones behind; here
-    they learn as fast. The entries of U Vᵀ (M, N) have size 1/√max(M, N): 0.2 √max(M, N) U Vᵀ is a
-    step as long as AdamW's, and one learning rate serves both. `torch.optim.Muon` does the same
-    with five steps in BF16, matrix by matrix. Here all matrices of one shape share one product.
+    A few strong directions make up most of a gradient. AdamW leaves the many weak ones behind. Muon
+    makes all directions learn equally fast. The entries of U Vᵀ have the mean square 1/n, where n
+    is the larger of rows and columns. So 0.2 √n U Vᵀ is about as long a step as AdamW takes, and
+    one learning rate serves both. `torch.optim.Muon` does the same with five steps in BF16, one
+    matrix after another. Here all matrices of one shape share one product.
     """
 
     def __init__(self, parameters, lr, weight_decay=0.1, momentum=0.95, precision=torch.float32):
@@ -271,7 +281,7 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[matrix]
                 mean = state.setdefault("momentum_buffer", torch.zeros_like(matrix))
                 mean.lerp_(matrix.grad, 1 - keep)
-                ahead = matrix.grad.lerp(mean, keep)  # the gradient counts once more
+                ahead = matrix.grad.lerp(mean, keep)  # Nesterov: the gradient counts once more
                 by_shape.setdefault(matrix.shape, []).append((matrix, ahead))
         for shape, pairs in by_shape.items():
             matrices, ahead = zip(*pairs, strict=True)
@@ -282,12 +292,12 @@ class Muon(torch.optim.Optimizer):
 
 # %% Optimizers and the training step
 def build_optimizers(model, peak_rate, muon=True, precision=torch.float32):
-    """AdamW; with `muon`, Muon for the matrices between hidden states, and AdamW for the rest.
+    """[AdamW], or with `muon` [AdamW, Muon]: Muon takes the matrices between hidden states.
 
-    Muon takes eh_proj and the matrices of attention and dense and shared feed-forwards, with gate
-    and up as one. It leaves out embedding and head, which lead from and to tokens; the router,
-    which has only a few rows; and the experts, whose many matrices would cost more time than they
-    gain. Weight decay leaves out norms and the router.
+    These are the matrices of attention, of dense and shared feed-forwards (gate and up are one
+    matrix), and MTP's `eh_proj`. AdamW keeps four kinds: embedding and head, which lead from and to
+    tokens; the router, which has only a few rows; the experts, whose many matrices would cost more
+    time than they gain; norms and biases. Norms, biases and the router have no weight decay.
     """
     named = dict(model.named_parameters())
     spared = (".gate.", "embed_tokens", "lm_head", ".experts.")
@@ -308,23 +318,24 @@ def build_optimizers(model, peak_rate, muon=True, precision=torch.float32):
 def training_step(
     model, optimizers, ids, document_ids, rate, mtp_weight, gamma, precision=torch.float32
 ):
-    """One step on a batch of tokens (B, T); returns its figures. Losses are in nats per token.
+    """Trains on one batch of tokens (B, T) and returns figures. Losses are in nats per token.
 
     L = L_next + λ/depths · Σ_k L_k + Σ_layers L_balance, then b_i ± γ (V3, equations 24–25 and
-    section 2.1.2). λ: `mtp_weight`; at 0 the modules do not run. γ: `gamma`. rate: learning rate of
-    all optimizers. precision: of products. document_ids (B, T): the document of each token;
-    no MTP target lies in another one. A V2 model has no bias, only its balance loss.
+    section 2.1.2). λ is `mtp_weight`; at 0, the MTP modules do not run. γ is `gamma`. All
+    optimizers use the learning rate `rate`. Matrix products are in `precision`. document_ids (B, T)
+    tell the document of each token: an MTP target must be in the same document. A V2 model has no
+    bias, only its balance loss.
     """
     model.train()
     for optimizer in optimizers:
         optimizer.zero_grad()
     routed = []  # collects the decisions of each layer's router
     # Autocast: matrix products are in `precision`; weights, norms, router and losses are in FP32.
-    # `head_loss` is phase 6's `shifted_loss` of the head's logits, but never stores all of them.
+    # `head_loss` equals phase 6's `shifted_loss` of the head's logits, but never stores them all.
     with torch.autocast(ids.device.type, precision, enabled=precision != torch.float32):
         hidden_BTD = model.hidden_states(ids, routed=routed)
-        # The next token may be the separator that opens a new document: the model learns where a
-        # document ends. The token after it belongs to another text and is no target for MTP.
+        # The next token may be the separator that opens a new document, so the model learns where
+        # a document ends. MTP has no targets in another document.
         next_loss = head_loss(model.lm_head, hidden_BTD, ids, shift=1)
         depths = model.mtp_hidden_states(hidden_BTD, ids, routed=routed) if mtp_weight else []
         further_losses = [
@@ -349,7 +360,7 @@ def training_step(
 
 
 def descend(model, optimizers, loss, rate):
-    """One step of all optimizers, the gradient clipped to length 1; returns the length before."""
+    """Clips the gradient to length 1, steps all optimizers, and returns the length before."""
     loss.backward()
     gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     for optimizer in optimizers:
@@ -360,9 +371,10 @@ def descend(model, optimizers, loss, rate):
 
 
 def move_routing_biases(model, routed, gamma):
-    """b_i ± γ in each layer, against the load; returns {layer: busiest expert's load / mean}."""
+    """Moves each b_i by γ against its load. Returns {layer: busiest expert's load / mean load}."""
     max_load = {}
-    for name, layer_pass in zip(model.moe_layers(), routed, strict=False):  # MTP's come last
+    # The MTP modules come last. They may be missing in `routed`.
+    for name, layer_pass in zip(model.moe_layers(), routed, strict=False):
         load_E = layer_pass.load().float()
         layer_pass.layer.gate.update_bias(load_E, gamma)
         max_load[name] = round((load_E.max() / load_E.mean()).item(), 4)
@@ -373,8 +385,8 @@ def move_routing_biases(model, routed, gamma):
 def silence_blocks(model):
     """Zeroes the last matrix of each attention and feed-forward, so that new blocks add nothing.
 
-    The first gradients then reach embedding and head directly. A block grows from zero as it finds
-    something to add. Otherwise it would start with noise, which the others must learn to undo.
+    The first gradients then reach embedding and head directly. Each block grows from zero as it
+    learns something to add. Otherwise it would add noise, which the others must learn to undo.
     """
     for name, parameter in model.named_parameters():
         if "o_proj" in name or "down_proj" in name:
@@ -382,12 +394,13 @@ def silence_blocks(model):
     return model
 
 
-# %% The run: this step over batches of the text, with V3's schedules of λ and γ
+# %% The run: such a step for each batch of the text, with V3's schedules of λ and γ
 class TrainingRun(training.TrainingRun):
-    """λ falls to a third after two thirds of the training, and γ is 0 at its end, nearly as in V3.
+    """λ falls to a third after two thirds of the run, and γ is 0 at its end, nearly as in V3.
 
-    V3 trains its MTP module from the start. In a model this small, it makes a step almost twice
-    as long. A run of minutes learns more if MTP starts late, at `mtp_from`; drafts get worse.
+    V3 trains its MTP module from the start. In a model this small, the module makes a step take
+    almost twice the time. So a run of a few minutes learns more if MTP starts late, at `mtp_from`,
+    but then it drafts worse.
     """
 
     model_class = DeepSeekModel
@@ -405,7 +418,7 @@ class TrainingRun(training.TrainingRun):
         return parameter_counts(self.model), cache_elements(self.model.config)
 
     def step(self, number, used):
-        """Step `number`, at a time when the share `used` of the budget is spent."""
+        """Takes step `number` when the share `used` of the budget is spent."""
         options, (ids, document_ids) = self.options, self.batch(number)
         return training_step(
             self.model, self.optimizers, ids, document_ids,
@@ -428,12 +441,12 @@ class AlignmentRun(aligning.AlignmentRun):
 
 # %% The proof
 def check_published_sizes(demo):
-    """V3 from its own config.json, on the meta device, compared with the numbers of its papers.
+    """Builds V3 from its own config.json, without memory, and compares it with published numbers.
 
-    Published: 671 and 37 billion parameters, 70.272 KB and 250 GFLOPs. We assume the 37 leave out
-    the input embedding: we count 36.6 without it and 37.6 with it. The exact size of the
-    MTP module is our own sum. V3's README_WEIGHTS.md says 11.5 billion, without embedding and head;
-    its README says 14 with the copies of both, where we count 13.5.
+    Published are 671 and 37 billion parameters, 70.272 KB and 250 GFLOPs. We count 36.6 billion
+    active parameters without the input embedding and 37.6 with it. So we assume that the 37 leave
+    it out. The exact size of the MTP module is our own sum. V3's README_WEIGHTS.md says 11.5
+    billion without embedding and head. Its README says 14 with copies of both; we count 13.5.
     """
     config = DeepSeekConfig.from_file(training.SMALL_CONFIG.with_name("deepseek_v3.json"))
     with torch.device("meta"):
@@ -452,7 +465,7 @@ def check_published_sizes(demo):
 
 
 def check_paths(demo, model, ids_BT):
-    """The absorbed path and drafts change only the speed, not the result."""
+    """The absorbed path and drafts must not change the result. They only change the speed."""
     absorbed_BTW, expanded_BTW = (model(ids_BT, path=path) for path in ("absorbed", "expanded"))
     demo.same("absorbed = expanded", "(B, T, W)", absorbed_BTW, expanded_BTW, tolerance=1e-4)
     greedy, drafted = (model.generate(ids_BT, 20, speculative=each) for each in (False, True))
@@ -461,7 +474,7 @@ def check_paths(demo, model, ids_BT):
 
 
 def check_orthogonalized(demo):
-    """Compares Muon's update with U Vᵀ of the SVD; the gradient has strong and weak directions."""
+    """Muon's update of a gradient with strong and weak directions: all get about length 1."""
     U, _, Vh = torch.linalg.svd(torch.randn(96, 256, device=demo.device), full_matrices=False)
     values = torch.logspace(0, -1.3, 96, device=demo.device)  # the strongest is 20 × the weakest
     update = orthogonalized(U * values @ Vh)
@@ -472,7 +485,7 @@ def check_orthogonalized(demo):
 
 
 def check_training_step(demo, model, ids_BT, gamma=0.01):
-    """The first loss is that of guessing, and each routing bias moves by γ against its load."""
+    """The first loss must be that of guessing. Each bias must move by γ against its load."""
     routed = []
     model.mtp_hidden_states(model.hidden_states(ids_BT, routed=routed), ids_BT, routed=routed)
     loads_E = [layer_pass.load().float() for layer_pass in routed]
@@ -490,7 +503,7 @@ def check_training_step(demo, model, ids_BT, gamma=0.01):
 
 
 def check(demo):
-    """The check command; it takes a few seconds."""
+    """Runs the check command, which takes a few seconds."""
     check_published_sizes(demo)
     check_orthogonalized(demo)
     model = DeepSeekModel(DeepSeekConfig.from_file(training.SMALL_CONFIG)).to(demo.device)
@@ -505,7 +518,7 @@ def check(demo):
 
 # %% The commands
 def whole_pipeline(run):
-    """The main job: train, read the checkpoint back, score the test part, draw, generate, align."""
+    """The main job: trains, reads the checkpoint back, scores it, draws, generates and aligns."""
     run.go()
     model = DeepSeekModel.from_pretrained(run.checkpoint).to(run.device)
     test = run.corpus.test
@@ -519,12 +532,13 @@ def whole_pipeline(run):
 
 WHOLE = Command("the main job", RunOptions, whole_pipeline, TrainingRun)
 COMMANDS = {  # name: help, flags, work and, for a run, its class
-    "check": Command("prove sizes, paths and training step", CheckOptions, check),
+    "check": Command("prove sizes, equal paths and a training step", CheckOptions, check),
     "train": Command(
-        "train only, or go on with a stopped run", RunOptions, training.train, TrainingRun
+        "only train, or go on with a stopped run", RunOptions, training.train, TrainingRun
     ),
     "align": Command(
-        "reward Python that parses (GRPO)", aligning.AlignOptions, aligning.align, AlignmentRun
+        "train with GRPO; the reward is for Python that parses", aligning.AlignOptions,
+        aligning.align, AlignmentRun
     ),
     **OF_A_CHECKPOINT,  # evaluate, generate, quantize
 }

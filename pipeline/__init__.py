@@ -1,1 +1,1 @@
-"""What surrounds the model: corpus, run loop, checkpoint files, pictures. Knows no phase script."""
+"""The rooms around the model: corpus, run loop, checkpoints, pictures. None imports phase 10."""

@@ -1,4 +1,4 @@
-"""Checkpoint files: only safetensors and JSON, no pickle. A file is complete or absent."""
+"""Checkpoint files hold safetensors or JSON, never pickle. A file is complete or absent."""
 
 import contextlib
 import hashlib
@@ -21,7 +21,7 @@ def write_json(path, content):
 
 
 def write_tensors(path, tensors):
-    """{name: tensor} as safetensors. Tensors are copied, so views and shared memory are fine."""
+    """Writes {name: tensor} as safetensors. It copies each, so views and shared memory are fine."""
     copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     _write_then_rename(
         path, lambda temporary: save_file(copies, temporary, metadata={"format": "pt"})
@@ -34,36 +34,36 @@ def _write_then_rename(path, write):
     try:
         write(temporary)
         os.replace(temporary, path)
-    except SafetensorError as error:  # a full disk, say
+    except SafetensorError as error:  # for example, a full disk
         raise OSError(f"{path} cannot be written: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def read_json(path):
-    """ValueError naming the file if it is missing or no JSON object."""
+    """Reads a JSON object. A ValueError names the file if it is missing or holds anything else."""
     try:
         content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
+        raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content
 
 
 def tensor_files(directory, weights=WEIGHTS):
-    """{tensor name: file} of a checkpoint directory, in one file or in shards with an index."""
+    """{tensor name: file} of a checkpoint, which is one file, or several files with an index."""
     directory = pathlib.Path(directory)
     if weights == WEIGHTS and (directory / INDEX).exists():
         weight_map = read_json(directory / INDEX).get("weight_map")
         files = weight_map.values() if isinstance(weight_map, dict) else [None]
         if not all(isinstance(file, str) and pathlib.Path(file).name == file for file in files):
-            raise ValueError(f"{directory / INDEX}: weight_map must give a file name a tensor")
+            raise ValueError(f"{directory / INDEX}: weight_map must give each tensor a file name")
         return {name: directory / file for name, file in weight_map.items()}
     if not (directory / weights).exists():
-        raise ValueError(f"{directory} is no checkpoint: it has no {weights}")
+        raise ValueError(f"{directory} is not a checkpoint: it has no {weights}")
     return dict.fromkeys(_open(directory / weights).keys(), directory / weights)
 
 
@@ -82,7 +82,7 @@ def read_tensors(files):
         present = set(reader.keys())
         for name in (name for name, where in files.items() if where == file):
             if name not in present:
-                raise ValueError(f"{file} does not hold {name}, which the index promises")
+                raise ValueError(f"{file} does not hold {name}, which the index lists")
             yield name, reader.get_tensor(name)
 
 
@@ -90,12 +90,12 @@ def _open(file):
     try:
         return safe_open(file, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file} is no safetensors file: {error}") from None
+        raise ValueError(f"{file} is not a safetensors file: {error}") from None
 
 
 @contextlib.contextmanager
 def replaced_directory(directory):
-    """Yields a new directory to fill. On success it replaces `directory` as a whole."""
+    """Yields a new directory to fill. On success, it replaces `directory` as a whole."""
     directory = pathlib.Path(directory)
     fresh, old = (directory.with_name(directory.name + end) for end in (".new", ".old"))
     for leftover in (fresh, old):
@@ -114,7 +114,7 @@ def replaced_directory(directory):
 
 @contextlib.contextmanager
 def new_directory(directory):
-    """Yields a directory with a private name to fill. On success it is renamed, else deleted."""
+    """Yields a directory with a private name to fill. On success, it is renamed, else deleted."""
     directory = pathlib.Path(directory)
     private = directory.with_name(f".{directory.name}.{os.getpid()}.new")
     private.mkdir(parents=True)
@@ -126,7 +126,7 @@ def new_directory(directory):
 
 
 def recover_directory(directory):
-    """Finishes a `replaced_directory` that was killed between its two renames."""
+    """Finishes the work of a `replaced_directory` that was killed between its two renames."""
     directory = pathlib.Path(directory)
     fresh = directory.with_name(directory.name + ".new")
     old = directory.with_name(directory.name + ".old")
@@ -136,7 +136,7 @@ def recover_directory(directory):
 
 # The state of a run that is not in the model
 def optimizer_tensors(model, optimizers):
-    """The optimizers' states as {parameter name/state name: tensor}."""
+    """Returns the optimizers' states as {parameter name/state name: tensor}."""
     return {
         f"{name}/{key}": value
         for optimizer in optimizers
@@ -151,9 +151,9 @@ STATES = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"
 def restore_optimizers(model, optimizers, tensors):
     """Restores the states of `optimizer_tensors`, given as pairs of name and tensor.
 
-    Every parameter of an optimizer (AdamW or Muon) must have exactly the states that it keeps, with
-    moments in the parameter's shape; else ValueError. The MTP modules may have no states if
-    they have not been trained yet.
+    A parameter must have exactly the states that its optimizer (AdamW or Muon) keeps, and moments
+    must have the shape of the parameter. Otherwise, it raises ValueError. MTP modules may have no
+    states if they have not been trained yet.
     """
     parameters, found = dict(model.named_parameters()), {}
     owners = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}

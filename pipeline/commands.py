@@ -1,4 +1,4 @@
-"""The command line of phase 10: a table of commands, whose flags come from dataclasses."""
+"""The command line of phase 10: a table of commands. Their flags come from dataclasses."""
 
 import argparse
 import collections.abc
@@ -19,10 +19,11 @@ from pipeline.run import open_run
 
 
 class Command(NamedTuple):
-    """`options`: the dataclass of its flags.
+    """A command: its flags are the fields of the dataclass `options`, and `work` does the work.
 
-    `work(run)` of a `run_class`, which --resume goes on with; without a `run_class`,
-    `work(loaded, options)` of a --checkpoint; with `CheckOptions`, `work(demo)`.
+    With a `run_class`, the call is `work(run)`: the run is a new one or that of --resume. With
+    `CheckOptions`, it is `work(demo)`. Otherwise, it is `work(loaded, options)`, where `loaded`
+    comes from --checkpoint.
     """
 
     help: str
@@ -35,26 +36,28 @@ class Command(NamedTuple):
 class CheckOptions:
     """The flags of a demonstration."""
 
-    seed: int = setting(0, "of the random inputs")
+    seed: int = setting(0, "seed of the random inputs")
 
 
 OF_A_CHECKPOINT = {
     "evaluate": Command(
-        "bits per byte of a checkpoint", scoring.EvaluateOptions, scoring.evaluate
+        "score a checkpoint in bits per byte", scoring.EvaluateOptions, scoring.evaluate
     ),
     "generate": Command("continue a prompt", generating.GenerateOptions, generating.generate),
     "quantize": Command(
-        "a smaller model of INT8, INT4 or FP8", quantizing.QuantizeOptions, quantizing.quantize
+        "write a smaller model in INT8, INT4 or FP8", quantizing.QuantizeOptions,
+        quantizing.quantize
     ),
 }
 
 
 def build_parser(docstring, whole, commands):
-    """The parser of {name: `Command`}; without a name, the command is `whole`.
+    """The parser for the commands {name: `Command`}. Without a name, the command is `whole`.
 
-    `arguments.command` is the command that was asked for.
+    The parsed `arguments.command` is the chosen `Command`.
     """
-    # A flag that is not given stays absent: a command's defaults cannot replace flags before it.
+    # A flag that is not given stays absent. If a command set its default here, it would replace a
+    # flag that was given before the command's name.
     parser = OneLineParser(
         description=docstring,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -87,7 +90,7 @@ def add_command_flags(parser, command):
 
 
 def run_command(argv, docstring, model_class, whole, commands):
-    """Runs the command of the command line."""
+    """Runs the command that the command line names."""
     arguments = parse_arguments(build_parser(docstring, whole, commands), argv)
     command = arguments.command
     if command.run_class is not None:

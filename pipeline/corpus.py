@@ -1,8 +1,8 @@
-"""Text in, token ids out: the corpus, its three parts, the tokenizer, batches and scoring windows.
+"""From text to token ids: the corpus, its three parts, the tokenizer, batches, scoring windows.
 
 The default text is the source of Python's own standard library: it is real text, it is on every
-machine, and it needs no download. A document is a file. Each document is in one part only, so
-training never sees held-out text, and the tokenizer learns from the training part alone.
+machine, and it needs no download. A document is a file, or a piece of one. Each document is in one
+part only, so training never sees held-out text. The tokenizer learns from the training part alone.
 """
 
 import hashlib
@@ -24,9 +24,9 @@ LEFT_OUT_FOLDERS = {
     "encodings", "pydoc_data", "__pycache__",
 }
 GENERATED = {"html/entities.py"}
-SMALLEST_CORPUS = 20_000  # bytes: below, a part would be a page or less
-SPLIT_SEED = 0  # the same for all runs, so that no run is tested on text that another has seen
-PIECE = 16_384  # bytes: a user's few files are cut into documents of about this size
+SMALLEST_CORPUS = 20_000  # bytes: with fewer, a part would be a page or less
+SPLIT_SEED = 0  # all runs split alike: no run is tested on text that another was trained on
+PIECE = 16_384  # bytes: if a user has few files, they are cut into documents of about this size
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Three lists of `Document`s and a hash of all their texts."""
+    """Three lists of `Document`s, and a hash of all their texts."""
 
     train: list
     validation: list
@@ -73,7 +73,7 @@ def standard_library():
 
 
 def read_files(paths):
-    """The user's own UTF-8 text files. If there are fewer than 20, they are cut at line ends."""
+    """Reads the user's own UTF-8 text files. Fewer than 20 files are cut into pieces."""
     documents = []
     for path in paths:
         data = pathlib.Path(path).read_bytes()
@@ -90,7 +90,10 @@ def read_files(paths):
 
 
 def cut_at_lines(document):
-    """Pieces of about PIECE bytes that end at a line's end and together are the document."""
+    """Cuts a document at line ends into pieces of about PIECE bytes.
+
+    The pieces of a short document are smaller, so that there are about 20.
+    """
     total = document.size
     piece_size = min(PIECE, max(1, total // 20))
     pieces, lines, size = [], [], 0
@@ -106,18 +109,18 @@ def cut_at_lines(document):
 
 
 def load_corpus(paths=None, held_out=0.05):
-    """Reads and splits the corpus: about `held_out` of the bytes for validation and for test each.
+    """Reads and splits the corpus. Validation and test each get about `held_out` of the bytes.
 
-    Raises: ValueError naming what is wrong with a file; OSError if one cannot be read.
+    Raises: ValueError, which says what is wrong with the text; OSError if a file cannot be read.
     """
-    # A text that occurs twice could be in two parts.
+    # A text that occurs twice could get into two parts, so it is kept once.
     unique = {d.text: d for d in (read_files(paths) if paths else standard_library())}
     documents = list(unique.values())
     total = sum(document.size for document in documents)
     if total < SMALLEST_CORPUS or len(documents) < 3:
         raise ValueError(
             f"the text is too short: {total} bytes in {len(documents)} pieces, want at least "
-            f"{SMALLEST_CORPUS} bytes and 3 pieces (lines must end somewhere)"
+            f"{SMALLEST_CORPUS} bytes and 3 pieces (a piece ends at the end of a line)"
         )
     digest = hashlib.sha256("\0".join(document.text for document in documents).encode())
     order = list(documents)
@@ -133,7 +136,11 @@ def load_corpus(paths=None, held_out=0.05):
 
 # Tokens
 def train_tokenizer(documents, vocab_size):
-    """Byte-level BPE of at most `vocab_size` entries; id 0 is the separator between documents."""
+    """Trains a byte-level BPE tokenizer of at most `vocab_size` entries.
+
+    Byte-pair encoding (BPE) starts from single bytes. It makes the most frequent pair of entries a
+    new entry, again and again. Id 0 is the separator between documents.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -148,26 +155,26 @@ def train_tokenizer(documents, vocab_size):
 
 
 def load_tokenizer(path):
-    """Reads tokenizer.json. ValueError if it is not one."""
+    """Reads a tokenizer.json. Raises ValueError if this fails."""
     try:
         return Tokenizer.from_str(pathlib.Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"no tokenizer: {error}") from None
+        raise ValueError(f"the tokenizer cannot be read: {error}") from None
     except Exception as error:  # the library raises plain Exception
-        raise ValueError(f"{path} is no tokenizer: {error}") from None
+        raise ValueError(f"{path} is not a tokenizer: {error}") from None
 
 
 def encode(tokenizer, text):
-    """Token ids of a text. The separator's name within a text is plain text."""
-    text.encode()  # ValueError for what is no Unicode text, such as a stray byte of the shell
+    """Token ids of a text. If the text contains the separator's name, it is plain text there."""
+    text.encode()  # ValueError if it is not Unicode, for example a stray byte from the shell
     tokenizer.encode_special_tokens = True
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
 class TextStream:
-    """Turns token ids into text while they arrive; `write` gets each piece once it is whole.
+    """Turns token ids into text while they arrive. `write` gets each new piece of the text.
 
-    A character may need several tokens: it is written when the last of them has arrived.
+    A character may need several tokens. It is written when the last of them has arrived.
     """
 
     def __init__(self, tokenizer, write):
@@ -189,7 +196,7 @@ class TextStream:
 
 
 def token_stream(tokenizer, documents):
-    """(ids, document_ids), int64: a separator before each document, and one more at the end."""
+    """(ids, document_ids), int64. A separator stands before each document and at the very end."""
     separator = tokenizer.token_to_id(SEPARATOR)
     ids, document_ids = [], []
     for i, document in enumerate(documents):
@@ -202,7 +209,7 @@ def token_stream(tokenizer, documents):
 
 
 class Batches:
-    """Chunks of a token stream; their order depends only on seed and step.
+    """Batches of chunks of a token stream. A batch depends only on the seed and its step.
 
     An epoch visits every chunk once. Each epoch has its own order, and cuts at its own offset.
     """
@@ -234,12 +241,13 @@ class Batches:
 
 # Scoring
 def scoring_windows(token_count, context):
-    """[(start, first target, end)]: windows that score each target once.
+    """Windows [(start, first target, end)] that score each target once.
 
     A window has at most `context` tokens. Tokens are numbered from 0: token 0 is given, and tokens
     1 … token_count − 1 are targets. A window reads tokens start … end − 1 and scores those from
     first target on. Windows overlap by half, so that all but the first targets have at least
-    context / 2 tokens before them. 7 tokens, context 4: [(0, 1, 4), (2, 4, 6), (4, 6, 7)].
+    context / 2 tokens before them. With 7 tokens and context 4, the windows are
+    [(0, 1, 4), (2, 4, 6), (4, 6, 7)].
     """
     windows, scored, start = [], 1, 0
     stride = max(1, context // 2)
@@ -253,15 +261,15 @@ def scoring_windows(token_count, context):
 def scoring_batches(tokenizer, documents, context, batch_size):
     """Yields (ids, target, real), (B, T) each, that score every token of every document once.
 
-    A separator stands before and after each document; the one after it is scored as well. `target`
-    marks the tokens to score, `real` all but the padding. Padding is on the right, where causal
-    attention never looks.
+    A separator stands before and after each document. The one after it is scored as well. `target`
+    marks the tokens to score, and `real` marks all tokens but padding. Padding is on the right, so
+    no real token can attend to it.
     """
     separator, windows = tokenizer.token_to_id(SEPARATOR), []
     for document in documents:
         ids = [separator, *encode(tokenizer, document.text), separator]
         windows += [(ids[s:end], first - s) for s, first, end in scoring_windows(len(ids), context)]
-    windows.sort(key=lambda window: len(window[0]))  # little padding within a batch
+    windows.sort(key=lambda window: len(window[0]))  # similar lengths need little padding
     for i in range(0, len(windows), batch_size):
         batch = windows[i : i + batch_size]
         width = max(len(ids) for ids, _ in batch)

@@ -1,4 +1,4 @@
-"""Generating text: a prompt continued from the command line, and a sample after training."""
+"""Generation: a command continues a prompt, and the main job shows a sample after training."""
 
 import functools
 import sys
@@ -20,7 +20,7 @@ def print_marked(mark, text):
 
 
 def show_continuation(model, tokenizer, documents, prompt_tokens=96, new_tokens=96):
-    """Prints a continuation of a held-out file, and the passes that drafts save on four files."""
+    """Prints a continuation of a held-out file, then the passes and drafts of four such files."""
     model.eval()
     documents = [d for d in documents if d.size > 4000][:4] or documents[:1]
     separator, half_context = tokenizer.token_to_id(corpus.SEPARATOR), model.max_positions // 2
@@ -49,33 +49,33 @@ def show_continuation(model, tokenizer, documents, prompt_tokens=96, new_tokens=
     )
     print(f"speculative decoding of {len(prompts)} files: {new_tokens * len(prompts)} tokens in "
           f"{passes} passes, {accepted} of {drafted} drafts accepted, "
-          f"{'the same text as' if same else 'NOT the text of'} plain greedy decoding")
+          f"{'the same text as' if same else 'NOT the same text as'} plain greedy decoding")
 
 
 # %% The command
 @dataclass
 class GenerateOptions:
     checkpoint: str = setting(metavar="DIR")
-    prompt: str = setting("", "text to go on from; default: a new file")
-    max_new_tokens: int | None = setting(None, "default: 128, or what fits")
-    temperature: float = setting(0.0, "0: most likely token")
-    top_k: int | None = setting(None, "draw from the K most likely tokens only")
-    top_p: float | None = setting(None, "draw from the fewest that hold this share")
+    prompt: str = setting("", "text to continue (default: begin a new file)")
+    max_new_tokens: int | None = setting(None, "tokens to write (default: 128, or what fits)")
+    temperature: float = setting(0.0, "0 always takes the most likely token")
+    top_k: int | None = setting(None, "draw only from the K most likely tokens")
+    top_p: float | None = setting(None, "draw from the fewest tokens with this total probability")
     speculative: bool = setting(False, "draft with the MTP module")
-    depth: int | None = setting(None, "drafts a pass (default: one more than was accepted)")
-    prefill_chunk: int | None = setting(None, "read the prompt N tokens at a time")
-    seed: int = setting(0)
+    depth: int | None = setting(None, "drafts for a pass (default: adapts to the text)")
+    prefill_chunk: int | None = setting(None, "read the prompt this many tokens at a time")
+    seed: int = setting(0, "seed of the sampling")
     cache_bits: int | None = setting(None, CACHE_HELP, metavar="N")
 
     def __post_init__(self):
-        require(self.depth is None or self.speculative, "--depth is for --speculative")
+        require(self.depth is None or self.speculative, "--depth needs --speculative")
         cut = self.top_k is not None or self.top_p is not None
         require(not cut or self.temperature != 0,
-                "--top-k and --top-p are for a --temperature above 0")
+                "--top-k and --top-p need a --temperature above 0")
 
 
 def generate(loaded, options):
-    """Prints --prompt and its continuation while it is written; the cost goes to stderr."""
+    """Prints --prompt, and its continuation while it is written. The cost goes to stderr."""
     model, tokenizer, _ = loaded
     device = model.lm_head.weight.device
     separator = tokenizer.token_to_id(corpus.SEPARATOR)
@@ -88,7 +88,7 @@ def generate(loaded, options):
     text = corpus.TextStream(tokenizer, functools.partial(print, end="", flush=True))
     started = False
 
-    def show(new):  # nothing is printed before `complete` has checked what it was given
+    def show(new):  # nothing is printed before `complete` has checked its arguments
         nonlocal started
         if not started:
             print(options.prompt, end="")
@@ -110,7 +110,7 @@ def generate(loaded, options):
 
 
 def print_cost(result, seconds, speculative):
-    """Prints the cost of a generation to stderr: stdout gets only the text."""
+    """Prints the cost of a generation to stderr, so that stdout has only the text."""
     tokens, accepted, drafted = result.tokens, result.accepted, result.drafted
     line = f"{tokens} tokens, {tokens / seconds:.1f} tokens/s"
     if speculative:

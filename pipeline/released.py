@@ -1,8 +1,9 @@
-"""Released checkpoints: their tensor names and settings; and our own layout of quantised models.
+"""Released checkpoints, with their tensor names and settings, and our layout of quantised models.
 
-A model in memory differs from one in files. Files store each expert's matrices separately, and gate
-and up projections as well, which are slices of one tensor here. Phase 10 inherits `ReleasedConfig`
-and `ReleasedModel`. Other functions get the model, or its class to load one, as an argument.
+A model is not stored as it is in memory. In memory, one tensor holds the matrices of all experts,
+and one holds gate and up projections. In files, each matrix is a tensor of its own. Phase 10's
+classes inherit from `ReleasedConfig` and `ReleasedModel`. The other functions take the model as an
+argument, or its class to load one.
 """
 
 import pathlib
@@ -28,7 +29,7 @@ QUANTIZED_WEIGHTS = "quantized.safetensors"  # other programs do not look for th
 
 # %% The settings in config.json
 def spelled_as_released(raw):
-    """A config.json's content with rotary settings as released; refuses what no model has."""
+    """A config.json's content with rotary settings as released. Refuses what no model has."""
     raw = dict(raw)
     rope = raw.pop("rope_parameters", None)
     require(rope is None or isinstance(rope, dict), f"rope_parameters={rope!r} must be an object")
@@ -38,7 +39,7 @@ def spelled_as_released(raw):
         kind = rope.pop("rope_type", rope.pop("type", "default"))
         raw["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
     require(raw.get("rope_interleave") is not False,
-            "rope_interleave=False is not supported: released weights rotate pairs")
+            "rope_interleave=False is not supported: released models rotate neighbouring pairs")
     require(not raw.get("mlp_bias"), "mlp_bias=True is not supported: no released model has it")
     for name in ("n_group", "topk_group"):
         if raw.get(name, 1) is None:
@@ -64,7 +65,7 @@ def yarn_scaling(rope_scaling):
     return YarnScaling(**settings)
 
 
-# The settings that depend on `model_type`. The first value holds if the file says nothing.
+# The settings that depend on `model_type`. The first value is used if the file gives none.
 ROUTING = {
     "deepseek_v2": {
         "scoring_func": ("softmax",),
@@ -83,7 +84,7 @@ ARCHITECTURES = {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "Deepsee
 
 
 class ReleasedConfig:
-    """The base of a dataclass of config.json's fields: it checks, reads and writes them.
+    """The base class of a configuration: it checks, reads and writes the fields of a config.json.
 
     Raises ValueError for a combination that no released model has.
     """
@@ -104,7 +105,7 @@ class ReleasedConfig:
                     f"{name}={value!r} is not supported for {kind}, want {wanted}")
         rotary = self.qk_rope_head_dim
         require(rotary % 2 == 0, f"qk_rope_head_dim={rotary} must be even: it rotates pairs")
-        self.yarn  # noqa: B018 - wrong rope_scaling is reported here
+        self.yarn  # noqa: B018 - a wrong rope_scaling raises its error here
 
     @property
     def yarn(self):
@@ -113,7 +114,7 @@ class ReleasedConfig:
 
     @classmethod
     def from_dict(cls, raw):
-        """From the content of a config.json; fields that do not shape the model are ignored."""
+        """Takes the content of a config.json. Ignores fields that do not shape the model."""
         raw, known = spelled_as_released(raw), fields(cls)
         missing = [f.name for f in known if f.default is MISSING and raw.get(f.name) is None]
         missing += ["model_type"] if "model_type" not in raw else []
@@ -122,7 +123,7 @@ class ReleasedConfig:
 
     @classmethod
     def from_file(cls, path):
-        """Reads a config.json. ValueError naming the file if it is none."""
+        """Reads a config.json. A ValueError names the file and says what is wrong."""
         raw = checkpoint.read_json(path)
         try:
             return cls.from_dict(raw)
@@ -132,7 +133,7 @@ class ReleasedConfig:
     def to_dict(self):
         """The content of a config.json in the released spelling."""
         values = {key: value for key, value in asdict(self).items() if value is not None}
-        # null where a reader's own default would differ
+        # These are written even as null, because a reader's own default may differ.
         explicit = ("q_lora_rank", "rope_scaling", "bos_token_id", "eos_token_id", "pad_token_id")
         return {
             "architectures": [ARCHITECTURES[self.model_type]],
@@ -144,7 +145,7 @@ class ReleasedConfig:
 
 # %% The names of tensors
 def released_tensors(model):
-    """{released name: view of the model's own memory} of every parameter and stored buffer."""
+    """{released name: tensor} of all parameters and stored buffers, as views of their memory."""
     tensors = {
         "model.embed_tokens.weight": model.embed_tokens.weight,
         "model.norm.weight": model.norm.weight,
@@ -162,7 +163,7 @@ def released_tensors(model):
 
 
 def block_tensors(prefix, block):
-    """The tensors of one layer; each expert and half of gate_up_proj becomes its own tensor."""
+    """The tensors of one layer. Each expert and half of gate_up_proj is a tensor of its own."""
     tensors = {}
     for name, tensor in block.state_dict().items():
         apart = {name: tensor}
@@ -183,7 +184,7 @@ def block_tensors(prefix, block):
 
 
 def mtp_copies(model):
-    """The copies of embedding and head that released files repeat in each MTP layer."""
+    """The copies of embedding and head that released files store with each MTP layer."""
     copies = {}
     for k in range(len(model.mtp)):
         prefix = f"model.layers.{len(model.layers) + k}"
@@ -193,7 +194,7 @@ def mtp_copies(model):
 
 
 def quantized_tensors(model):
-    """The state of a quantised model by its own names; tensors shared with MTP are there once."""
+    """The state of a quantised model by its own names. Tensors shared with MTP are in it once."""
     mtp = range(len(model.mtp))
     shared = tuple(f"mtp.{k}.{part}." for k in mtp for part in ("embedding", "head"))
     state = model.state_dict()
@@ -202,11 +203,11 @@ def quantized_tensors(model):
 
 # %% Saving
 def save(model, directory):
-    """`ReleasedModel.save_pretrained`."""
+    """Does the work of `ReleasedModel.save_pretrained`."""
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     require(not any(map(parametrize.is_parametrized, model.modules())),
-            "the model is prepared for QAT: save what convert_qat makes of it")
+            "the model is prepared for QAT: convert it by convert_qat before you save it")
     content, name = model.config.to_dict(), checkpoint.WEIGHTS
     if model.quantization is None:
         tensors = {**released_tensors(model), **mtp_copies(model)}
@@ -221,16 +222,16 @@ def save(model, directory):
 
 # %% Loading
 def load(model_class, directory):
-    """`ReleasedModel.from_pretrained`."""
+    """Does the work of `ReleasedModel.from_pretrained`."""
     directory = pathlib.Path(directory)
     require((directory / "config.json").is_file(),
-            f"{directory} is no checkpoint: it has no config.json")
+            f"{directory} is not a checkpoint: it has no config.json")
     config = model_class.config_class.from_file(directory / "config.json")
     if config.quantization_config is not None:
         return load_quantized(model_class, config, directory)
     files = {
         name: file for name, file in checkpoint.tensor_files(directory).items()
-        if not name.endswith("rotary_emb.inv_freq")  # a table in old files, not needed
+        if not name.endswith("rotary_emb.inv_freq")  # old files store this table; we compute it
     }
     layers = range(config.num_hidden_layers,
                    config.num_hidden_layers + config.num_nextn_predict_layers)
@@ -245,18 +246,18 @@ def load(model_class, directory):
 
 @torch.no_grad()
 def fill_from_files(model, files, directory):
-    """Copies the tensors of {name: file} into the model; each must be there and have its shape."""
+    """Copies the tensors of {name: file} into the model. Names and shapes must be the model's."""
     wanted, copies = released_tensors(model), mtp_copies(model)
     check_names(files, wanted, directory, optional=copies)
     for name, tensor in fitting_tensors(files, wanted, directory):
         wanted[name].copy_(tensor)
     for name, tensor in fitting_tensors(files, copies, directory):
         require(torch.equal(tensor.to(copies[name].dtype), copies[name].cpu()),
-                f"{directory}: {name} differs from the main model's, which it repeats")
+                f"{directory}: {name} differs from the main model's tensor: it must be a copy")
 
 
 def check_names(files, wanted, directory, optional=()):
-    """ValueError if {name: file} lacks a wanted tensor or holds one that is not even optional."""
+    """ValueError if {name: file} lacks a wanted tensor, or has one that is not even optional."""
     missing, extra = wanted.keys() - files.keys(), files.keys() - wanted.keys() - set(optional)
     for problem, names in (("lacks", missing), ("holds unexpected", extra)):
         some = ", ".join(sorted(names)[:3])
@@ -264,7 +265,7 @@ def check_names(files, wanted, directory, optional=()):
 
 
 def fitting_tensors(files, targets, directory):
-    """Yields (name, tensor) of the targets' names; ValueError if a shape is not the target's."""
+    """Yields (name, tensor) for each target in the files. ValueError if the shapes differ."""
     for name, tensor in checkpoint.read_tensors({n: f for n, f in files.items() if n in targets}):
         shape, wanted = tuple(tensor.shape), tuple(targets[name].shape)
         require(shape == wanted, f"{directory}: {name} has shape {shape}, want {wanted}")
@@ -272,10 +273,10 @@ def fitting_tensors(files, targets, directory):
 
 
 def load_quantized(model_class, config, directory):
-    """The model that `save` wrote after `quantize_model`."""
+    """Loads a model that `save` wrote after `quantize_model`."""
     settings, where = dict(config.quantization_config), f"{directory} is quantised"
     method = settings.pop("quant_method", None)
-    require(method == QUANT_METHOD, f"{where} ({method}): of these, only {QUANT_METHOD} loads")
+    require(method == QUANT_METHOD, f"{where} ({method}): only {QUANT_METHOD} can be loaded")
     try:
         cache_bits, scheme = settings.pop("cache_bits"), Scheme(**settings)
         config.quantization_config = None
@@ -295,7 +296,7 @@ def load_quantized(model_class, config, directory):
 
 
 def quantized_skeleton(model, scheme):
-    """The model itself with empty layers where `quantize_model` puts full ones: for loading."""
+    """Puts empty layers where `quantize_model` puts full ones. Files can then fill them."""
     for block in listed_experts(model).blocks():
         for name, linear in linears_of(block).items():
             block.set_submodule(name, empty_layer(linear, scheme, name))
@@ -305,21 +306,21 @@ def quantized_skeleton(model, scheme):
 
 # %% The model around it
 class ReleasedModel:
-    """Adds to `CausalLM` what phase 10's model needs: faster layers, faster decoding, and files.
+    """Adds faster layers, faster decoding and files to a `CausalLM`.
 
-    A subclass names `config_class`, a `ReleasedConfig`, keeps its own as `config` and ends its
-    construction with `prepared()`.
+    A subclass sets `config_class`, a subclass of `ReleasedConfig`. Its `__init__` stores its own
+    configuration as `config`, and calls `prepared()` at the end.
     """
 
     config_class = None
-    quantization = cache_bits = None  # phase 8 notes here what it changed
+    quantization = cache_bits = None  # phase 8 stores its settings here
 
     def prepared(self):
-        """The model itself, with faster layers that give the same results: pipeline/fast."""
+        """Gives the model faster layers, and returns it: see pipeline/fast."""
         return speed_up(self)
 
     def complete(self, input_ids, max_new_tokens, sampling, **options):
-        """A faster `CausalLM.complete` with drafts and streams: pipeline/decoding.
+        """A faster `CausalLM.complete`, with drafts and streams: see pipeline/decoding.
 
         So `generate` also takes `speculative`, `depth`, `prefill_chunk` and `stream`.
         """
@@ -327,17 +328,17 @@ class ReleasedModel:
 
     @classmethod
     def from_pretrained(cls, directory):
-        """Reads config.json and safetensors in the released layout, in FP32, or a quantised model.
+        """Reads a model in FP32 from the released layout, or a quantised model from our own.
 
-        A checkpoint without any MTP tensors loads without MTP and warns. Raises: ValueError for
-        missing, extra or mis-shaped tensors, unsupported configurations, or no checkpoint.
+        If a checkpoint has no MTP tensors at all, it loads without MTP and warns. Raises ValueError
+        for missing, extra or mis-shaped tensors, an unsupported configuration or no checkpoint.
         """
         return load(cls, directory)
 
     def save_pretrained(self, directory):
         """Writes config.json and model.safetensors in the released layout.
 
-        A quantised model gets a layout of its own: the codes and scales of every integer layer.
+        A quantised model has a layout of its own, with the codes and scales of its layers.
         """
         save(self, directory)
 
@@ -350,7 +351,7 @@ class Loaded(NamedTuple):
 
 
 def load_with_tokenizer(model_class, directory, device):
-    """The `Loaded` content of a checkpoint directory, or of the checkpoint in a run's directory."""
+    """Loads the checkpoint in a directory, or the one in the directory of a run."""
     directory = pathlib.Path(directory)
     if not (directory / "config.json").exists() and (directory / "checkpoint").is_dir():
         directory = directory / "checkpoint"
@@ -363,7 +364,7 @@ def load_with_tokenizer(model_class, directory, device):
     tokenizer = corpus.load_tokenizer(directory / "tokenizer.json")
     entries, known = tokenizer.get_vocab_size(), model.config.vocab_size
     require(entries <= known,
-            f"{directory}: the tokenizer has {entries} entries, the model {known}")
+            f"{directory}: the tokenizer has {entries} entries, the model only {known}")
     require(tokenizer.token_to_id(corpus.SEPARATOR) is not None,
             f"{directory}: the tokenizer has no {corpus.SEPARATOR}")
     return Loaded(model, tokenizer, directory)

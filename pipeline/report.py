@@ -1,4 +1,4 @@
-"""A run's header, its results, and pictures drawn from its metrics file."""
+"""Prints a run's header, stores its results, and draws pictures from its metrics file."""
 
 import platform
 from dataclasses import asdict
@@ -9,11 +9,11 @@ from lesson import curves, picture
 from pipeline.checkpoint import write_json
 from pipeline.run import matrix_rates, read_metrics
 
-WINDOW = 20  # steps to average: curves of single batches are too noisy to read
+WINDOW = 20  # the number of steps to average: curves of single batches are too noisy to read
 
 
 def print_header(run, counts, cached):
-    """Prints versions, corpus and model. counts: of parameters; cached: numbers per token."""
+    """Prints versions, corpus and model. `cached`: how many numbers a token leaves in caches."""
     o = run.options
     print(
         f"deepseek_full_model.py · Python {platform.python_version()} · torch {torch.__version__} "
@@ -37,9 +37,9 @@ def print_header(run, counts, cached):
 
 
 def save_results(run, scores, rates):
-    """Pictures and results.json in the run's directory; returns the pictures' paths.
+    """Writes pictures and results.json into the run's directory. Returns the pictures' paths.
 
-    scores, rates: of the test part, from `score` and `print_scores`.
+    `score` and `print_scores` give `scores` and `rates` of the test part.
     """
     metrics, directory = read_metrics(run.metrics), run.directory
     pictures = [directory / "loss.png", directory / "expert_load.png"]
@@ -54,7 +54,7 @@ def save_results(run, scores, rates):
 
 
 def draw_losses(metrics, path):
-    """Training loss of the next token and of the MTP module against tokens seen."""
+    """Draws the training losses of the next token and of MTP against the tokens seen."""
     losses = {
         label: {line["tokens"]: line[key] for line in metrics if line.get(key) is not None}
         for label, key in (("next token", "loss"), ("token after next (MTP)", "mtp_loss"))
@@ -65,7 +65,7 @@ def draw_losses(metrics, path):
 
 
 def draw_expert_load(metrics, path):
-    """Busiest expert's load over the mean, layer by layer, against tokens seen."""
+    """Draws each layer's load of the busiest expert over the mean against the tokens seen."""
     names = {name: None for line in metrics for name in line["max_load"]}
     loads = {
         name: {m["tokens"]: m["max_load"][name] for m in metrics if name in m["max_load"]}
@@ -80,7 +80,7 @@ def draw_expert_load(metrics, path):
 
 
 def draw_curves(axis, series, ylabel):
-    """Draws {label: {tokens: value}}; a curve may lack steps, as MTP's does."""
+    """Draws {label: {tokens: value}}. A curve may lack steps, as that of MTP does."""
     for number, (label, values) in enumerate(series.items()):
         curves(axis, [tokens / 1e6 for tokens in values], {label: list(values.values())}, WINDOW,
                colors=[f"C{number}"], xlabel="training tokens (millions)", ylabel=ylabel)

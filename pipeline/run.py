@@ -17,10 +17,10 @@ from lesson import chosen_settings, progress_bar, require
 from pipeline import checkpoint
 
 
-# %% How long, and how fast
+# %% Budget, learning rate and precision
 @dataclass(frozen=True)
 class Budget:
-    """How long to train: `steps`, or `minutes` of training time; exactly one is given."""
+    """How long to train: either a number of `steps`, or `minutes` of training time."""
 
     steps: int | None = None
     minutes: float | None = None
@@ -34,7 +34,7 @@ class Budget:
         require(0 < amount < math.inf, f"the training budget must be above 0, got {amount}")
 
     def used(self, state):
-        """The share of the budget that is spent: 0 at the start; at 1 or more the run stops."""
+        """The share of the budget that is spent: 0 at the start. At 1 or more, the run stops."""
         if self.steps is not None:
             return state.step / self.steps
         return state.seconds / (60 * self.minutes)
@@ -56,7 +56,7 @@ class State:
 
 
 def learning_rate(used, peak, warmup=0.04, floor=0.05):
-    """Linear warm-up over the first `warmup` of the budget, then a cosine to `floor` · peak."""
+    """Rises linearly over the first `warmup` of the budget. A cosine then falls to floor · peak."""
     if used < warmup:
         return peak * max(used, 0.1 * warmup) / warmup
     falling = (min(used, 1.0) - warmup) / (1 - warmup)
@@ -67,9 +67,9 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 def matrix_rates(device, size=512, repeats=5):
-    """{"float32": floating-point operations a second in products of that precision, "bfloat16"}."""
+    """{"float32": …, "bfloat16": …}: operations a second in matrix products of each precision."""
     seconds = {}
-    for _ in range(repeats):  # the first are slow, so the shortest time counts
+    for _ in range(repeats):  # the first products are slow, so the shortest time counts
         for name in ("float32", "bfloat16"):
             matrix = torch.ones(size, size, dtype=getattr(torch, name), device=device)
             start = time.perf_counter()
@@ -79,10 +79,10 @@ def matrix_rates(device, size=512, repeats=5):
 
 
 def fastest_precision(device):
-    """Name of the faster precision of matrix products: "bfloat16" or "float32".
+    """The name of the faster precision of matrix products: "bfloat16" or "float32".
 
-    On a CPU "bfloat16" if it is measured to take less than 2/3 of the time; on CUDA if the hardware
-    has it.
+    On a CPU, both are measured, and "bfloat16" must take less than 2/3 of the time. On CUDA, it is
+    "bfloat16" if the hardware has it.
     """
     if device == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
@@ -94,7 +94,7 @@ def fastest_precision(device):
 
 # %% The metrics file
 class Metrics:
-    """`metrics.jsonl`: one JSON object a line. Lines past `state.step` are dropped."""
+    """Writes `metrics.jsonl`, one JSON object a line. Drops old lines after `state.step`."""
 
     def __init__(self, path, state):
         self.path = pathlib.Path(path)
@@ -109,13 +109,13 @@ class Metrics:
 
 
 def read_metrics(path):
-    """All lines of a metrics file; an empty list if there is none."""
+    """All lines of a metrics file, or an empty list if there is no file."""
     path = pathlib.Path(path)
     if not path.exists():
         return []
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # a line cut off by a crash
+        with contextlib.suppress(json.JSONDecodeError):  # a crash may cut off a line
             figures = json.loads(line)
             if isinstance(figures, dict) and isinstance(figures.get("step"), int):
                 lines.append(figures)
@@ -124,7 +124,7 @@ def read_metrics(path):
 
 # %% The run
 class Run:
-    """A loop of steps until the budget is spent. It can be saved, stopped and resumed.
+    """Takes steps until the budget is spent. A run can be saved, stopped and resumed.
 
     A subclass has `model`, `optimizers`, `tokenizer`, `corpus`, `step`, and sets the names below.
     Its options are a dataclass with at least `data`, `steps` and `minutes`.
@@ -132,11 +132,11 @@ class Run:
 
     options_class = None
     record = "run.json"  # the file beside the weights that says how to go on
-    kind, command = "training run", "train"  # "no training run", "train --resume"
+    kind, command = "training run", "train"  # messages say "no training run", "train --resume"
     doing, done = "training", "trained"
     default_minutes, default_directory = None, "default"
     save_every = 60.0  # seconds
-    look_ahead = None  # the number of steps, after the first, until the run prints its forecast
+    look_ahead = None  # the number of steps, after the first, until the run prints a forecast
 
     def __init__(self, directory, options, device):
         self.directory, self.options, self.device = pathlib.Path(directory), options, device
@@ -145,15 +145,16 @@ class Run:
         self.budget, self.state = Budget(options.steps, options.minutes), State()
 
     def step(self, number, used):
-        """One step → its figures, with at least `loss` and `tokens`; they go to the metrics."""
+        """Takes a step. Returns its figures for the metrics, with at least `loss` and `tokens`."""
         raise NotImplementedError
 
     def go(self):
-        """Steps until the budget is spent. Ctrl-C saves, says how to go on, and exits with 130."""
+        """Runs until the budget is spent. Ctrl-C saves, says how to go on, and exits with 130."""
         self.directory.mkdir(parents=True, exist_ok=True)
         steps = self.state.step
         if self.budget.used(self.state) >= 1:
-            print(f"already {self.done} for the whole budget ({steps} steps): ask for more")
+            print(f"already {self.done} for the whole budget ({steps} steps): give a larger one "
+                  "by --steps or --minutes")
             return
         self._steps()
         if self.budget.used(self.state) < 1:
@@ -162,7 +163,7 @@ class Run:
             raise SystemExit(130)
 
     def _steps(self):
-        """Ctrl-C ends the loop after the current step: a resumed run repeats and skips no step."""
+        """The loop. Ctrl-C ends it after the current step: resuming repeats and skips no step."""
         state, budget, metrics = self.state, self.budget, Metrics(self.metrics, self.state)
         began = last_saved = time.perf_counter()
         steps_before, tokens_before, warm = state.step, state.tokens, None
@@ -175,14 +176,14 @@ class Run:
                 start = time.perf_counter()
                 figures = self.step(state.step, budget.used(state))
                 loss = figures["loss"]
-                require(math.isfinite(loss), f"the loss is {loss} at step {state.step}: it "
-                        "diverged")
+                require(math.isfinite(loss), f"the loss is {loss} at step {state.step}: training "
+                        "has diverged")
                 state.step += 1
                 state.tokens += figures.pop("tokens")
                 state.seconds += time.perf_counter() - start
                 metrics.write({**asdict(state), **figures})
                 rate = (state.tokens - tokens_before) / (time.perf_counter() - began)
-                warm = warm or State(**asdict(state))  # the first step is slow
+                warm = warm or State(**asdict(state))  # the first step is slow: leave it out
                 if state.step - steps_before - 1 == self.look_ahead:
                     bar.write(expectation(budget, warm, state), file=sys.stdout)
                 show_progress(bar, budget.used(state), state, loss, rate)
@@ -193,7 +194,7 @@ class Run:
 
     # Saving
     def save(self):
-        """Saves the whole checkpoint at once: an interrupted save leaves the last one complete."""
+        """Saves the whole checkpoint. If a save is interrupted, the last one stays complete."""
         self.directory.mkdir(parents=True, exist_ok=True)
         with checkpoint.replaced_directory(self.checkpoint) as fresh:
             self.model.save_pretrained(fresh)
@@ -207,7 +208,7 @@ class Run:
                 checkpoint.write_json(fresh / name, content)
 
     def records(self):
-        """{file name: content} of all that is stored beside model, tokenizer and optimizers."""
+        """{file name: content} of the files beside model, tokenizer and optimizers."""
         return {
             self.record: {
                 "options": asdict(self.options),
@@ -232,7 +233,7 @@ class Run:
 
 
 def read_record(path, options_class=None):
-    """A record: options (checked against the class, if given), state, corpus hash; all required."""
+    """Reads a record. Options, state and corpus hash must be there, and fit `options_class`."""
     stored = checkpoint.read_json(path)
     try:
         options = stored["options"]
@@ -246,14 +247,14 @@ def read_record(path, options_class=None):
 
 
 def training_record(directory):
-    """The record of the training that a checkpoint comes from; {} if it has none."""
+    """The record of the training that a checkpoint comes from, or {} if there is none."""
     path = pathlib.Path(directory) / Run.record
     return read_record(path) if path.is_file() else {}
 
 
 @contextlib.contextmanager
 def stop_requests():
-    """Yields an event that Ctrl-C or a termination signal sets: no step or save is cut short."""
+    """Yields an event. Ctrl-C or a termination signal sets it, and cuts no step or save short."""
     stop, handlers = threading.Event(), {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -266,7 +267,7 @@ def stop_requests():
 
 
 def expectation(budget, warm, state):
-    """The speed since the state `warm`, and a forecast of the whole run at this speed."""
+    """Says the speed since the state `warm`, and forecasts the whole run at this speed."""
     seconds, tokens = state.seconds - warm.seconds, state.tokens - warm.tokens
     whole = budget.seconds_in_all(state, seconds / (state.step - warm.step))
     expected = state.tokens + (whole - state.seconds) * tokens / seconds
@@ -287,10 +288,10 @@ def show_progress(bar, used, state, loss, rate):
 
 # %% From the command line to a run
 def open_run(arguments, run_class):
-    """The run that the command line describes, new or resumed."""
+    """Makes the run that the command line describes, or resumes it."""
     options_class = run_class.options_class
     chosen = chosen_settings(arguments, options_class)
-    if "data" in chosen:  # absolute, so that the run resumes from any directory
+    if "data" in chosen:  # absolute, so that any directory can resume it
         chosen["data"] = [str(pathlib.Path(path).resolve()) for path in chosen["data"]]
     if arguments.resume is None:
         options = options_class(**chosen)
@@ -301,21 +302,21 @@ def open_run(arguments, run_class):
     directory = pathlib.Path(arguments.resume)
     checkpoint.recover_directory(directory / "checkpoint")
     record = directory / "checkpoint" / run_class.record
-    require(record.is_file(), f"{directory} holds no {run_class.kind}: no checkpoint/"
-            f"{run_class.record} in it")
+    require(record.is_file(), f"{directory} holds no {run_class.kind}: it has no checkpoint/"
+            f"{run_class.record}")
     fixed = [(field.metadata.get("flag") or field.name).lstrip("-")
              for field in fields(options_class)
              if field.name in chosen and field.name not in ("steps", "minutes")]
     fixed = sorted(fixed) + (["out"] if hasattr(arguments, "out") else [])
     require(not fixed, f"--resume goes on with the run's own options: leave out {fixed}")
     options = options_class(**read_record(record, options_class)["options"])
-    if chosen:  # another budget
+    if chosen:  # a new budget
         options.steps, options.minutes = chosen.get("steps"), chosen.get("minutes")
     return run_class(directory, options, arguments.device, resume=True)
 
 
 def new_directory(asked, default="default"):
-    """A run directory that holds no run yet: the one asked for, or the next free default."""
+    """A directory that holds no run yet: the one that was asked for, or the next free default."""
     if asked is not None:
         require(not pathlib.Path(asked).is_file(), f"--out {asked} is a file, want a directory")
         checkpoint.recover_directory(pathlib.Path(asked) / "checkpoint")

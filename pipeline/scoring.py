@@ -16,11 +16,11 @@ from quantization_coded import quantize_cache
 
 @torch.no_grad()
 def score(model, tokenizer, documents, batch_size=16):
-    """Bits per byte of the documents, each byte scored once; also MTP acceptance and expert load.
+    """Bits per byte of the documents. Also measures MTP acceptance and the load of experts.
 
-    The text is read in windows that overlap by half: see `corpus.scoring_batches`.
+    The windows of text overlap by half, and each byte counts once: see `corpus.scoring_batches`.
 
-    Returns: dict with `bits_per_byte`, `tokens`, `bytes`, `mtp_acceptance` (share of the
+    Returns: dict with `bits_per_byte`, `tokens`, `bytes`, `mtp_acceptance` (the share of the
         MTP module's greedy drafts that are the main model's own greedy choice; None without MTP)
         and `max_load` ({layer: busiest expert's load over the mean}).
     """
@@ -59,9 +59,9 @@ def score(model, tokenizer, documents, batch_size=16):
 
 
 def agreement(model, hidden_BTD, ids_BT, target_BT, choice_BT):
-    """bools (n,): True where the first MTP module's greedy draft is the main model's choice.
+    """Booleans (n,): True where the first MTP module's greedy draft is the main model's choice.
 
-    choice_BT (B, T − 1): the main model's greedy token after each; only scored tokens count.
+    choice_BT (B, T − 1): the main model's greedy token after each one. Only scored tokens count.
     """
     further_BTD = model.mtp[0](hidden_BTD[:, :-1], ids_BT[:, 1:])
     drafted_BT = target_BT[:, 2:]
@@ -70,7 +70,7 @@ def agreement(model, hidden_BTD, ids_BT, target_BT, choice_BT):
 
 
 def print_scores(scores, documents, tokenizer, part):
-    """Prints the scores and, for comparison, simple rates on the same bytes; returns all rates."""
+    """Prints the scores, and rates of simple methods to compare them with. Returns all rates."""
     rates = {"this model": scores["bits_per_byte"], **corpus.compressor_rates(documents)}
     rates["uniform"] = corpus.uniform_rate(
         scores["tokens"], scores["bytes"], tokenizer.get_vocab_size()
@@ -93,7 +93,7 @@ def print_scores(scores, documents, tokenizer, part):
 class EvaluateOptions:
     checkpoint: str = setting(metavar="DIR")
     data: list | None = setting(None, "score all of these files", metavar="FILE")
-    part: str = setting("test", "part of the training run's text, without --data",
+    part: str = setting("test", "without --data: which part of the training run's text",
                         choices=("train", "validation", "test"))
     cache_bits: int | None = setting(None, CACHE_HELP, metavar="N")
 

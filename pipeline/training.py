@@ -1,4 +1,4 @@
-"""Training: a `Run` that turns a text into a checkpoint. Phase 10 adds model, optimizers, step."""
+"""Training: a `Run` that makes a checkpoint from a text. Phase 10 adds the model and its step."""
 
 import pathlib
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ DEFAULT_MINUTES = 4.6
 class RunOptions:
     """The options of a training run. They are stored with its checkpoint, so that it can resume.
 
-    `earlier`: values for runs that were stored before the field existed.
+    `earlier` has the values for runs that were stored before a field existed.
     """
 
     earlier: ClassVar = {"mtp_from": 0.0}
@@ -29,31 +29,31 @@ class RunOptions:
         str(SMALL_CONFIG), "config.json of the model (default: configs/small.json)"
     )
     data: list | None = setting(
-        None, "your own UTF-8 text (default: standard library)", metavar="FILE"
+        None, "your own UTF-8 text (default: Python's standard library)", metavar="FILE"
     )
     steps: int | None = setting(None, "train for so many steps")
     minutes: float | None = setting(
         None, f"train for so many minutes (default: {DEFAULT_MINUTES})"
     )
-    seed: int = setting(0, at_least=0)
-    batch_size: int = setting(4, at_least=1)
-    sequence_length: int = setting(256, at_least=3)
-    learning_rate: float = setting(3e-3, above=0)
+    seed: int = setting(0, "seed of weights and batches", at_least=0)
+    batch_size: int = setting(4, "sequences in a step", at_least=1)
+    sequence_length: int = setting(256, "tokens in a sequence", at_least=3)
+    learning_rate: float = setting(3e-3, "its highest value, after the warm-up", above=0)
     precision: str = setting(
-        "auto", "of matrix products (default: auto, the faster)", choices=PRECISIONS
+        "auto", "precision of matrix products (default: auto, the faster one)", choices=PRECISIONS
     )
-    optimizer: str = setting("muon", choices=OPTIMIZERS)
-    mtp_weight: float = setting(0.3, at_least=0)
+    optimizer: str = setting("muon", "muon is Muon beside AdamW", choices=OPTIMIZERS)
+    mtp_weight: float = setting(0.3, "weight of the MTP loss", at_least=0)
     mtp_from: float = setting(
         0.7, "share of the run after which the MTP module learns as well", at_least=0, below=1
     )
-    gamma: float = setting(0.005, at_least=0)
+    gamma: float = setting(0.005, "how far a step moves the routing biases", at_least=0)
 
     def __post_init__(self):
         check_settings(self, as_flags=True)
 
     def settle(self, device):
-        """Replaces "auto" by the faster precision on `device`; a resumed run keeps it."""
+        """Replaces "auto" by the faster precision on `device`. A resumed run keeps it."""
         if self.precision == "auto":
             self.precision = fastest_precision(device)
 
@@ -87,7 +87,7 @@ class TrainingRun(Run):
         raise NotImplementedError
 
     def costs(self):
-        """(parameters, as a dict with `total`, `active` and `mtp`; cached numbers a token)."""
+        """A dict of parameter counts (`total`, `active`, `mtp`), and cached numbers a token."""
         raise NotImplementedError
 
     def fresh(self):
@@ -130,7 +130,7 @@ class TrainingRun(Run):
 
 
 def train(run):
-    """The train command: trains, and scores the validation part."""
+    """Runs the train command: trains, then scores the validation part."""
     run.go()
     validation = run.corpus.validation
     scores = score(run.model, run.tokenizer, validation)

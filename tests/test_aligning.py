@@ -104,7 +104,7 @@ def test_mistakes_of_align_are_one_line_and_write_nothing(
         (["align", "--checkpoint", "trained", "--steps", "0"], "budget must be above 0, got 0"),
         (["align", "--checkpoint", "trained", "--group-size", "0"], "group_size=0 must be"),
         (["align", "--checkpoint", "trained", "--max-new-tokens", "64"], "max_new_tokens=64"),
-        (["align", "--checkpoint", "nowhere"], "nowhere is no checkpoint"),
+        (["align", "--checkpoint", "nowhere"], "nowhere is not a checkpoint"),
         (["train", "--resume", "aligned"], "aligned is an alignment"),
     ):
         with pytest.raises(SystemExit) as exit_info:

@@ -75,8 +75,8 @@ def test_check_exits_with_1_where_a_size_is_wrong_and_a_bias_stays(capsys, monke
         (["--sequence-length", "9999", "--steps", "1"], "--sequence-length=9999 exceeds"),
         (["--config", "nowhere.json", "--steps", "1"], "nowhere.json cannot be read"),
         (["train", "--resume", "nowhere"], "nowhere holds no training run"),
-        (["evaluate", "--checkpoint", "nowhere"], "nowhere is no checkpoint"),
-        (["generate", "--checkpoint", "nowhere"], "nowhere is no checkpoint"),
+        (["evaluate", "--checkpoint", "nowhere"], "nowhere is not a checkpoint"),
+        (["generate", "--checkpoint", "nowhere"], "nowhere is not a checkpoint"),
         (["--device", "abacus"], "device 'abacus' is not available"),
     ],
 )

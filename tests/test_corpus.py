@@ -95,9 +95,9 @@ def test_tokenizer_learns_from_the_documents_it_is_given_only():
 
 def test_no_tokenizer_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer"):
         corpus.load_tokenizer(tmp_path / "tokenizer.json")
-    with pytest.raises(ValueError, match="no tokenizer"):
+    with pytest.raises(ValueError, match="tokenizer cannot be read"):
         corpus.load_tokenizer(tmp_path / "absent.json")
 
 

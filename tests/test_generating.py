@@ -46,8 +46,8 @@ def test_prompt_past_the_context_is_one_line(trained, capsys):
     for wrong, message in (
         (["--top-p", "0", "--temperature", "1"], "top_p=0.0 must be a number above 0"),
         (["--top-k", "0", "--temperature", "1"], "top_k=0 must be at least 1"),
-        (["--top-k", "5"], "--top-k and --top-p are for a --temperature above 0"),
-        (["--depth", "2"], "--depth is for --speculative"),
+        (["--top-k", "5"], "--top-k and --top-p need a --temperature above 0"),
+        (["--depth", "2"], "--depth needs --speculative"),
         (["--speculative", "--depth", "0"], "depth=0 must be at least 1"),
         (["--temperature", "nan"], "temperature=nan must be at least 0"),
     ):

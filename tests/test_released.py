@@ -268,11 +268,11 @@ def test_wrong_tensors_are_named(saved, change, message):
 
 def test_no_checkpoint_and_unsupported_checkpoints_are_named(saved, tmp_path):
     _, directory = saved
-    with pytest.raises(ValueError, match="is no checkpoint: it has no config.json"):
+    with pytest.raises(ValueError, match="is not a checkpoint: it has no config.json"):
         DeepSeekModel.from_pretrained(tmp_path / "nowhere")
     shutil.copytree(directory, tmp_path / "no_weights")
     (tmp_path / "no_weights" / checkpoint.WEIGHTS).unlink()
-    with pytest.raises(ValueError, match=r"is no checkpoint: it has no model\.safetensors"):
+    with pytest.raises(ValueError, match=r"is not a checkpoint: it has no model\.safetensors"):
         DeepSeekModel.from_pretrained(tmp_path / "no_weights")
     config = checkpoint.read_json(directory / "config.json")
     config["quantization_config"] = {"quant_method": "fp8"}
@@ -382,7 +382,7 @@ def test_transformers_does_not_misread_a_quantised_directory(tmp_path):
 
 def test_a_model_in_qat_is_not_saved_and_one_trained_in_fp8_is(tmp_path):
     model = build("v3", **WIDE)
-    with pytest.raises(ValueError, match="prepared for QAT: save what convert_qat makes of it"):
+    with pytest.raises(ValueError, match="prepared for QAT: convert it by convert_qat"):
         prepare_qat(model, "int8").save_pretrained(tmp_path / "qat")
     convert_qat(prepare_qat(model, "int8")).save_pretrained(tmp_path / "int8")
     assert DeepSeekModel.from_pretrained(tmp_path / "int8").quantization["bits"] == 8

@@ -1,10 +1,10 @@
-"""Speed as a pass over a finished model: the same functions, quicker on a CPU.
+"""A pass over a finished model that makes it quicker on a CPU. It computes the same functions.
 
-`speed_up(model)` puts quicker layers in the place of the lessons' plain ones, without touching a
-parameter or a name: state dicts stay plain. Each quicker piece names its plain twin. Thresholds
-stand here only, each with what was measured.
+`speed_up(model)` replaces the lessons' plain layers by quicker ones. It changes no parameter and no
+name, so state dicts stay plain. Each quicker piece names its plain twin. The thresholds are all in
+this folder, each with its measurement.
 
-Training has two pieces of its own: `head_loss`, and attention by two products.
+Two pieces are for training: `head_loss`, and attention by two products.
 """
 
 from torch import nn
@@ -51,10 +51,10 @@ QUICKER = {  # plain twin → quicker class, with the same parameters
 
 
 def speed_up(model):
-    """The model itself with quicker layers; it may be called again, on the meta device, on copies.
+    """Gives a `CausalLM` quicker layers and returns it. It may be called again.
 
-    model: a `CausalLM`. Logits, gradients and texts in FP32 stay the same to 1e-5;
-    INT8 and INT4 weights go through kernels that round to BF16.
+    The model may be a copy, or on the meta device. In FP32, logits, gradients and texts stay the
+    same to 1e-5. INT8 and INT4 weights go through kernels that round to BF16.
     """
     for module in model.modules():
         module.__class__ = QUICKER.get(type(module), type(module))

@@ -1,20 +1,20 @@
-"""Which attention is fastest: by two products for short texts in BF16, absorbed for few queries."""
+"""Picks the quickest attention: two products for short BF16 texts, absorbed for few queries."""
 
 import torch
 import torch.nn.functional as F
 
 from multihead_attention_coded import allowed_keys
 
-# Tokens up to which storing all scores pays. One sequence of 1,024: 0.30 s a training step against
-# 0.33 fused; of 2,048: 1.07 against 0.80, and 827 MB against 544.
+# Up to so many tokens, it pays to store all scores. With one sequence of 1,024, a training step
+# takes 0.30 s, and 0.33 fused. With one of 2,048, it takes 1.07 s and 827 MB; fused, 0.80 and 544.
 PRODUCTS_UP_TO = 1024
-# Queries from which rebuilding keys and values is faster than absorbing: after 1,024 tokens, 24
-# take 7.3 ms absorbed and 8.4 expanded, 64 take 12.9 and 12.5 (benchmarks/scaling.py).
+# From so many queries on, the expanded path is faster than the absorbed one. After 1,024 tokens, 24
+# queries take 7.3 ms absorbed and 8.4 expanded; 64 take 12.9 and 12.5 (benchmarks/scaling.py).
 EXPAND_FROM = 48
 
 
 def quickest_attention(query, key, value, mask=None, scale=None, causal=False):
-    """`fused_attention`: by two products where that is faster, a whole text in BF16 on a CPU."""
+    """`fused_attention`, by two products where they are faster: short texts in BF16 on a CPU."""
     T, S = query.shape[-2], key.shape[-2]
     if key.shape[1] == 1 < query.shape[1]:
         return attention_of_rows(query, key, value, mask, scale, causal)
@@ -25,15 +25,15 @@ def quickest_attention(query, key, value, mask=None, scale=None, causal=False):
 
 
 def kernel_attention(query, key, value, mask=None, scale=None, causal=False):
-    """`fused_attention` without a mask where the kernel's own flag will do, and for one query.
+    """`fused_attention` that makes no causal mask for a whole text or for a single query.
 
-    The flag lines up the first query with the first key, so it fits a whole text only. A single
-    query sees all keys.
+    For a whole text, it uses the kernel's own causal flag, which lines up the first query with the
+    first key. A single query sees all keys.
     """
     (T, K), (S, V) = query.shape[-2:], value.shape[-2:]
     use_flag = causal and mask is None and T == S
     mask = allowed_keys(query, key, mask, causal and not use_flag and T > 1)
-    if V < K:  # the CPU kernel wants equal widths: zeros go behind the values
+    if V < K:  # the CPU kernel needs equal widths, so zeros fill up the values
         value = F.pad(value, (0, K - V))
     output = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=use_flag, scale=scale,
@@ -43,10 +43,10 @@ def kernel_attention(query, key, value, mask=None, scale=None, causal=False):
 
 
 def attention_of_rows(query, key, value, mask=None, scale=None, causal=False):
-    """`fused_attention` of many heads over a single key/value head, as MLA's absorbed form has it.
+    """`fused_attention` of many heads over a single key/value head, as in MLA's absorbed path.
 
-    The heads' queries become rows of one head, (B, 1, H·T, K): one pass over the keys serves many
-    rows, where heads of their own would need a pass each.
+    The queries of all heads become rows of one head, (B, 1, H·T, K). So one pass over the keys
+    serves many rows. Separate heads would need a pass each.
     """
     H, T = query.shape[1:3]
     if causal and T > 1 or mask is not None:
@@ -60,14 +60,15 @@ def attention_of_rows(query, key, value, mask=None, scale=None, causal=False):
 def product_attention(query, key, value, mask=None, scale=None, causal=False):
     """`fused_attention` as two batched matrix products with the scores in between.
 
-    It stores all B·H·T·S scores, which the fused kernel avoids; for short texts they fit in the
-    processor's cache, and its matrix units run at full rate: BF16, 32 heads of 256 × 48, forward
-    and backward 3.6 ms against 9.5 (FP32: 7.9 against 8.6). Shapes as there, groups = H.
+    It stores all B·H·T·S scores, which the fused kernel avoids. For short texts, they fit in the
+    processor's cache, and its matrix units run at full rate. With 32 heads of 256 × 48 in BF16,
+    forward and backward take 3.6 ms, and 9.5 fused (FP32: 7.9 and 8.6). The shapes are those of
+    `fused_attention` with groups = H.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     shape = (*query.shape[:-1], key.shape[-2])
     allowed = allowed_keys(query, key, mask, causal)
-    bias = query.new_zeros(1)  # nothing hidden
+    bias = query.new_zeros(1)  # hides nothing
     if allowed is not None:  # finite, so that a row without any key gives no NaN
         hidden = torch.finfo(query.dtype).min / 2
         bias = query.new_zeros(allowed.shape).masked_fill(~allowed, hidden)

@@ -1,4 +1,4 @@
-"""Experts of a few tokens, choice by choice; of many, two products for all experts at once."""
+"""Quick experts: few tokens go choice by choice; many tokens take two products for all experts."""
 
 import torch
 import torch.nn.functional as F
@@ -7,13 +7,13 @@ from moe_coded import Experts
 from pipeline.fast.few_rows import shared_linear
 from quantization_coded import ExpertList
 
-# Choices (tokens · A) up to which nothing is sorted. A = 2, the whole model: one token 1.23 ms
-# against 1.42 grouped, three 1.91 against 1.99.
+# Up to so many choices (tokens · A), nothing is sorted. With A = 2, a pass of the whole model takes
+# 1.23 ms for one token, and 1.42 grouped. For three tokens, it takes 1.91 and 1.99.
 FEW_CHOICES = 6
 
 
 def by_choice(experts, x_MD, routing):
-    """`Experts.grouped` token by token: only the experts that a token chose, nothing to sort."""
+    """`Experts.grouped` token by token. It runs each chosen expert in turn and sorts nothing."""
     weights_MA = routing.weights if routing.kept is None else routing.weights * routing.kept
     outputs = [
         experts.expert(e, x)
@@ -25,7 +25,7 @@ def by_choice(experts, x_MD, routing):
 
 
 class ByChoice:
-    """Mixed into a class of experts: few choices on a CPU go one by one."""
+    """A mixin for classes of experts. On a CPU, a few choices go one by one."""
 
     def grouped(self, x_MD, routing):
         few = 0 < routing.indices.numel() <= FEW_CHOICES
@@ -37,10 +37,11 @@ class ByChoice:
 def grouped_linear(rows, weights, ends):
     """`F.linear` of each expert on its own rows: (rows, in), (E, out, in), (E,) → (rows, out).
 
-    `ends` (int32): where each expert's run ends. PyTorch's kernel takes them all in one call; it
-    wants one dtype and rows of a multiple of 16 bytes. Elsewhere: a product per expert.
+    `ends` (int32) says where each expert's run of rows ends. PyTorch's kernel takes all experts in
+    one call if all numbers have one dtype and a row has a multiple of 16 bytes. Otherwise, each
+    expert takes a product of its own.
     """
-    if torch.is_autocast_enabled(rows.device.type):  # the kernel is not on autocast's list
+    if torch.is_autocast_enabled(rows.device.type):  # autocast does not know the kernel
         precision = torch.get_autocast_dtype(rows.device.type)
         rows, weights = rows.to(precision), weights.to(precision)
     size, narrow = rows.element_size(), rows.element_size() <= 4 and not rows.is_mps
@@ -52,7 +53,7 @@ def grouped_linear(rows, weights, ends):
 
 
 class QuickExperts(ByChoice, Experts):
-    """`Experts`, by choice for a few tokens, whose matrices all cores share; for many, grouped."""
+    """`Experts`. A few tokens go by choice, and all cores share a matrix; many go grouped."""
 
     def expert(self, e, x):
         gate, up = shared_linear(x, self.gate_up_proj[e]).chunk(2, dim=-1)
@@ -65,4 +66,4 @@ class QuickExperts(ByChoice, Experts):
 
 
 class QuickExpertList(ByChoice, ExpertList):
-    """`ExpertList`, by choice for a few tokens."""
+    """`ExpertList`. A few tokens go by choice."""

@@ -1,4 +1,4 @@
-"""Projections and norms of the few rows that decoding has."""
+"""Projections and norms for the few rows of a decoding pass."""
 
 import functools
 import math
@@ -9,17 +9,17 @@ import torch.nn.functional as F
 from torch import nn
 
 FEW_ROWS = 8
-# Matrices that the measurement of `sharing_pays_from` tries, (out, in).
+# The sizes of matrices (out, in) that `sharing_pays_from` measures.
 TRIED = ((128, 128), (512, 256), (1024, 1024), (2048, 2048))
 
 
 class QuickLinear(nn.Linear):
-    """`nn.Linear`, shared out among the processor's cores when a few rows are decoded.
+    """`nn.Linear`, whose matrix is divided among the processor's cores to decode a few rows.
 
-    A token that is decoded reads every weight once and hardly computes. `F.linear` reads with one
-    core; as a batch of products, one a core, each core reads its own part. 512 × 256, two cores
-    with a path to memory each: 1 row 39 → 22 µs; two that share one path: 13 → 22. So a process
-    measures first from which size on it pays.
+    To decode a token, a processor reads every weight once and computes little. In `F.linear`, one
+    core reads. In a batch of products, one for each core, each core reads its own part. For 1 row
+    times 512 × 256, two cores with separate paths to memory take 22 µs instead of 39. If they share
+    one path, they take 22 instead of 13. So a process first measures from which size on this pays.
     """
 
     def forward(self, x):
@@ -30,7 +30,7 @@ class QuickLinear(nn.Linear):
 
 
 def shared_linear(x, weight):
-    """`F.linear(x, weight)`, as one product a core where that is faster: (..., in) → (..., out)."""
+    """`F.linear(x, weight)`, divided among cores where that is faster: (..., in) → (..., out)."""
     cores, (out, width) = torch.get_num_threads(), weight.shape
     fits = out % cores == 0 and x.shape[-1] == width and x.dtype == weight.dtype
     if cores == 1 or not fits or weight.numel() < sharing_pays_from(cores, x.numel() > width):
@@ -39,7 +39,7 @@ def shared_linear(x, weight):
 
 
 def in_parts(x, weight, cores):
-    """`F.linear(x, weight)` as one product a core."""
+    """`F.linear(x, weight)` as a batch of products, one for each core."""
     out, width = weight.shape
     rows = x.reshape(1, -1, width).expand(cores, -1, -1)
     parts = torch.bmm(rows, weight.view(cores, out // cores, width).transpose(1, 2))
@@ -48,15 +48,16 @@ def in_parts(x, weight, cores):
 
 @functools.cache
 def sharing_pays_from(cores, several):
-    """Numbers in a matrix from which `in_parts` is faster, for one row or `several`: measured once.
+    """Measures how many numbers a matrix must have for `in_parts` to be faster.
 
-    In some hundredths of a second; infinity if it is for none of the sizes tried.
+    It does this once for one row and once for `several`, in some hundredths of a second. The result
+    is infinity if `in_parts` is faster for none of the sizes.
     """
     with torch.inference_mode():
         for out, width in TRIED:
-            weights = torch.ones(max(1, 2**22 // (out * width)), out, width)  # more than a cache
+            weights = torch.ones(max(1, 2**22 // (out * width)), out, width)  # exceeds a cache
             rows, alone, shared = torch.ones(3 if several else 1, width), math.inf, math.inf
-            for _ in range(3):  # the least counts: the first are slow
+            for _ in range(3):  # the first is slow: the shortest counts
                 alone = min(alone, seconds(F.linear, rows, weights))
                 shared = min(shared, seconds(in_parts, rows, weights, cores))
             if shared < 0.9 * alone:
@@ -72,10 +73,10 @@ def seconds(product, rows, weights, *cores):
 
 
 class QuickNorm(nn.RMSNorm):
-    """`nn.RMSNorm` in the precision of its weight; a single row goes by one dot product.
+    """`nn.RMSNorm` in the precision of its weight. A single row takes one dot product.
 
-    One product takes the place of seven small operations: a token that is decoded passes 17 norms
-    in the default model, 1.15 → 1.08 ms a pass.
+    The product replaces seven small operations. In the default model, a decoded token passes 17
+    norms, and its pass takes 1.08 ms instead of 1.15.
     """
 
     def forward(self, x):

@@ -11,12 +11,12 @@ PACK_FROM_TOKENS, PACK_FROM_NUMBERS = 16, 2**20
 
 
 def decoding_head(head, tokens):
-    """`head` for the few rows of a decoding pass, where `tokens` are to be generated.
+    """`head` for the few rows of a decoding pass. `tokens`: how many tokens will be generated.
 
-    oneDNN's packed product reads a large matrix once for up to four rows and uses all threads:
-    60 µs for 1 to 4 rows of 8,192 × 256, where `F.linear` takes 117 for one and 222 for two.
-    Packing costs 0.4 ms. It is done anew for each text, so that it never serves old weights. A
-    head that `speed_up` has not touched, or that is quantised, comes back as it is.
+    oneDNN's packed product reads a large matrix once for up to four rows and uses all threads. It
+    takes 60 µs for 1 to 4 rows times 8,192 × 256; `F.linear` takes 117 for one and 222 for two.
+    Packing costs 0.4 ms. It is done again for each text, so the packed weights are never old. A
+    head that `speed_up` has not changed, or that is quantised, is returned as it is.
     """
     if type(head) is not QuickLinear:
         return head
@@ -33,8 +33,8 @@ def decoding_head(head, tokens):
 def head_loss(head, hidden, input_ids, shift, document_ids=None, token_mask=None):
     """Mean cross-entropy in nats of the head's guess at token i + shift, from hidden states.
 
-    The same number as `shifted_loss(head(hidden), input_ids, shift, ...)`, without storing the
-    logits. hidden (B, ≤ T, D); input_ids, document_ids and token_mask (B, T).
+    It equals `shifted_loss(head(hidden), input_ids, shift, ...)`, but never stores all logits.
+    hidden (B, ≤ T, D); input_ids, document_ids and token_mask (B, T).
     """
     targets = shifted_targets(input_ids, hidden.shape[1], shift, document_ids, token_mask)
     device, precision = hidden.device.type, hidden.dtype
@@ -46,13 +46,13 @@ def head_loss(head, hidden, input_ids, shift, document_ids=None, token_mask=None
 
 
 class ChunkedHeadLoss(torch.autograd.Function):
-    """Σ cross-entropy of `F.linear(hidden, weight)`, the softmax taken in chunks of rows.
+    """The sum of cross-entropies of `F.linear(hidden, weight)`, computed in chunks of rows.
 
-    hidden (M, D), weight (W, D), targets (M,) with −100 = none → a scalar, at least in FP32. A
-    large vocabulary makes logits the biggest tensors of a training step. In chunks, with each
-    chunk's gradient, softmax − one-hot, worked out at once, their FP32 form stays in the
-    processor's cache, and only the gradient is kept whole, in the precision of `hidden`. Two heads
-    of 1,024 rows by 8,192 tokens in BF16: 350 → 228 ms for the whole training step.
+    hidden (M, D), weight (W, D), targets (M,) with −100 = none → a scalar, at least in FP32. With a
+    large vocabulary, logits are the largest tensors of a training step. Here, the FP32 logits of
+    one chunk stay in the processor's cache while its gradient, softmax − one-hot, is computed. Only
+    the gradient is stored as a whole, in the precision of `hidden`. With two heads of 1,024 rows by
+    8,192 tokens in BF16, a whole training step takes 228 ms instead of 350.
     """
 
     ROWS = 256

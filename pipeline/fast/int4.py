@@ -1,10 +1,10 @@
-"""INT4 weights in the order of PyTorch's kernel: `pack_int4` turns phase 8's layers into these.
+"""INT4 weights for PyTorch's kernel: `pack_int4` packs the codes of phase 8's layers for it.
 
-Plain twin: `quantization_coded.IntegerLinear`, which dequantises its codes at each call. The
-kernel reads the codes and computes in BF16 (inputs, outputs and scales; sums in FP32); the two
-differ by the rounding of BF16. It wants the codes in an order that depends on the processor. Only
-that order stays in memory; state dicts, and layers on another device, hold the plain codes. One row
-times 4,096 × 4,096: 11 times as fast as FP32 (benchmarks/quantization.py).
+The plain twin is `quantization_coded.IntegerLinear`, which dequantises its codes at each call. The
+kernel reads the codes as they are. Its inputs, outputs and scales are BF16, and its sums FP32. So
+the two differ by the rounding of BF16. The kernel needs the codes in an order that depends on the
+processor. Memory holds only that order. State dicts, and layers on another device, hold the plain
+codes. One row times 4,096 × 4,096 is 11 times as fast as in FP32 (benchmarks/quantization.py).
 """
 
 import torch
@@ -12,14 +12,14 @@ import torch
 from pipeline.fast.int8 import may_round
 from quantization_coded import IntegerLinear, pack_bits, unpack_bits
 
-GROUPS = (32, 64, 128, 256)  # numbers that share a scale, as the kernel takes them
+GROUPS = (32, 64, 128, 256)  # so many numbers may share a scale in the kernel
 
 
 def pack_int4(model):
-    """The model itself; its INT4 layers that the kernel can take hold their codes packed.
+    """Packs the codes of all INT4 layers that the kernel can take. Returns the model.
 
-    May be called again, for instance after layers got new codes; on the meta device, a layer is
-    packed once it is loaded.
+    It may be called again, for instance after layers got new codes. On the meta device, a layer is
+    packed as soon as it is loaded.
     """
     for layer in may_round(model):
         if layer.bits == 4 and layer.out_features % 16 == 0 and layer.group_size in GROUPS:
@@ -31,10 +31,10 @@ def pack_int4(model):
 
 
 class PackedInt4Linear(IntegerLinear):
-    """An `IntegerLinear` of 4 bits whose product is PyTorch's kernel.
+    """An `IntegerLinear` of 4 bits that multiplies by PyTorch's kernel.
 
-    Packed, `scale` is (groups, out, 2), the kernel's pairs of scale and zero; plain, it is
-    (out, groups), as it is on other devices and after `fill`, until the next `pack`.
+    If it is packed, `scale` is (groups, out, 2), the kernel's pairs of scale and zero. If it is
+    plain, `scale` is (out, groups). It is plain on other devices, and from `fill` to `pack`.
     """
 
     def is_packed(self):
@@ -55,7 +55,7 @@ class PackedInt4Linear(IntegerLinear):
             self.codes, self.scale = pack_bits(codes, 4), scale
 
     def codes_and_scale(self):
-        """The plain ones. The codes are the kernel's own product with unit vectors, scales 1."""
+        """The plain ones. The codes are the kernel's product with unit vectors at scale 1."""
         if not self.is_packed():
             return super().codes_and_scale()
         pairs = torch.ones_like(self.scale)

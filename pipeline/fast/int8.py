@@ -1,8 +1,8 @@
-"""8-bit products by PyTorch's integer kernels on a CPU: `quick_int8` puts them in place.
+"""8-bit products on a CPU: `quick_int8` makes layers multiply by PyTorch's integer kernels.
 
-Plain twins: `quantization_coded.IntegerLinear`, which dequantises its codes at each call, and
-`w8a8_product`, which adds up whole numbers in FP32. One row times 4,096 × 4,096 in INT8: 4.5
-times as fast as FP32 (benchmarks/quantization.py).
+The plain twins are `quantization_coded.IntegerLinear`, which dequantises its codes at each call,
+and `w8a8_product`, which adds up whole numbers in FP32. One row times 4,096 × 4,096 in INT8 is 4.5
+times as fast as in FP32 (benchmarks/quantization.py).
 """
 
 import torch
@@ -18,9 +18,9 @@ from quantization_coded import (
 
 
 def quick_int8(model):
-    """The model itself; its INT8 and W8A8 layers are multiplied by kernels from now on."""
+    """Makes a model's INT8 and W8A8 layers multiply by the kernels. Returns the model."""
     for layer in may_round(model):
-        # The kernel reads 16 numbers at a time, past the end of rows of other widths.
+        # The kernel reads 16 numbers at a time. With other widths, it would read past a row's end.
         whole_rows = layer.group_size == layer.in_features and layer.in_features % 16 == 0
         if layer.bits == 8 and whole_rows:
             layer.__class__ = QuickInt8Linear
@@ -33,17 +33,17 @@ def quick_int8(model):
 def may_round(model):
     """The model's plain integer layers whose inputs and outputs a kernel may round to BF16.
 
-    All but MLA's `kv_b_proj`: the absorbed path feeds it other inputs than the expanded path, and
-    rounding them would make the two disagree.
+    These are all but MLA's `kv_b_proj`. The absorbed path feeds it other inputs than the expanded
+    path, and rounding them would make the two disagree.
     """
     plain = [(name, m) for name, m in model.named_modules() if type(m) is IntegerLinear]
     return [layer for name, layer in plain if not name.endswith("kv_b_proj")]
 
 
 class QuickInt8Linear(IntegerLinear):
-    """An `IntegerLinear` of 8 bits, a scale a row, whose kernel reads the codes as they are.
+    """An `IntegerLinear` of 8 bits with a scale for each row. Its kernel reads the codes directly.
 
-    It computes in BF16 (inputs, outputs and scales; sums in FP32): the two differ by its rounding.
+    Inputs, outputs and scales are BF16, and sums FP32. So it differs from its twin by rounding.
     """
 
     def product(self, rows):
@@ -54,7 +54,7 @@ class QuickInt8Linear(IntegerLinear):
 
 
 class QuickW8A8Linear(W8A8Linear):
-    """`W8A8Linear` by `integer_product`."""
+    """`W8A8Linear` that multiplies by `integer_product`."""
 
     def product(self, rows):
         operands, threshold = (rows.contiguous(), self.codes, self.scale), self.outlier_threshold
@@ -64,9 +64,9 @@ class QuickW8A8Linear(W8A8Linear):
 
 
 def integer_product(x, codes, scale):
-    """`w8a8_product`, its sums in INT32: `torch._int_mm`, where that is right.
+    """`w8a8_product` with sums in INT32 by `torch._int_mm`, where this is right.
 
-    It is wrong for a single column, and on processors that are too old.
+    `torch._int_mm` is wrong for a single column, and on processors that are too old.
     """
     if x.device.type != "cpu" or x.shape[1] == 1 or not int_mm_is_exact():
         return w8a8_product(x, codes, scale)

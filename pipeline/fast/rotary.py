@@ -1,4 +1,4 @@
-"""The rotations of a pass, worked out once for all its layers."""
+"""The rotations of a pass, computed once for all its layers."""
 
 import torch
 
@@ -6,10 +6,10 @@ from rope_coded import RotaryEmbedding
 
 
 class QuickRotary(RotaryEmbedding):
-    """`RotaryEmbedding` that keeps the rotations of the positions it was asked for last.
+    """`RotaryEmbedding` that keeps the rotations of the positions that it was given last.
 
     Queries and keys of all layers of a pass bring the same tensor of positions. It must not be
-    changed in place between two calls: another tensor is another question.
+    changed in place between two calls, because only another tensor makes it compute again.
     """
 
     def rotations(self, positions):
