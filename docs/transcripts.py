@@ -147,7 +147,8 @@ def main(argv=None):
         with tempfile.TemporaryDirectory() as folder:  # for the pictures
             done = run(script, *PHASES[script].arguments, "--device", "cpu", folder=folder)
         if done.returncode:
-            sys.exit(f"{script} failed, so its transcript stays as it was\n{done.stderr}")
+            sys.exit(f"{script} failed with status {done.returncode}, "
+                     f"so its transcript stays as it was\n{done.stderr}")
         path_of(script).write_text(transcript(script, done.stdout), encoding="utf-8")
         print(path_of(script))
 

@@ -138,7 +138,7 @@ def test_a_change_is_a_difference(stored, change):
 
 def test_the_difference_shows_both_lines(stored):
     message = difference("mla_coded.py", PRINTED.replace("12 dropped", "13 dropped"))
-    removed, added = [line for line in message.splitlines() if line[:2] in ("- ", "+ ")]
+    removed, added = message.splitlines()[3:-1]  # after the two names and the place
     assert removed.startswith("- ") and "12 dropped, error 0.13##" in removed
     assert added.startswith("+ ") and "13 dropped, error 0.13##" in added
 
@@ -222,7 +222,7 @@ def test_a_script_that_fails_leaves_its_transcript(runs):
     transcripts.main(["mla_coded.py"])
     runs.returncode = 1
     before = path_of("mla_coded.py").read_text(encoding="utf-8")
-    with pytest.raises(SystemExit, match="mla_coded.py failed.*\na mistake"):
+    with pytest.raises(SystemExit, match="mla_coded.py failed with status 1.*\na mistake"):
         transcripts.main(["mla_coded.py", "moe_coded.py"])
     assert path_of("mla_coded.py").read_text(encoding="utf-8") == before
     assert len(runs.commands) == 2
