@@ -20,7 +20,7 @@ Paper: Vaswani et al., "Attention Is All You Need" (2017, arXiv:1706.03762), sec
 (masking). Section 5.4 has dropout on sub-layer outputs and embeddings; only the authors' code has
 it on the attention weights.
 Simplified: one head, no output projection.
-Before: phase 1. Reading 7 minutes, running 5 seconds.
+Before: phase 1. Reading 7 minutes, running 2 seconds.
 
 Dimensions: B batch · T query positions · S key positions · D model width · K query/key width (d_k
 in the equation) · V value width.

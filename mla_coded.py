@@ -18,7 +18,7 @@ Papers: DeepSeek-V2 (2024, arXiv:2405.04434), section 2.1, equations 9–19 and 
 3.1.2 for the norms of the latents; cache sizes: "Insights into DeepSeek-V3" (2025,
 arXiv:2505.09343), Table 1. Attribute names are those of the released checkpoints.
 Simplified: k_R and q_R are not rotated yet; phase 7 overrides `rotate`.
-Before: phases 1 to 3. Reading 15 minutes, running 5 seconds.
+Before: phases 1 to 3. Reading 15 minutes, running 2 seconds.
 
 Dimensions: B batch · T query positions · S key positions · D model width · H heads · N
 no-position part and R rotary part of a query/key · V value width · C KV latent · Q query latent.

@@ -24,7 +24,7 @@ arXiv:2401.06066), section 3; DeepSeek-V2 (2024, arXiv:2405.04434), section 2.2,
 DeepSeek-V3 (2024, arXiv:2412.19437), section 2.1.2, equations 12–20. Names follow the released
 checkpoints.
 Simplified: all experts are on one device, and V2's token dropping per device is left out.
-Before: phase 3, for the attention in the block. Reading 30 minutes, running 10 seconds.
+Before: phase 3, for the attention in the block. Reading 30 minutes, running 5 seconds.
 
 Dimensions: B batch · T query positions · D model width · M tokens (B·T) · E routed experts · A
 active experts per token · F expert hidden width.

@@ -25,7 +25,7 @@ al. (2024, arXiv:2404.19737), section 2, for the independent heads; Leviathan et
 arXiv:2211.17192), sections 2.3 and 3.1, for speculative decoding.
 Simplified: each loss is the mean over its targets, where equation 24 divides by the sequence
 length. Drafting and checking have no caches: both read the whole text again in every round.
-Before: phases 4 and 5. Reading 30 minutes, running 15 seconds.
+Before: phases 4 and 5. Reading 30 minutes, running 10 seconds.
 
 Dimensions: B batch · T query positions · S key positions · D model width · W vocabulary.
 

@@ -15,7 +15,7 @@ arXiv:1911.02150), section 3; GQA: Ainslie et al. (2023, arXiv:2305.13245), sect
 sizes: DeepSeek-V2 (2024, arXiv:2405.04434), Table 1; the fused kernel: FlashAttention, Dao et al.
 (2022, arXiv:2205.14135), section 3.1.
 Simplified: no positions (phase 7); query, key and value heads have equal widths.
-Before: phases 1 and 2. Reading 12 minutes, running 5 seconds.
+Before: phases 1 and 2. Reading 12 minutes, running 2 seconds.
 
 Dimensions: B batch · T query positions · S key positions · D model width · H heads · K head
 width · V value width.

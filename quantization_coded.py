@@ -31,7 +31,7 @@ KV cache of 6 bits and does not say how it is made.
 Simplified: the smoothing σ is applied to the input of a layer; the papers fold it into the norm
 before it. LLM.int8() multiplies outlier columns by 16-bit weights; here these come from the INT8
 codes. FP8 products are emulated: rounded to FP8 and multiplied in FP32.
-Before: phases 1 to 6. Reading 50 minutes, running 20 seconds.
+Before: phases 1 to 6. Reading 50 minutes, running 30 to 45 seconds.
 
 Dimensions: B batch · T query positions · S key positions · D model width · C KV latent · R rotary
 part · M tokens (B·T) · E routed experts · F expert hidden width · W vocabulary.

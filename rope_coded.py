@@ -24,7 +24,7 @@ Papers: RoFormer (Su et al., 2021, arXiv:2104.09864), equations 12–16 and 34�
 arXiv:2405.04434), section 2.1.3, equations 14–19, and 3.1.4; YaRN (Peng et al., 2023,
 arXiv:2309.00071), section 3.
 Simplified: nothing. The released models use positions in no other way.
-Before: phases 1 to 4. Reading 18 minutes, running a few seconds.
+Before: phases 1 to 4. Reading 18 minutes, running 2 seconds.
 
 Dimensions: B batch · T query positions · S key positions · D model width · H heads · N no-position
 part and R rotary part of a query/key · C KV latent.
