@@ -25,7 +25,7 @@ from pipeline.fast import (
     shared_linear,
     speed_up,
 )
-from pipeline.fast.attention import kernel_attention
+from pipeline.fast.attention import causal_bias, kernel_attention
 from pipeline.fast.few_rows import in_parts
 from rope_coded import RotaryEmbedding
 
@@ -303,6 +303,28 @@ def test_heads_over_one_key_head_become_its_rows(monkeypatch, causal, masked, T)
     monkeypatch.undo()
     expected = fused_attention(query, key, key, mask, 0.3, causal=causal)
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [1, 3])  # over one key head, or over three
+def test_the_kept_mask_serves_only_texts_like_the_last_one(heads):
+    key = torch.randn(1, 3 // heads, 9, 8)
+    with torch.inference_mode():  # a tensor that is made here cannot serve in training
+        quickest_attention(torch.randn(1, 3, 4, 8), key, key, causal=True)
+    for T, S, dtype in ((4, 9, torch.float32), (2, 9, torch.float32), (2, 5, torch.float32),
+                        (2, 5, torch.float64), (4, 9, torch.float32)):
+        query = torch.randn(1, 3, T, 8, dtype=dtype, requires_grad=True)
+        keys = key[:, :, :S].to(dtype)
+        results = []
+        for attend in (quickest_attention, fused_attention):
+            output = attend(query, keys, keys, causal=True)
+            results.append((output, *torch.autograd.grad(output.square().sum(), query)))
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.performance
+def test_all_layers_of_a_pass_share_one_mask():
+    query = torch.randn(1, 3, 4, 8)
+    assert causal_bias(3, query, 9) is causal_bias(3, torch.zeros_like(query), 9)
 
 
 @pytest.mark.performance
