@@ -300,7 +300,7 @@ def build_optimizers(model, peak_rate, muon=True, precision=torch.float32, beta2
     time than they gain; norms and biases. Norms, biases and the router have no weight decay.
 
     AdamW divides each step by a mean over the squares of about the last 1/(1 − β₂) gradients. V3
-    has β₂ = 0.95: 20 steps, each of millions of tokens. A step of ours has 1,024, where rare tokens
+    has β₂ = 0.95: 20 steps, each of millions of tokens. A step of ours has 2,048, where rare tokens
     are missing and an expert gets few. With β₂ = 0.99, the mean covers 100 of them.
     """
     named = dict(model.named_parameters())

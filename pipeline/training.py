@@ -36,9 +36,9 @@ class RunOptions:
         None, f"train for so many minutes (default: {DEFAULT_MINUTES})"
     )
     seed: int = setting(0, "seed of weights and batches", at_least=0)
-    batch_size: int = setting(4, "sequences in a step", at_least=1)
+    batch_size: int = setting(8, "sequences in a step", at_least=1)
     sequence_length: int = setting(256, "tokens in a sequence", at_least=3)
-    learning_rate: float = setting(3e-3, "its highest value, after the warm-up", above=0)
+    learning_rate: float = setting(4e-3, "its highest value, after the warm-up", above=0)
     precision: str = setting(
         "auto", "precision of matrix products (default: auto, the faster one)", choices=PRECISIONS
     )
