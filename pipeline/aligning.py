@@ -161,7 +161,7 @@ class AlignmentRun(Run):
         """(prompts, completions) as texts: one completion of each held-out prompt."""
         generator = torch.Generator(device=self.trainer.device).manual_seed(0)
         rollout = roll_out(
-            policy.eval(), self.held_out, 1, self.options.max_new_tokens, self.separator,
+            policy, self.held_out, 1, self.options.max_new_tokens, self.separator,
             generator=generator,
         )
         return list(map(self.decode, self.held_out)), rollout.texts(self.decode)

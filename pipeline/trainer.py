@@ -20,7 +20,7 @@ class GRPOTrainer:
         check_task(task, settings.max_new_tokens, policy.max_positions)
         self.task = task._replace(reward=functools.partial(checked_rewards, task.reward))
         self.device = policy.lm_head.weight.device
-        self.reference = policy.copy().eval().requires_grad_(False)
+        self.reference = policy.copy().requires_grad_(False)
         self.optimizer = policy_optimizer(policy, settings)
         self.steps_done = 0
 
