@@ -206,9 +206,9 @@ def naive_grpo_loss(
             "token": int(mask.sum()),
         }
         for t in counted:
-            log_ratio = logp[i, t] - old_logp[i, t].detach()
+            log_ratio = logp[i, t] - old_logp[i, t]
             if VARIANTS[variant].sequence_ratio:
-                log_ratio = sum(logp[i, u] - old_logp[i, u].detach() for u in counted)
+                log_ratio = sum(logp[i, u] - old_logp[i, u] for u in counted)
                 log_ratio = log_ratio / len(counted)
             ratio = log_ratio.exp()
             clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -586,7 +586,7 @@ def small_policy(width=96, layers=3):
     return policy
 
 
-def warm_up(policy, prompts, watched, seed, most_steps=400, target=0.25, batch=128):
+def warm_up(policy, prompts, watched, seed, most_steps, target=0.25, batch=128):
     """Supervised steps on sums until `target` of the sampled answers are right; returns the steps.
 
     From step 100 on, it tests every five steps on the `watched` prompts; at most `most_steps`.

@@ -148,7 +148,7 @@ class AlignmentRun(Run):
 
     def decode(self, ids):
         """Ids → text without the first separator, cut to whole lines unless it ended by itself."""
-        ids = ids[1:] if ids[:1] == [self.separator] and len(ids) > 1 else ids
+        ids = ids[1:] if ids[:1] == [self.separator] else ids
         return compiler.whole_lines(self.tokenizer.decode(ids, skip_special_tokens=False))
 
     def step(self, number, used):

@@ -9,6 +9,7 @@ import torch
 
 import grpo_coded
 from grpo_coded import (
+    CURVES,
     END,
     VARIANTS,
     Rollout,
@@ -452,6 +453,7 @@ def test_no_gradient_reaches_old_and_reference(variant):
     logp, old_logp, ref_logp, advantages, mask = random_case()
     old_logp.requires_grad_()
     ref_logp.requires_grad_()
+    clipped_loss(logp, old_logp, advantages, mask).backward()
     advantages.requires_grad_()
     loss, _ = grpo_loss(logp, old_logp, ref_logp, advantages, mask, kl_coef=0.1, variant=variant)
     loss.backward()
@@ -570,9 +572,9 @@ def test_figures_of_a_rollout_by_hand():
     logp = torch.tensor([[-1.0, -2.0], [-3.0, math.nan], [-1.0, -1.0], [-2.0, -4.0]])
     rewards = torch.tensor([1.0, 0.0, 0.5, 0.5])
     drawn = Rollout(None, None, None, mask, logp, rewards)
-    assert rollout_figures(drawn, 2) == dict(
-        reward=0.5, entropy=2.0, length=1.75, signal=0.5, completions=4
-    )
+    figures = rollout_figures(drawn, 2)
+    assert figures == dict(reward=0.5, entropy=2.0, length=1.75, signal=0.5, completions=4)
+    assert not any(map(torch.is_tensor, figures.values()))  # they go into a file
 
 
 def test_generation_gives_the_logprobs_of_what_it_drew(policy):
@@ -626,6 +628,7 @@ def test_exact_match_by_hand():
 def test_the_three_parts_of_the_sums_do_not_meet():
     parts = addition_prompts()
     assert [len(part) for part in parts] == [8000, 1000, 1000]
+    assert all(len({prompt.split("+")[0] for prompt in part}) == 100 for part in parts)  # mixed
     assert len(set().union(*parts)) == 10_000
 
 
@@ -1235,15 +1238,16 @@ def test_warm_up_tests_every_five_steps_from_step_100_on(monkeypatch, share, end
     assert steps == end and calls == [["5+6="]] * tested
 
 
-def test_an_answer_is_a_text_or_none_if_it_did_not_end():
-    policy, prompts = without_preference(), ["1+2=", "12+34="] * 20
+def test_an_answer_is_a_text_or_none_if_it_did_not_end(policy):
+    prompts = ["1+2=", "12+34="] * 20
     given = answers(policy, prompts, seed=3)
     rollout = roll_out(policy, [encode(prompt) for prompt in prompts], 1, 5, END, 1.0,
                        torch.Generator().manual_seed(3))
     for text, ids in zip(given, rollout.completions.tolist(), strict=True):
         assert text == (decode(ids[: ids.index(END)]) if END in ids else None)
     assert None in given and any(given) and given != answers(policy, prompts, seed=4)
-    assert answers(policy, prompts[:2], temperature=0.0) == [None, None]  # five times token 0
+    assert answers(without_preference(), prompts[:1], temperature=0.0) == [None]  # 00000
+    assert answers(policy, prompts) == answers(policy, prompts, temperature=1.0, seed=0)
 
 
 def test_accuracy_is_the_share_of_right_answers(monkeypatch):
@@ -1254,6 +1258,40 @@ def test_accuracy_is_the_share_of_right_answers(monkeypatch):
     assert sampled_accuracy(None, prompts, 0.5, 7) == 0.5
     assert sampled_accuracy(None, prompts) == 0.5
     assert asked == [(prompts, 0.5, 7), (prompts, 1.0, 0)]
+
+
+def test_warm_up_makes_the_digits_of_the_sum_and_its_end_likelier(monkeypatch):
+    written, losses, rates = [], [], []
+
+    def record(policy, rollout, **options):
+        written.append(rollout)
+        return token_logprobs(policy, rollout, **options)
+
+    def descend_and_record(optimizer, loss):
+        losses.append(loss.item())
+        rates.append(optimizer.param_groups[0]["lr"])
+        return descend(optimizer, loss)
+
+    monkeypatch.setattr(grpo_coded, "token_logprobs", record)
+    monkeypatch.setattr(grpo_coded, "descend", descend_and_record)
+    warm_up(small_policy(32, 1), ["1+2=", "12+34="], [], seed=0, most_steps=22, batch=2)
+    assert {decode(ids) for ids in written[0].prompt_ids.tolist()} == {"1+2=", "12+34="}
+    assert sorted(written[0].texts(decode)) == ["3", "64"] and written[0].mask[:, 0].all()
+    assert losses[0] == pytest.approx(math.log(END + 1), abs=0.4) and losses[-1] < losses[0] - 0.5
+    assert [rates[step] for step in (0, 9, 19, 21)] == pytest.approx([1e-4, 1e-3, 2e-3, 2e-3])
+
+
+def test_the_small_policy_uses_two_of_four_experts_and_a_shared_one():
+    layers = small_policy(32, 2).moe_layers()
+    assert list(layers) == ["layer 0", "layer 1"]
+    for layer in layers.values():
+        assert (layer.gate.num_experts, layer.gate.num_experts_per_tok) == (4, 2)
+        assert layer.shared_experts.down_proj.in_features == 32 == layer.experts.down_proj.shape[2]
+
+
+def test_the_curves_are_figures_of_a_step():
+    figures = trainer_for(small_policy(32, 1), likes_ones).step()
+    assert list(CURVES) == ["reward", "kl", "entropy", "length"] and CURVES.keys() <= figures.keys()
 
 
 def test_warm_up_sees_training_prompts_only(monkeypatch):

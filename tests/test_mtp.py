@@ -733,14 +733,55 @@ def test_a_token_has_three_followers_of_80_15_and_5_percent_in_every_text():
     assert torch.equal(*followers) and not torch.equal(*texts)
 
 
+def test_training_on_it_is_adamw_without_decay_along_a_cosine():
+    model = small_model(depth=1, width=8)
+    plain, drafter = model.copy(), model.copy()
+    text, generator = small_language(40_000, seed=1), torch.Generator().manual_seed(3)
+    optimizer = torch.optim.AdamW(plain.parameters(), weight_decay=0.0)
+    for step in range(2):
+        starts = torch.randint(len(text) - 64, (16,), generator=generator).tolist()
+        ids = torch.stack([text[start : start + 64] for start in starts])
+        hidden = plain.hidden_states(ids)
+        loss = next_token_loss(plain.lm_head(hidden), ids)
+        loss = loss + mtp_loss(plain.mtp_logits(hidden, ids), ids, 0.7)
+        for p, gradient in zip(
+            plain.parameters(), torch.autograd.grad(loss, list(plain.parameters())), strict=True
+        ):
+            p.grad = gradient
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 + math.cos(math.pi * step / 2)) / 2
+        optimizer.step()
+    losses = train_small(model, 2, 0.7, "cpu", seed=3, rate=1e-2)
+    torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=1e-3, atol=1e-4)
+    held_out = small_language(8_192, seed=2).view(-1, 64)
+    with torch.no_grad():
+        hidden = plain.hidden_states(held_out)
+        wanted = (next_token_loss(plain.lm_head(hidden), held_out).item(),
+                  mtp_loss(plain.mtp_logits(hidden, held_out), held_out, 1.0).item())
+    assert losses == pytest.approx(wanted, rel=1e-4)
+    coarse = train_small(drafter, 2, 0.7, "cpu", seed=3, rate=1e-2, precision=torch.bfloat16)
+    assert coarse != losses and coarse == pytest.approx(losses, rel=0.02)
+
+
 # Cost, mistakes, the script
 @pytest.mark.performance
-def test_cost_of_a_module_is_counted():
+def test_cost_of_a_module_is_counted(capsys):
     ids = small_language(32, seed=0)[None]
     base, with_mtp = cost_of(small_model(), ids), cost_of(small_model(depth=1), ids)
+    assert capsys.readouterr().out == ""
     block = sum(p.numel() for p in small_model().layers[0].parameters())
     assert with_mtp[0] - base[0] == block + 3 * 48 + 2 * 48 * 48
-    assert with_mtp[1] > base[1]
+
+    def block_flops(T):
+        mlp = 3 * 48 * 96
+        projections = 48 * 4 * (12 + 4) + 48 * (24 + 4) + 24 * 4 * (12 + 12) + 4 * 12 * 48
+        scores = 4 * T * (12 + 4 + 12)
+        return 2 * T * (projections + scores + mlp)
+
+    def head_flops(T):
+        return 2 * T * 48 * 32
+
+    assert base[1] == 2 * block_flops(32) + head_flops(32)
+    assert with_mtp[1] - base[1] == 2 * 31 * 96 * 48 + block_flops(31) + head_flops(31)
 
 
 @pytest.mark.parametrize(
