@@ -609,7 +609,7 @@ def test_joined_rollouts_keep_their_rows(policy):
         (lambda prompt, texts: [1.0], r"gave 1 rewards for the 2 completions of prompt '1\+2='"),
         (lambda prompt, texts: [1.0, math.nan], r"gave nan for prompt '1\+2=', completion 'b'"),
         (lambda prompt, texts: 1 / 0, r"raised ZeroDivisionError .* for prompt '1\+2='"),
-        (lambda prompt, texts: [1.0, 1e39], r"gave 1e\+39 for prompt '1\+2=', completion 'b'"),
+        (lambda prompt, texts: [1.0, -1e20], r"gave -1e\+20 for prompt '1\+2=', completion 'b'"),
         (lambda prompt, texts: int("one\ntwo"), r"raised ValueError .* for prompt '1\+2='$"),
         (lambda prompt, texts: None, r"raised TypeError .* for prompt '1\+2='"),
         (lambda prompt, texts: ["x", "y"], r"raised ValueError .* for prompt '1\+2='"),
