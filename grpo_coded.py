@@ -157,7 +157,7 @@ def k3(logp, ref_logp):
 
 
 # %% Rung 6: the variants, and how each differs
-@dataclass(frozen=True)
+@dataclass
 class Variant:
     """The bounds ε below and above 1, and the other settings in which variants differ.
 

@@ -278,7 +278,7 @@ def test_a_reward_may_be_paid_again_and_the_rate_falls_to_a_tenth(run_of_a_step)
 @pytest.mark.parametrize(
     ("budget", "wanted"),
     [
-        (dict(steps=25, minutes=None), dict(steps=3, minutes=None)),
+        (dict(steps=21, minutes=None), dict(steps=3, minutes=None)),
         (dict(steps=None, minutes=training.DEFAULT_MINUTES * 2),
          dict(steps=None, minutes=aligning.DEFAULT_MINUTES * 2)),
     ],
@@ -307,6 +307,38 @@ def test_alignment_after_training_takes_over_its_options(
 
     align_after_training(run, "scores", nothing_to_learn_from)
     assert len(calls) == 1 and capsys.readouterr().out == "not aligned: nothing\n"
+
+
+@pytest.mark.parametrize("known", [None, dict(bits_per_byte=4.0, mtp_acceptance=0.25)])
+def test_the_report_compares_the_policy_with_its_reference(monkeypatch, tmp_path, capsys, known):
+    scores = dict(reference=dict(bits_per_byte=2.0, mtp_acceptance=None),
+                  policy=dict(bits_per_byte=3.0, mtp_acceptance=0.5))
+    samples = dict(reference=(["a = 1\n"] * 2, ["", "b = 2\n"]),
+                   policy=(["a = 1\n"] * 2, ["c = 3\n", "d = 4\n"]))
+    monkeypatch.setattr(aligning, "score", lambda model, tokenizer, documents: scores[model])
+    done = []
+    run = SimpleNamespace(
+        describe=lambda: done.append("described"), go=lambda: done.append("gone"),
+        sample=lambda model: done.append(model) or samples[model],
+        trainer=SimpleNamespace(policy="policy", reference="reference"), tokenizer=None,
+        corpus=SimpleNamespace(test=None), held_out=[1, 2], directory=tmp_path,
+        checkpoint=tmp_path / "checkpoint", metrics=tmp_path / "metrics.jsonl",
+        state=SimpleNamespace(step=3, seconds=4.0),
+    )
+    aligning.align(run, known)
+    assert done == ["described", "reference", "gone", "policy"]
+    results, printed = checkpoint.read_json(tmp_path / "results.json"), capsys.readouterr().out
+    assert [results[when]["valid"] for when in ("before", "after")] == [0.5, 1.0]
+    assert (results["steps"], results["seconds"]) == (3, 4.0)
+    assert [results[when]["test"] for when in ("before", "after")] == [
+        known or scores["reference"], scores["policy"]
+    ]
+    change = "4.0000 → 3.0000 (-25.00%)" if known else "2.0000 → 3.0000 (+50.00%)"
+    assert "of 2 held-out prompts" in printed and change in printed and "valid" in printed
+    assert " 50.0% → 100.0%" in printed
+    assert ("MTP acceptance" in printed) == (known is not None)
+    if known:
+        assert "25.0% → 50.0%" in printed
 
 
 def test_the_report_shows_what_was_learnt_and_what_is_cheapest_and_commonest(capsys):

@@ -3,6 +3,7 @@
 import functools
 import math
 import warnings
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -120,9 +121,9 @@ def test_wrong_rewards_are_named(rewards, group_size, message):
 
 
 def test_overlong_penalty_by_hand():
-    lengths = torch.tensor([0, 6, 7, 8, 10])
-    for buffer, wanted in ((4, [0, 0, -0.25, -0.5, -1]), (1, [0, 0, 0, 0, -1]),
-                           (10, [0, -0.6, -0.7, -0.8, -1])):
+    lengths = torch.tensor([0, 6, 7, 8, 10, 12])
+    for buffer, wanted in ((4, [0, 0, -0.25, -0.5, -1, -1]), (1, [0, 0, 0, 0, -1, -1]),
+                           (10, [0, -0.6, -0.7, -0.8, -1, -1])):
         assert overlong_penalty(lengths, 10, buffer).tolist() == pytest.approx(wanted)
     for buffer in (0, 11):
         with pytest.raises(ValueError, match=f"buffer={buffer}"):
@@ -1181,12 +1182,13 @@ def test_the_smallest_settings_are_taken_and_what_is_below_is_not():
     assert Settings(variant="dapo", max_new_tokens=3, overlong_buffer=3).overlong_buffer == 3
 
 
-def test_a_step_is_plain_grpo_by_default():
-    s = Settings()
-    assert (s.variant, s.temperature, s.passes, s.precision, s.rollout_logprobs) == (
-        "grpo", 1, 1, "float32", False
+def test_the_defaults_are_plain_grpo_and_the_sizes_of_the_documented_run():
+    assert asdict(Settings()) == dict(
+        variant="grpo", temperature=1, passes=1, precision="float32", rollout_logprobs=False,
+        momentum=0, kl_coef=0, refresh_reference=0, gamma=0, seed=0,
+        prompts=128, group_size=8, minibatches=2, max_new_tokens=5, learning_rate=4e-4,
+        resamplings=2, overlong_buffer=1,
     )
-    assert s.momentum == s.kl_coef == s.refresh_reference == s.gamma == s.seed == 0
 
 
 def test_a_step_depends_on_seed_and_step_number_alone():
