@@ -248,6 +248,12 @@ def test_lambda_is_that_of_v3():
     assert mtp_loss(logits, ids) == mtp_loss(logits, ids, weight=0.3)  # section 4.2
 
 
+def test_the_loss_of_a_single_target_is_its_own():
+    logits, ids = torch.randn(1, 2, 17), ids_of(1, 2)
+    wanted = -logits[0, 0].log_softmax(dim=0)[ids[0, 1]]
+    torch.testing.assert_close(next_token_loss(logits, ids), wanted)
+
+
 def test_no_targets_give_zero():
     assert mtp_loss([], ids_of(1, 4)) == 0
     assert mtp_loss([torch.randn(1, 1, 17)], ids_of(1, 2)) == 0
