@@ -449,7 +449,7 @@ def update(policy, reference, optimizer, rollout, settings, step):
         loss, figures = grpo_loss(
             logp, logp.detach() if old_logp is None else old_logp[rows],
             None if ref_logp is None else ref_logp[rows], minibatch.advantages, minibatch.mask,
-            kl_coef=s.kl_coef, max_length=s.max_new_tokens, variant=s.variant,
+            kl_coef=s.kl_coef, variant=s.variant,
         )
         balance_loss = sum(layer.balance_loss() for layer in routed)
         norm = descend(optimizer, weight * loss + balance_loss)

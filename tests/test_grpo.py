@@ -1284,7 +1284,9 @@ def test_warm_up_makes_the_digits_of_the_sum_and_its_end_likelier(monkeypatch):
 
 
 def test_the_small_policy_uses_two_of_four_experts_and_a_shared_one():
-    layers = small_policy(32, 2).moe_layers()
+    policy = small_policy(32, 2)
+    layers = policy.moe_layers()
+    assert policy.lm_head.out_features == 13  # ten digits, "+", "=" and the end
     assert list(layers) == ["layer 0", "layer 1"]
     for layer in layers.values():
         assert (layer.gate.num_experts, layer.gate.num_experts_per_tok) == (4, 2)
