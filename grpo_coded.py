@@ -157,7 +157,7 @@ def k3(logp, ref_logp):
 
 
 # %% Rung 6: the variants, and how each differs
-@dataclass(frozen=True)
+@dataclass
 class Variant:
     """The bounds ε below and above 1, and the other settings in which variants differ.
 
@@ -197,18 +197,18 @@ def naive_grpo_loss(
     logp, old_logp, ref_logp, advantages, mask, *, clip_low, clip_high, kl_coef, max_length, variant
 ):
     """`grpo_loss` completion by completion and token by token, all settings given."""
-    total, completions, all_tokens = 0.0, len(mask), max(1, int(mask.sum()))
+    total, completions = 0.0, len(mask)
     for i in range(completions):
         counted = [t for t in range(mask.shape[1]) if mask[i, t]]
         divisors = {
-            "completion": completions * max(1, len(counted)),
+            "completion": completions * len(counted),
             "constant": completions * max_length,
-            "token": all_tokens,
+            "token": int(mask.sum()),
         }
         for t in counted:
-            log_ratio = logp[i, t] - old_logp[i, t].detach()
+            log_ratio = logp[i, t] - old_logp[i, t]
             if VARIANTS[variant].sequence_ratio:
-                log_ratio = sum(logp[i, u] - old_logp[i, u].detach() for u in counted)
+                log_ratio = sum(logp[i, u] - old_logp[i, u] for u in counted)
                 log_ratio = log_ratio / len(counted)
             ratio = log_ratio.exp()
             clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -368,7 +368,7 @@ def judged(policy, prompts, task, settings, generator):
     one that ran out of room gets the lower advantage. The reported rewards leave the penalty out.
     """
     s, variant = settings, VARIANTS[settings.variant]
-    rollout = roll_out(policy.eval(), prompts, s.group_size, s.max_new_tokens, task.eos_token_id,
+    rollout = roll_out(policy, prompts, s.group_size, s.max_new_tokens, task.eos_token_id,
                        s.temperature, generator)
     texts, rewards = rollout.texts(task.decode), []
     for i, prompt in enumerate(prompts):
@@ -432,7 +432,6 @@ def update(policy, reference, optimizer, rollout, settings, step):
     tokens counts for more than a token of a minibatch with many.
     """
     s, loads, history = settings, {}, []
-    policy.train()
     taken = has_signal(rollout.advantages, s.group_size) if s.kl_coef else rollout.advantages != 0
     counts = rollout.mask.sum(dim=1) if VARIANTS[s.variant].average == "token" else None
     parts, weight = batches.weighed_parts(taken, counts, s.minibatches, s.passes, s.seed, step)
@@ -450,7 +449,7 @@ def update(policy, reference, optimizer, rollout, settings, step):
         loss, figures = grpo_loss(
             logp, logp.detach() if old_logp is None else old_logp[rows],
             None if ref_logp is None else ref_logp[rows], minibatch.advantages, minibatch.mask,
-            kl_coef=s.kl_coef, max_length=s.max_new_tokens, variant=s.variant,
+            kl_coef=s.kl_coef, variant=s.variant,
         )
         balance_loss = sum(layer.balance_loss() for layer in routed)
         norm = descend(optimizer, weight * loss + balance_loss)
@@ -587,7 +586,7 @@ def small_policy(width=96, layers=3):
     return policy
 
 
-def warm_up(policy, prompts, watched, seed, most_steps=400, target=0.25, batch=128):
+def warm_up(policy, prompts, watched, seed, most_steps, target=0.25, batch=128):
     """Supervised steps on sums until `target` of the sampled answers are right; returns the steps.
 
     From step 100 on, it tests every five steps on the `watched` prompts; at most `most_steps`.
@@ -595,7 +594,6 @@ def warm_up(policy, prompts, watched, seed, most_steps=400, target=0.25, batch=1
     device, source = policy.lm_head.weight.device, random.Random(seed)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-3, betas=(0.0, 0.99), weight_decay=0.0)
     for step in shown_steps(most_steps, "warm-up", start=1):
-        policy.train()
         optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, step / 20)
         chosen, routed = source.sample(prompts, batch), []
         sums = [encode(sum_of(prompt)) + [END] for prompt in chosen]
@@ -613,7 +611,7 @@ def answers(policy, prompts, temperature=1.0, seed=0):
     """One completion of each prompt, as text; None if it did not reach its end."""
     generator = torch.Generator(device=policy.lm_head.weight.device).manual_seed(seed)
     ids = [encode(prompt) for prompt in prompts]
-    rollout = roll_out(policy.eval(), ids, 1, 5, END, temperature, generator)
+    rollout = roll_out(policy, ids, 1, 5, END, temperature, generator)
     return [decode(row) if END in row else None for row in rollout.completions.tolist()]
 
 
@@ -632,7 +630,7 @@ def rate_of(settings, step, used):
 
 def train(policy, task, settings, steps):
     """Returns the figures of every step. The policy as it is now becomes the reference."""
-    reference = policy.copy().eval().requires_grad_(False)
+    reference = policy.copy()
     optimizer, history = policy_optimizer(policy, settings), []
     for step in shown_steps(steps, settings.variant, history, "reward"):
         optimizer.param_groups[0]["lr"] = rate_of(settings, step, step / steps)

@@ -131,15 +131,15 @@ def shifted_targets(input_ids, rows, shift, document_ids=None, token_mask=None):
     gives 6 7 −100 −100, shift 2 gives 7 −100 −100 −100.
     """
 
-    def ahead(values, fill):
-        return F.pad(values[:, shift:], (0, shift), value=fill)[:, :rows]
+    def ahead(values):
+        return F.pad(values[:, shift:], (0, shift), value=-100)[:, :rows]
 
-    targets = ahead(input_ids, -100)
+    targets = ahead(input_ids)
     if document_ids is not None:
-        targets = targets.masked_fill(ahead(document_ids, -1) != document_ids[:, :rows], -100)
+        targets = targets.masked_fill(ahead(document_ids) != document_ids[:, :rows], -100)
     if token_mask is not None:
         real = token_mask.bool()
-        targets = targets.masked_fill(~(ahead(real, False) & real[:, :rows]), -100)
+        targets = targets.masked_fill(~(ahead(real) & real[:, :rows]), -100)
     return targets
 
 
@@ -169,7 +169,7 @@ def mtp_loss(depth_logits, input_ids, weight=0.3, document_ids=None, token_mask=
         shifted_loss(logits, input_ids, k + 1, document_ids, token_mask)
         for k, logits in enumerate(depth_logits, start=1)
     ]
-    return weight * torch.stack(losses).mean() if losses else torch.zeros((), dtype=torch.float32)
+    return weight * torch.stack(losses).mean() if losses else torch.zeros(())
 
 
 # %% Speculative decoding: the modules draft, the main model checks all drafts in one pass

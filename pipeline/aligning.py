@@ -148,7 +148,7 @@ class AlignmentRun(Run):
 
     def decode(self, ids):
         """Ids → text without the first separator, cut to whole lines unless it ended by itself."""
-        ids = ids[1:] if ids[:1] == [self.separator] and len(ids) > 1 else ids
+        ids = ids[1:] if ids[:1] == [self.separator] else ids
         return compiler.whole_lines(self.tokenizer.decode(ids, skip_special_tokens=False))
 
     def step(self, number, used):
@@ -161,7 +161,7 @@ class AlignmentRun(Run):
         """(prompts, completions) as texts: one completion of each held-out prompt."""
         generator = torch.Generator(device=self.trainer.device).manual_seed(0)
         rollout = roll_out(
-            policy.eval(), self.held_out, 1, self.options.max_new_tokens, self.separator,
+            policy, self.held_out, 1, self.options.max_new_tokens, self.separator,
             generator=generator,
         )
         return list(map(self.decode, self.held_out)), rollout.texts(self.decode)

@@ -1,14 +1,18 @@
 """Alignment: prompts, resuming, what it reports and refuses."""
 
+import pathlib
 import signal
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import deepseek_full_model as full
 from deepseek_full_model import AlignmentRun
-from pipeline import checkpoint, compiler, corpus
-from pipeline.aligning import AlignOptions, NoPrompts
+from grpo_coded import Settings
+from pipeline import aligning, checkpoint, compiler, corpus, training
+from pipeline.aligning import AlignOptions, NoPrompts, align_after_training, show_completions
 from pipeline.run import read_metrics
 
 
@@ -146,12 +150,14 @@ def test_alignment_needs_python_and_weights_that_learn(trained, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_prompts_to_learn_from_are_training_text(trained, tmp_path):
-    options = AlignOptions(str(trained), steps=1, **ALIGN)
+def test_prompts_to_learn_from_are_training_text(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(trained.parent)
+    options = AlignOptions(trained.name, steps=1, **ALIGN)
     run = AlignmentRun(tmp_path / "run", options, "cpu")
     parts = {name: "".join(d.text for d in run.corpus.part(name)) for name in ("train", "test")}
     assert all(run.decode(prompt) in parts["train"] for prompt in run.prompts)
     assert all(run.decode(prompt) in parts["test"] for prompt in run.held_out)
+    assert pathlib.Path(run.options.source).is_absolute()
     end = run.separator
     assert run.decode([end, *corpus.encode(run.tokenizer, "a = 1\nb")]) == "a = 1\n"
     assert run.decode([*corpus.encode(run.tokenizer, "a = 1\nb"), end]) == "a = 1\nb"
@@ -166,3 +172,190 @@ def test_held_out_prompts_were_never_learnt_from(trained, tmp_path):
     run = AlignmentRun(tmp_path / "run", options, "cpu")
     assert len(run.held_out) > 5
     assert not {*map(tuple, run.prompts)} & {*map(tuple, run.held_out)}
+
+
+# Options, and what they become
+def test_the_trainer_gets_every_option_that_it_knows():
+    options = AlignOptions(
+        variant="dapo", prompts=3, group_size=5, max_new_tokens=9, minibatches=4,
+        learning_rate=0.5, kl_coef=0.25, precision="bfloat16", seed=6,
+    )
+    settings = asdict(options.settings())
+    known = {name: value for name, value in asdict(options).items() if name in settings}
+    assert len(known) == 9 and known.items() <= settings.items()
+    assert all(value != getattr(Settings(), name) for name, value in known.items())
+    for new_tokens, buffer in ((9, 2), (24, 6), (3, 1), (1, 1)):  # a quarter, at least one
+        options.max_new_tokens = new_tokens
+        assert options.settings().overlong_buffer == buffer
+
+
+def test_the_defaults_are_those_of_the_documented_alignment():
+    o = AlignOptions()
+    assert (o.variant, o.prompts, o.group_size, o.max_new_tokens) == ("grpo", 16, 16, 24)
+    assert (o.once, o.seed, o.precision) == (True, 0, "auto")
+
+
+def test_auto_becomes_the_faster_precision_and_a_choice_stays(monkeypatch):
+    monkeypatch.setattr(aligning, "fastest_precision", lambda device: f"the best of {device}")
+    for given, wanted in (("auto", "the best of cpu"), ("float32", "float32")):
+        options = AlignOptions(precision=given)
+        options.settle("cpu")
+        assert options.precision == wanted
+
+
+# Prompts
+@pytest.mark.parametrize(
+    ("context", "bounds"), [(64, (12, 32)), (30, (12, 20)), (16, (6, 6)), (12, (2, 2))]
+)
+def test_prompts_leave_room_for_the_completions(monkeypatch, context, bounds):
+    asked = []
+
+    def prompts_of(tokenizer, part, *given):
+        asked.append((part, *given))
+        return [[1, 2], [part]]
+
+    monkeypatch.setattr(compiler, "line_end_prompts", prompts_of)
+    parts = SimpleNamespace(train=3, test=4)
+    run = SimpleNamespace(options=AlignOptions(max_new_tokens=10), corpus=parts, tokenizer=None)
+    prompts, held_out = AlignmentRun.find_prompts(run, context)
+    assert asked == [(3, *bounds), (4, *bounds)]
+    assert prompts == [[1, 2], [3]] and held_out == [[4]]
+    with pytest.raises(ValueError, match="leaves no room for a prompt in the context of 11"):
+        AlignmentRun.find_prompts(run, 11)
+    parts.test = 3  # all of its prompts are learnt from
+    with pytest.raises(NoPrompts, match="2 prompts to learn from and 0 held out"):
+        AlignmentRun.find_prompts(run, context)
+
+
+@pytest.mark.parametrize(
+    ("trained", "data", "read", "noted"),
+    [
+        (dict(corpus="old", options=dict(data=["a.py"])), None, ["a.py"], True),
+        (dict(corpus="new", options=dict(data=["a.py"])), None, ["a.py"], False),
+        (dict(corpus="old", options=dict(data=["a.py"])), ["b.py"], ["b.py"], False),
+        ({}, None, None, False),
+    ],
+)
+def test_the_text_is_that_of_the_training_and_a_change_is_noted(
+    monkeypatch, capsys, trained, data, read, noted
+):
+    asked = []
+    monkeypatch.setattr(
+        corpus, "load_corpus", lambda d: asked.append(d) or SimpleNamespace(fingerprint="new")
+    )
+    run = SimpleNamespace(training=trained, options=AlignOptions(data=data))
+    assert AlignmentRun.load_corpus(run).fingerprint == "new" and asked == [read]
+    assert ("the text has changed since training" in capsys.readouterr().err) == noted
+
+
+# A run
+@pytest.fixture
+def run_of_a_step(trained, tmp_path):
+    return AlignmentRun(tmp_path / "run", AlignOptions(str(trained), steps=1, once=False, **ALIGN),
+                        "cpu")
+
+
+def test_held_out_completions_depend_on_the_policy_alone(run_of_a_step):
+    run = run_of_a_step
+    run.held_out = run.held_out[:3]
+    one = run.sample(run.model)
+    torch.manual_seed(7)
+    assert run.sample(run.model) == one and [len(texts) for texts in one] == [3, 3]
+    assert one[0] == [run.decode(prompt) for prompt in run.held_out]
+
+
+def test_a_reward_may_be_paid_again_and_the_rate_falls_to_a_tenth(run_of_a_step):
+    run, rates = run_of_a_step, []
+    assert run.reward.memory is False
+    run.trainer.step = lambda rate: rates.append(rate) or dict(completions=8, length=2.25, step=0)
+    for number, used in ((0, 0.04), (4, 1.0)):
+        figures = run.step(number, used)
+        assert figures == dict(completions=8, length=2.25, tokens=18, step=number + 1)
+    assert rates == pytest.approx([1e-3, 1e-4])
+
+
+# The last step of the main job
+@pytest.mark.parametrize(
+    ("budget", "wanted"),
+    [
+        (dict(steps=21, minutes=None), dict(steps=3, minutes=None)),
+        (dict(steps=None, minutes=training.DEFAULT_MINUTES * 2),
+         dict(steps=None, minutes=aligning.DEFAULT_MINUTES * 2)),
+    ],
+)
+@pytest.mark.parametrize(("context", "new_tokens"), [(64, 24), (20, 10)])
+def test_alignment_after_training_takes_over_its_options(
+    monkeypatch, tmp_path, capsys, budget, wanted, context, new_tokens
+):
+    calls = []
+    monkeypatch.setattr(aligning, "align", lambda run, scores: calls.append((run, scores)))
+    run = SimpleNamespace(
+        directory=tmp_path, checkpoint=tmp_path / "checkpoint", device="cpu",
+        model=SimpleNamespace(max_positions=context),
+        options=SimpleNamespace(data=["a.py"], seed=5, precision="bfloat16", **budget),
+    )
+    align_after_training(run, "scores", lambda *given: given)
+    (directory, options, device), scores = calls[0]
+    assert (directory, device, scores) == (tmp_path / "aligned", "cpu", "scores")
+    assert options == AlignOptions(
+        str(tmp_path / "checkpoint"), ["a.py"], seed=5, precision="bfloat16",
+        max_new_tokens=new_tokens, **{name: pytest.approx(value) for name, value in wanted.items()},
+    )
+
+    def nothing_to_learn_from(*given):
+        raise NoPrompts("nothing")
+
+    align_after_training(run, "scores", nothing_to_learn_from)
+    assert len(calls) == 1 and capsys.readouterr().out == "not aligned: nothing\n"
+
+
+@pytest.mark.parametrize("known", [None, dict(bits_per_byte=4.0, mtp_acceptance=0.25)])
+def test_the_report_compares_the_policy_with_its_reference(monkeypatch, tmp_path, capsys, known):
+    scores = dict(reference=dict(bits_per_byte=2.0, mtp_acceptance=None),
+                  policy=dict(bits_per_byte=3.0, mtp_acceptance=0.5))
+    samples = dict(reference=(["a = 1\n"] * 2, ["", "b = 2\n"]),
+                   policy=(["a = 1\n"] * 2, ["c = 3\n", "d = 4\n"]))
+    monkeypatch.setattr(aligning, "score", lambda model, tokenizer, documents: scores[model])
+    done = []
+    run = SimpleNamespace(
+        describe=lambda: done.append("described"), go=lambda: done.append("gone"),
+        sample=lambda model: done.append(model) or samples[model],
+        trainer=SimpleNamespace(policy="policy", reference="reference"), tokenizer=None,
+        corpus=SimpleNamespace(test=None), held_out=[1, 2], directory=tmp_path,
+        checkpoint=tmp_path / "checkpoint", metrics=tmp_path / "metrics.jsonl",
+        state=SimpleNamespace(step=3, seconds=4.0),
+    )
+    aligning.align(run, known)
+    assert done == ["described", "reference", "gone", "policy"]
+    results, printed = checkpoint.read_json(tmp_path / "results.json"), capsys.readouterr().out
+    assert [results[when]["valid"] for when in ("before", "after")] == [0.5, 1.0]
+    assert (results["steps"], results["seconds"]) == (3, 4.0)
+    assert [results[when]["test"] for when in ("before", "after")] == [
+        known or scores["reference"], scores["policy"]
+    ]
+    change = "4.0000 → 3.0000 (-25.00%)" if known else "2.0000 → 3.0000 (+50.00%)"
+    assert "of 2 held-out prompts" in printed and change in printed and "valid" in printed
+    assert " 50.0% → 100.0%" in printed
+    assert ("MTP acceptance" in printed) == (known is not None)
+    if known:
+        assert "25.0% → 50.0%" in printed
+
+
+def test_the_report_shows_what_was_learnt_and_what_is_cheapest_and_commonest(capsys):
+    prompts = [f"a = 0\nb = 0\nc = 0\nd = {i}\n" for i in range(9)]
+    before = ["", "e = (\n", "f = 1\n", *[""] * 6]
+    after = ["x = 22\n", "x = 22\n", "y = 3\n", "z = 1\n", "z = 1\n", "long = 4\n", "u = 5\n",
+             "x = 22\n", "w = (\n"]
+    show_completions((prompts, before), (prompts, after))
+    printed = capsys.readouterr().out
+    learnt = [f"  │ b = 0\n  │ c = 0\n  │ d = {i}\n  before: {was}\n  ▌ {old}\n  after: valid\n"
+              f"  ▌ {new}\n\n" for i, was, old, new in (
+                  (0, "trivial", "(no whole line)", "x = 22"), (1, "invalid", "e = (", "x = 22"),
+                  (3, "trivial", "(no whole line)", "z = 1"),
+                  (4, "trivial", "(no whole line)", "z = 1"))]
+    assert printed == "".join(learnt) + (
+        "the shortest valid completions: 'u = 5', 'y = 3', 'z = 1', 'x = 22'\n"
+        "the most common: 'x = 22' (3 of 8), 'z = 1' (2 of 8), 'y = 3' (1 of 8)\n"
+    )
+    show_completions((prompts, before), (prompts, [""] * 9))
+    assert capsys.readouterr().out == "no completion is valid\n"

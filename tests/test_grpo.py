@@ -1,13 +1,16 @@
 """Phase 9: group relative policy optimisation."""
 
+import functools
 import math
 import warnings
+from dataclasses import asdict
 
 import pytest
 import torch
 
 import grpo_coded
 from grpo_coded import (
+    CURVES,
     END,
     VARIANTS,
     Rollout,
@@ -15,6 +18,7 @@ from grpo_coded import (
     Task,
     add_loads,
     addition_prompts,
+    answers,
     averaged,
     clipped_gain,
     clipped_loss,
@@ -38,6 +42,7 @@ from grpo_coded import (
     rate_of,
     reinforce_loss,
     roll_out,
+    rollout_figures,
     sampled_accuracy,
     small_policy,
     sum_of,
@@ -47,7 +52,7 @@ from grpo_coded import (
     warm_up,
 )
 from lesson.batches import drawn_from, joined, means
-from moe_coded import MixtureOfExperts, Routed, Routing, SwitchRouter
+from moe_coded import MixtureOfExperts, Routed, Routing, SwitchRouter, sequence_balance_loss
 from mtp_coded import Sampling
 from pipeline.trainer import GRPOTrainer, checked_rewards
 
@@ -85,6 +90,12 @@ def test_shifting_and_scaling_rewards_changes_nothing():
     torch.testing.assert_close(group_advantages(rewards - 3, 4, normalize_std=False), plain)
 
 
+def test_a_std_near_zero_does_not_magnify_without_limit():
+    rewards = torch.tensor([0.0, 2e-6], dtype=torch.float64)  # std √2e-6, and 1e-6 is added
+    wanted = torch.tensor([-1.0, 1.0], dtype=torch.float64) / (math.sqrt(2) + 1)
+    torch.testing.assert_close(group_advantages(rewards, 2), wanted)
+
+
 def test_signal_by_hand():
     rewards = torch.tensor([1.0, 0.0, 2.0, 2.0])
     assert has_signal(rewards, 2).tolist() == [True, True, False, False]
@@ -110,10 +121,13 @@ def test_wrong_rewards_are_named(rewards, group_size, message):
 
 
 def test_overlong_penalty_by_hand():
-    lengths = torch.tensor([0, 6, 7, 8, 10])
-    assert overlong_penalty(lengths, 10, 4).tolist() == [0, 0, -0.25, -0.5, -1]
-    with pytest.raises(ValueError, match="buffer=11"):
-        overlong_penalty(lengths, 10, 11)
+    lengths = torch.tensor([0, 6, 7, 8, 10, 12])
+    for buffer, wanted in ((4, [0, 0, -0.25, -0.5, -1, -1]), (1, [0, 0, 0, 0, -1, -1]),
+                           (10, [0, -0.6, -0.7, -0.8, -1, -1])):
+        assert overlong_penalty(lengths, 10, buffer).tolist() == pytest.approx(wanted)
+    for buffer in (0, 11):
+        with pytest.raises(ValueError, match=f"buffer={buffer}"):
+            overlong_penalty(lengths, 10, buffer)
 
 
 # The loss by hand: two completions, of three tokens and of one
@@ -163,6 +177,30 @@ def test_clipping_below_by_hand(variant, loss, low, high):
     assert got.item() == pytest.approx(loss, abs=1e-6)
     assert figures["clip_low"] == pytest.approx(low)
     assert figures["clip_high"] == pytest.approx(high)
+
+
+@pytest.mark.parametrize(
+    ("sign", "clips", "gains"),
+    [
+        (1.0, dict(clip_high=0.05), 1.05 + 1 + 0.5),
+        (1.0, dict(clip_high=0.0), 1 + 1 + 0.5),
+        (-1.0, dict(clip_low=0.4), 1.5 + 1 + 0.6),
+        (-1.0, dict(clip_low=0.0), 1.5 + 1 + 1),
+        (-1.0, dict(clip_low=1.0), 1.5 + 1 + 0.5),
+    ],
+)
+def test_a_clip_that_is_given_replaces_the_variants(sign, clips, gains):
+    logp, old_logp, _, mask = hand_case()
+    loss, _ = grpo_loss(logp, old_logp, None, torch.tensor([sign, 0.0]), mask, **clips)
+    assert loss.item() == pytest.approx(-sign * gains / 3 / 2, abs=1e-6)
+
+
+def test_only_tokens_that_lost_their_gradient_are_counted_as_clipped():
+    logp, old_logp, _, mask = hand_case()  # far from 1, but without advantage
+    at_one = grpo_loss(logp, logp.detach(), None, torch.tensor([1.0, -1.0]), mask,
+                       clip_low=0.0, clip_high=0.0)
+    for _, figures in (grpo_loss(logp, old_logp, None, torch.zeros(2), mask), at_one):
+        assert figures["clip_low"] == figures["clip_high"] == 0
 
 
 def test_figures_by_hand():
@@ -416,9 +454,12 @@ def test_no_gradient_reaches_old_and_reference(variant):
     logp, old_logp, ref_logp, advantages, mask = random_case()
     old_logp.requires_grad_()
     ref_logp.requires_grad_()
+    clipped_loss(logp, old_logp, advantages, mask).backward()
+    advantages.requires_grad_()
     loss, _ = grpo_loss(logp, old_logp, ref_logp, advantages, mask, kl_coef=0.1, variant=variant)
     loss.backward()
-    assert old_logp.grad is None and ref_logp.grad is None
+    assert old_logp.grad is None and ref_logp.grad is None and advantages.grad is None
+    assert logp.grad is not None
 
 
 @EVERY_VARIANT
@@ -432,6 +473,8 @@ def test_nothing_that_counts_gives_zero_and_no_nan(variant):
         assert loss.isfinite() and torch.autograd.grad(loss, logp)[0].isfinite().all()
         assert all(math.isfinite(value) for value in figures.values())
     assert loss == 0
+    assert naive_grpo_loss(logp, old_logp, ref_logp, advantages, counted, clip_low=0.2,
+                           clip_high=0.2, kl_coef=0.1, max_length=5, variant=variant) == 0
 
 
 @pytest.mark.parametrize(
@@ -479,7 +522,6 @@ def policy():
 
 def test_logprobs_are_those_of_each_sequence_alone(policy):
     """Shifted by one, prompts left out, left padding without effect."""
-    policy.eval()
     prompts = [encode("7+8="), encode("12+34="), encode("1+10=")]
     rollout = roll_out(policy, prompts, 2, 5, END, generator=torch.Generator().manual_seed(1))
     logp = token_logprobs(policy, rollout)
@@ -502,6 +544,38 @@ def test_temperature_enters_logprobs(policy):
     log_p = (policy(ids)[:, 3:-1] / 0.5).log_softmax(dim=-1)
     wanted = log_p.gather(2, ids[:, 4:, None]).squeeze(2)
     torch.testing.assert_close(token_logprobs(policy, written, temperature=0.5), wanted)
+
+
+def test_logprobs_of_bf16_products_are_fp32_numbers(policy):
+    ids, mask = torch.randint(0, END, (2, 7)), torch.ones(2, 7, dtype=torch.bool)
+    written = Rollout(ids[:, :4], mask[:, :4], ids[:, 4:], mask[:, 4:])
+    fine, coarse = (token_logprobs(policy, written, precision=p) for p in ("float32", "bfloat16"))
+    assert coarse.dtype == torch.float32 and not torch.equal(coarse, fine)
+    assert not torch.equal(coarse, coarse.bfloat16().float())  # not rounded in the end
+    torch.testing.assert_close(coarse, fine, atol=0.1, rtol=0.1)
+
+
+def without_preference():
+    """A policy to which all tokens are equally likely: a third of its completions end in time."""
+    policy = small_policy(32, 1)
+    with torch.no_grad():
+        policy.lm_head.weight.zero_()
+    return policy
+
+
+def test_a_completion_is_filled_up_with_its_end():
+    rollout = roll_out(without_preference(), [encode("1+2=")], 32, 5, END)
+    assert (~rollout.mask).any() and (rollout.completions[~rollout.mask] == END).all()
+
+
+def test_figures_of_a_rollout_by_hand():
+    mask = torch.tensor([[True, True], [True, False], [True, True], [True, True]])
+    logp = torch.tensor([[-1.0, -2.0], [-3.0, math.nan], [-1.0, -1.0], [-2.0, -4.0]])
+    rewards = torch.tensor([1.0, 0.0, 0.5, 0.5])
+    drawn = Rollout(None, None, None, mask, logp, rewards)
+    figures = rollout_figures(drawn, 2)
+    assert figures == dict(reward=0.5, entropy=2.0, length=1.75, signal=0.5, completions=4)
+    assert not any(map(torch.is_tensor, figures.values()))  # they go into a file
 
 
 def test_generation_gives_the_logprobs_of_what_it_drew(policy):
@@ -536,7 +610,7 @@ def test_joined_rollouts_keep_their_rows(policy):
         (lambda prompt, texts: [1.0], r"gave 1 rewards for the 2 completions of prompt '1\+2='"),
         (lambda prompt, texts: [1.0, math.nan], r"gave nan for prompt '1\+2=', completion 'b'"),
         (lambda prompt, texts: 1 / 0, r"raised ZeroDivisionError .* for prompt '1\+2='"),
-        (lambda prompt, texts: [1.0, 1e39], r"gave 1e\+39 for prompt '1\+2=', completion 'b'"),
+        (lambda prompt, texts: [1.0, -1e20], r"gave -1e\+20 for prompt '1\+2=', completion 'b'"),
         (lambda prompt, texts: int("one\ntwo"), r"raised ValueError .* for prompt '1\+2='$"),
         (lambda prompt, texts: None, r"raised TypeError .* for prompt '1\+2='"),
         (lambda prompt, texts: ["x", "y"], r"raised ValueError .* for prompt '1\+2='"),
@@ -555,6 +629,7 @@ def test_exact_match_by_hand():
 def test_the_three_parts_of_the_sums_do_not_meet():
     parts = addition_prompts()
     assert [len(part) for part in parts] == [8000, 1000, 1000]
+    assert all(len({prompt.split("+")[0] for prompt in part}) == 100 for part in parts)  # mixed
     assert len(set().union(*parts)) == 10_000
 
 
@@ -628,7 +703,7 @@ def test_first_ratio_is_exactly_one_and_learns(monkeypatch, minibatches, kl_coef
 def plain_step(policy, reference, optimizer, prompts, *, reward, generator, settings):
     """`grpo_step` with one minibatch, every completion in it; returns the mean reward."""
     s, variant = settings, VARIANTS[settings.variant]
-    rollout = roll_out(policy.eval(), prompts, s.group_size, s.max_new_tokens, END, s.temperature,
+    rollout = roll_out(policy, prompts, s.group_size, s.max_new_tokens, END, s.temperature,
                        generator)
     texts, rewards = rollout.texts(decode), []
     for i, prompt in enumerate(prompts):
@@ -639,7 +714,6 @@ def plain_step(policy, reference, optimizer, prompts, *, reward, generator, sett
     advantages = group_advantages(shaped, s.group_size, variant.normalize_std)
     with torch.no_grad():  # before the first update, the policy is still the one that drew
         old_logp, ref_logp = (token_logprobs(model, rollout) for model in (policy, reference))
-    policy.train()
     loads = {}
     for _ in range(s.passes):
         routed = []
@@ -674,7 +748,7 @@ def test_step_and_trainer_equal_the_step_that_is_written_out(variant, passes):
     trainer = trainer_for(plain.copy(), reward, variant=variant, passes=passes, kl_coef=0.05,
                           gamma=0.01, learning_rate=3e-3)
     settings, task, stepped = trainer.settings, trainer.task, plain.copy()
-    reference = plain.copy().eval()
+    reference = plain.copy()
     optimizers = [policy_optimizer(policy, settings) for policy in (plain, stepped)]
     start = plain.lm_head.weight.clone()
     for step in range(3):
@@ -743,6 +817,47 @@ def test_rollout_logprobs_can_be_kept(monkeypatch, minibatches):
     assert not torch.equal(logp, old_logp)  # in the last bits
 
 
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_a_step_measures_all_probabilities_at_the_temperature_of_its_drawing(
+    monkeypatch, minibatches
+):
+    measured, kept = [], recorded_rollouts(monkeypatch)
+
+    def record(logp, old_logp, ref_logp, advantages, mask, **options):
+        measured.append([each.detach()[mask] for each in (logp, old_logp, ref_logp)])
+        return grpo_loss(logp, old_logp, ref_logp, advantages, mask, **options)
+
+    monkeypatch.setattr(grpo_coded, "grpo_loss", record)
+    trainer = trainer_for(small_policy(32, 2), lambda p, texts: list(range(len(texts))),
+                          temperature=0.5, learning_rate=1e-9, minibatches=minibatches, kl_coef=0.1)
+    assert abs(trainer.step()["kl"]) < 1e-6  # the policy is still the reference
+    for logp in map(torch.cat, zip(*measured, strict=True)):
+        wanted = kept[0].logp[kept[0].mask].sort().values
+        torch.testing.assert_close(logp.sort().values, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_the_loss_of_a_step_is_that_of_all_its_completions():
+    """Here of one update, for which half of the rows are left out because they have no signal."""
+    trainer = trainer_for(
+        without_preference(), lambda p, texts: [float(i) * (p == "1+2=") for i, _ in
+                                                enumerate(texts)],
+        prompts=("1+2=", "12+34="), variant="dr_grpo",
+    )
+    rollout, _ = collected(trainer)
+    assert 0 < (rollout.advantages == 0).sum() < 16
+    wanted, _ = grpo_loss(rollout.logp, rollout.logp, None, rollout.advantages, rollout.mask,
+                          variant="dr_grpo")
+    assert trainer.step()["loss"] == pytest.approx(wanted.item(), rel=1e-3) and abs(wanted) > 1e-3
+
+
+@pytest.mark.performance
+def test_log_probabilities_are_measured_a_minibatch_at_a_time():
+    trainer = trainer_for(small_policy(32, 1), likes_ones, minibatches=3)
+    rollout, rows = collected(trainer)[0], watched_reference(trainer)
+    fixed_logprobs(trainer.reference, rollout, trainer.settings)
+    assert rows == [6, 6, 4]
+
+
 @EVERY_VARIANT
 def test_rows_without_advantage_are_left_out_but_counted(variant, monkeypatch):
     """The same gradient as with them."""
@@ -806,14 +921,23 @@ def test_dapo_draws_groups_without_signal_again():
     assert len(rollout.mask) == len(drawn.mask) == 16
 
 
+def test_dapo_draws_something_else_each_time(monkeypatch):
+    attempts = []
+    monkeypatch.setattr(
+        grpo_coded, "judged", lambda *given: attempts.append(judged(*given)) or attempts[-1]
+    )
+    trainer = trainer_for(without_preference(), lambda p, texts: [0.0] * len(texts), variant="dapo",
+                          resamplings=2, prompts=("1+2=",))
+    collected(trainer)
+    texts = [tuple(rollout.completions.flatten().tolist()) for rollout in attempts]
+    assert len(texts) == len(set(texts)) == 3
+
+
 def test_dapo_punishes_completions_that_run_out_of_room():
-    policy = small_policy(32, 2)
-    with torch.no_grad():  # every token as likely: a third of the completions end in time
-        policy.lm_head.weight.zero_()
-    trainer = trainer_for(policy, lambda p, texts: [1.0] * len(texts), variant="dapo",
+    trainer = trainer_for(without_preference(), lambda p, texts: [1.0] * len(texts), variant="dapo",
                           group_size=16, resamplings=0)
     generator = torch.Generator().manual_seed(0)
-    rollout = judged(policy, [encode("1+2=")], trainer.task, trainer.settings, generator)
+    rollout = judged(trainer.policy, [encode("1+2=")], trainer.task, trainer.settings, generator)
     full = rollout.mask.all(dim=1)
     assert 0 < full.sum() < 16
     assert (rollout.advantages[full] < 0).all() and (rollout.advantages[~full] > 0).all()
@@ -912,6 +1036,24 @@ def test_routing_bias_moves_after_the_updates_only(monkeypatch):
     assert all((bias.abs() == 0.5).any() for bias in moved)
 
 
+def test_an_update_and_the_warm_up_add_the_balance_loss(monkeypatch):
+    descended = {0.0: [], 1.0: []}
+    for alpha, losses in descended.items():
+        monkeypatch.setattr(
+            grpo_coded, "descend", lambda _, loss, losses=losses: losses.append(loss) or 1.0
+        )
+        torch.manual_seed(0)
+        policy = small_policy(32, 2)
+        for moe in policy.moe_layers().values():
+            moe.balance_loss = functools.partial(sequence_balance_loss, alpha=alpha)
+        warm_up(policy, ["1+2="] * 8, [], seed=0, most_steps=1, batch=8)
+        trainer = trainer_for(policy, likes_ones)
+        updated(trainer, collected(trainer)[0])
+    for without, with_it in zip(*descended.values(), strict=True):
+        # The loss of each of two layers is about α.
+        assert (with_it - without).item() == pytest.approx(2, rel=0.2)
+
+
 def test_loads_of_several_passes_are_summed_before_the_bias_moves():
     """Pass 1 overloads expert 0, pass 2 expert 1; in all, expert 0 had the most."""
     layer = small_policy(32, 1).moe_layers()["layer 0"]
@@ -940,6 +1082,29 @@ def test_an_update_cuts_its_gradient_to_norm_one():
     with pytest.raises(ValueError, match="the gradient is nan"):
         descend(optimizer, weight.sum() * math.nan)
     assert torch.equal(weight, before)
+
+
+def test_an_update_knows_nothing_of_the_gradient_before():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    assert [descend(optimizer, number * weight[0]) for number in (0.5, -0.25)] == [0.5, 0.25]
+    assert weight.tolist() == [-0.25, 0]
+
+
+def test_the_optimizer_is_adamw_without_decay_and_leaves_the_mtp_modules_out():
+    policy = torch.nn.ModuleDict({name: torch.nn.Linear(1, 1, bias=False) for name in ("a", "mtp")})
+    for momentum in (0.0, 0.5):
+        optimizer = policy_optimizer(policy, Settings(learning_rate=0.1, momentum=momentum))
+        assert [group["params"] for group in optimizer.param_groups] == [[policy["a"].weight]]
+        torch.nn.init.constant_(policy["a"].weight, 5.0)
+        wanted, mean, square = 5.0, 0.0, 0.0
+        for step, gradient in enumerate((1.0, -2.0), start=1):
+            policy["a"].weight.grad = torch.tensor([[gradient]])
+            optimizer.step()
+            mean = momentum * mean + (1 - momentum) * gradient
+            square = 0.99 * square + 0.01 * gradient**2
+            wanted -= 0.1 * mean / (1 - momentum**step) / (square / (1 - 0.99**step)) ** 0.5
+        assert policy["a"].weight.item() == pytest.approx(wanted, abs=1e-5)
 
 
 def test_trainer_improves_a_policy():
@@ -974,6 +1139,13 @@ def test_prompts_that_cannot_be_are_named(prompt, message):
         trainer_for(small_policy(32, 2), prompts=(prompt,))
 
 
+def test_a_prompt_may_fill_the_context_or_any_room_if_there_is_no_limit():
+    trainer_for(small_policy(32, 1), prompts=("1+1+1+1+1+1",))  # 11 tokens and 5 new: 16
+    policy = small_policy(32, 1)
+    policy.max_positions = None
+    trainer_for(policy, prompts=("1+" * 20,))
+
+
 def test_a_task_without_prompts_is_named():
     with pytest.raises(ValueError, match="there are no prompts"):
         trainer_for(small_policy(32, 2), prompts=())
@@ -996,6 +1168,27 @@ def test_a_task_without_prompts_is_named():
 def test_wrong_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         Settings(**{**dict(prompts=4, group_size=4), **settings})
+
+
+def test_the_smallest_settings_are_taken_and_what_is_below_is_not():
+    least = dict(prompts=1, group_size=1, max_new_tokens=1, minibatches=1, passes=1, momentum=0.0,
+                 kl_coef=0.0, refresh_reference=0, gamma=0.0, resamplings=0, overlong_buffer=1,
+                 seed=0)
+    assert Settings(**least, variant="dapo").prompts == 1
+    for name, value in least.items():
+        with pytest.raises(ValueError, match=f"{name}={value - 1}"):
+            Settings(**{**least, name: value - 1})
+    assert Settings(resamplings=14, prompts=4, group_size=4, minibatches=16).minibatches == 16
+    assert Settings(variant="dapo", max_new_tokens=3, overlong_buffer=3).overlong_buffer == 3
+
+
+def test_the_defaults_are_plain_grpo_and_the_sizes_of_the_documented_run():
+    assert asdict(Settings()) == dict(
+        variant="grpo", temperature=1, passes=1, precision="float32", rollout_logprobs=False,
+        momentum=0, kl_coef=0, refresh_reference=0, gamma=0, seed=0,
+        prompts=128, group_size=8, minibatches=2, max_new_tokens=5, learning_rate=4e-4,
+        resamplings=2, overlong_buffer=1,
+    )
 
 
 def test_a_step_depends_on_seed_and_step_number_alone():
@@ -1031,12 +1224,78 @@ def test_training_goes_up_over_ten_steps_and_down_to_a_tenth():
 
 
 # The task and the script
-def test_warm_up_stops_at_its_target():
+def test_warm_up_ends_after_its_steps_at_the_latest():
     prompts, watched, _ = addition_prompts()
     policy = small_policy(32, 2)
     assert warm_up(policy, prompts, watched[:50], seed=0, most_steps=3) == 3
-    assert warm_up(policy, prompts, watched[:50], seed=0, most_steps=120, target=0.0) == 100
     assert 0 <= sampled_accuracy(policy, watched[:50]) <= 0.5
+
+
+@pytest.mark.parametrize(("share", "end", "tested"), [(0.24, 111, 3), (0.25, 100, 1)])
+def test_warm_up_tests_every_five_steps_from_step_100_on(monkeypatch, share, end, tested):
+    calls = []
+    monkeypatch.setattr(grpo_coded, "sampled_accuracy",
+                        lambda policy, prompts: calls.append(prompts) or share)
+    steps = warm_up(small_policy(8, 1), ["1+2=", "3+4="], ["5+6="], 0, most_steps=111, batch=1)
+    assert steps == end and calls == [["5+6="]] * tested
+
+
+def test_an_answer_is_a_text_or_none_if_it_did_not_end(policy):
+    prompts = ["1+2=", "12+34="] * 20
+    given = answers(policy, prompts, seed=3)
+    rollout = roll_out(policy, [encode(prompt) for prompt in prompts], 1, 5, END, 1.0,
+                       torch.Generator().manual_seed(3))
+    for text, ids in zip(given, rollout.completions.tolist(), strict=True):
+        assert text == (decode(ids[: ids.index(END)]) if END in ids else None)
+    assert None in given and any(given) and given != answers(policy, prompts, seed=4)
+    assert answers(without_preference(), prompts[:1], temperature=0.0) == [None]  # 00000
+    assert answers(policy, prompts) == answers(policy, prompts, temperature=1.0, seed=0)
+
+
+def test_accuracy_is_the_share_of_right_answers(monkeypatch):
+    asked = []
+    monkeypatch.setattr(grpo_coded, "answers",
+                        lambda policy, *rest: asked.append(rest) or ["64", None, "3", "46"])
+    prompts = ["12+34=", "1+2=", "1+2=", "12+34="]
+    assert sampled_accuracy(None, prompts, 0.5, 7) == 0.5
+    assert sampled_accuracy(None, prompts) == 0.5
+    assert asked == [(prompts, 0.5, 7), (prompts, 1.0, 0)]
+
+
+def test_warm_up_makes_the_digits_of_the_sum_and_its_end_likelier(monkeypatch):
+    written, losses, rates = [], [], []
+
+    def record(policy, rollout, **options):
+        written.append(rollout)
+        return token_logprobs(policy, rollout, **options)
+
+    def descend_and_record(optimizer, loss):
+        losses.append(loss.item())
+        rates.append(optimizer.param_groups[0]["lr"])
+        return descend(optimizer, loss)
+
+    monkeypatch.setattr(grpo_coded, "token_logprobs", record)
+    monkeypatch.setattr(grpo_coded, "descend", descend_and_record)
+    warm_up(small_policy(32, 1), ["1+2=", "12+34="], [], seed=0, most_steps=22, batch=2)
+    assert {decode(ids) for ids in written[0].prompt_ids.tolist()} == {"1+2=", "12+34="}
+    assert sorted(written[0].texts(decode)) == ["3", "64"] and written[0].mask[:, 0].all()
+    assert losses[0] == pytest.approx(math.log(END + 1), abs=0.4) and losses[-1] < losses[0] - 0.5
+    assert [rates[step] for step in (0, 9, 19, 21)] == pytest.approx([1e-4, 1e-3, 2e-3, 2e-3])
+
+
+def test_the_small_policy_uses_two_of_four_experts_and_a_shared_one():
+    policy = small_policy(32, 2)
+    layers = policy.moe_layers()
+    assert policy.lm_head.out_features == 13  # ten digits, "+", "=" and the end
+    assert list(layers) == ["layer 0", "layer 1"]
+    for layer in layers.values():
+        assert (layer.gate.num_experts, layer.gate.num_experts_per_tok) == (4, 2)
+        assert layer.shared_experts.down_proj.in_features == 32 == layer.experts.down_proj.shape[2]
+
+
+def test_the_curves_are_figures_of_a_step():
+    figures = trainer_for(small_policy(32, 1), likes_ones).step()
+    assert list(CURVES) == ["reward", "kl", "entropy", "length"] and CURVES.keys() <= figures.keys()
 
 
 def test_warm_up_sees_training_prompts_only(monkeypatch):
@@ -1066,10 +1325,6 @@ def test_wrong_flags_are_named_before_any_work(arguments, message, capsys):
     with pytest.raises(SystemExit) as exit_info:
         grpo_coded.main(arguments)
     assert exit_info.value.code == 2 and message in capsys.readouterr().err
-
-
-def test_a_default_step_leaves_the_routing_bias_alone():
-    assert Settings().gamma == 0
 
 
 @pytest.mark.parametrize("how", ["completion", "token", "constant"])

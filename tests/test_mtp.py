@@ -74,6 +74,42 @@ def test_module_matches_the_equation():
     torch.testing.assert_close(model.mtp_logits(model.hidden_states(ids), ids), expected)
 
 
+def test_an_independent_head_is_its_block_and_a_norm():
+    model, hidden = build(depth=1, mtp_class=IndependentHead), torch.randn(1, 4, 24)
+    head = model.mtp[0]
+    torch.testing.assert_close(head(hidden, None), head.norm(head.block(hidden)))
+
+
+@pytest.mark.parametrize("mtp_class", [MultiTokenPredictor, IndependentHead])
+@pytest.mark.parametrize(("options", "eps"), [(dict(norm_eps=0.5), 0.5), ({}, 1e-6)])
+def test_every_norm_adds_the_models_epsilon_which_is_the_released_one_by_default(
+    mtp_class, options, eps
+):
+    model = CausalLM(17, 24, [], [nn.Identity()], mtp_class=mtp_class, **options)
+    alone = mtp_class(nn.Identity(), model.embed_tokens, model.lm_head, **options)
+    x = 1e-3 * torch.randn(24)
+    norms = [m for each in (model, alone) for m in each.modules() if isinstance(m, nn.RMSNorm)]
+    assert len(norms) == (7 if mtp_class.chained else 3)
+    for norm in norms:
+        torch.testing.assert_close(norm(x), x / (x.square().mean() + eps).sqrt())
+
+
+def test_fresh_weights_are_random_in_matrices_zero_in_biases_and_left_alone_in_norms():
+    attention = MultiHeadLatentAttention(64, 2, 16, 16, 2, 16, attention_bias=True)
+    model = CausalLM(64, 64, [TransformerBlock(attention, SwiGLU(64, 64))])
+    for options, std in ((dict(std=0.5), 0.5), ({}, 0.02)):
+        for parameter in model.parameters():
+            nn.init.constant_(parameter, 7.0)
+        model.init_weights(**options)
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                assert (parameter == (0 if name.endswith("bias") else 7)).all()
+            else:
+                assert parameter.std().item() == pytest.approx(std, rel=0.1)
+                assert abs(parameter.mean().item()) < 0.2 * std
+    assert sum(name.endswith("bias") for name, _ in model.named_parameters()) == 2
+
+
 def test_embedding_and_head_are_shared():
     model = build(depth=2)
     names = [name for name, _ in model.named_parameters()]
@@ -194,6 +230,30 @@ def test_targets_of_the_example_in_the_docstring():
     assert shifted_targets(ids, 4, 2, documents).tolist() == [[7, -100, -100, -100]]
 
 
+def test_padding_has_no_target_and_is_none_on_either_side():
+    ids, real = torch.tensor([[4, 5, 6, 7, 8]]), torch.tensor([[0, 1, 1, 1, 0]])
+    assert shifted_targets(ids, 5, 1, token_mask=real).tolist() == [[-100, 6, 7, -100, -100]]
+    assert shifted_targets(ids, 3, 2, token_mask=real).tolist() == [[-100, 7, -100]]
+
+
+def test_losses_of_half_precision_logits_are_taken_in_fp32():
+    logits, ids = torch.randn(2, 6, 17).bfloat16(), ids_of(2, 6)
+    for loss in (next_token_loss, lambda logits, ids: mtp_loss([logits[:, :-1]], ids)):
+        assert torch.equal(loss(logits, ids), loss(logits.float(), ids))
+        assert loss(logits, ids).dtype == torch.float32
+
+
+def test_lambda_is_that_of_v3():
+    logits, ids = [torch.randn(2, 5, 17)], ids_of(2, 6)
+    assert mtp_loss(logits, ids) == mtp_loss(logits, ids, weight=0.3)  # section 4.2
+
+
+def test_the_loss_of_a_single_target_is_its_own():
+    logits, ids = torch.randn(1, 2, 17), ids_of(1, 2)
+    wanted = -logits[0, 0].log_softmax(dim=0)[ids[0, 1]]
+    torch.testing.assert_close(next_token_loss(logits, ids), wanted)
+
+
 def test_no_targets_give_zero():
     assert mtp_loss([], ids_of(1, 4)) == 0
     assert mtp_loss([torch.randn(1, 1, 17)], ids_of(1, 2)) == 0
@@ -221,6 +281,12 @@ def test_cached_pieces_match_one_pass(path):
         torch.testing.assert_close(torch.cat(pieces, 1), model(ids), rtol=1e-4, atol=1e-4)
 
 
+def test_a_cache_too_few_is_no_shorter_model():
+    model, ids = build(depth=0), ids_of(1, 3)
+    with pytest.raises(ValueError, match="shorter"):
+        model(ids, caches=model.new_caches()[:1])
+
+
 # Sampling
 def test_sampling_follows_the_temperature():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.2]])).expand(20_000, 3)
@@ -246,6 +312,13 @@ def test_top_k_and_top_p_by_hand():
     for options, expected in cut:
         got = Sampling(1.0, **options).probabilities(logits)
         torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float32))
+
+
+def test_probabilities_are_in_fp32():
+    logits = torch.randn(3, 9).bfloat16()
+    assert torch.equal(
+        Sampling(0.7).probabilities(logits), Sampling(0.7).probabilities(logits.float())
+    )
 
 
 def test_sampling_holds_at_the_edges():
@@ -474,6 +547,26 @@ def test_speculative_text_is_the_greedy_text(depth, prompt_length):
             assert figures["forwards"] + figures["accepted"] == new
 
 
+def test_speculative_sampling_draws_from_its_generator_alone():
+    model, ids = build(depth=2, std=0.05), ids_of(1, 3)
+    texts = [
+        speculative_generate(model, ids, 12, 1.0, torch.Generator().manual_seed(seed))[0].tolist()
+        for seed in (1, 1, 2)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_speculatively_sampled_texts_follow_the_model():
+    model, prompt = build(depth=1, std=0.3, vocab=3), ids_of(1, 2, vocab=3)
+    generator, counts = torch.Generator().manual_seed(0), torch.zeros(9)
+    for _ in range(100):
+        text, _ = speculative_generate(model, prompt, 2, 0.5, generator)
+        counts[text[0, 2] * 3 + text[0, 3]] += 1
+    with torch.no_grad():
+        wanted, other = (joint_chances(model, prompt, Sampling(t), new=2) for t in (0.5, 1.0))
+    assert abs(surprise(counts, wanted)) < 5 < surprise(counts, other)
+
+
 @pytest.mark.performance
 def test_a_round_is_one_pass_of_the_main_model_whether_or_not_it_drafts():
     model, passes = build(depth=2), []
@@ -541,9 +634,12 @@ def test_good_drafts_save_passes_and_bad_ones_change_nothing(wrong_every):
         assert figures["accepted"] == 0 and figures["forwards"] == 24
 
 
+@pytest.mark.parametrize("mtp_class", [MultiTokenPredictor, IndependentHead])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_each_draft_is_the_choice_of_its_module_once_the_drafts_before_are_there(temperature):
-    model, ids = build(depth=3), ids_of(1, 7)
+def test_each_draft_is_the_choice_of_its_module_once_the_drafts_before_are_there(
+    temperature, mtp_class
+):
+    model, ids = build(depth=3, mtp_class=mtp_class), ids_of(1, 7)
     sampling = Sampling(temperature, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         drafts, chances = draft(model, ids, model.hidden_states(ids[:, :-1]), 3, sampling)
@@ -600,6 +696,20 @@ def test_a_uniform_number_accepts_or_rejects_a_draft(uniform, wanted, monkeypatc
     assert tuple(each.item() for each in got) == wanted
 
 
+def test_a_draft_without_probability_is_never_accepted(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda shape, **options: torch.zeros(shape))
+    logits, q = torch.tensor([1.0, 0.0]).log(), torch.tensor([0.5, 0.5])
+    got = verify(logits.expand(1, 2, 2), torch.tensor([[1]]), q.expand(1, 1, 2), Sampling(1.0))
+    assert tuple(each.item() for each in got) == (0, 0)
+
+
+def test_a_rejection_that_only_rounding_can_cause_draws_from_the_model(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda shape, **options: torch.ones(shape))
+    p = torch.tensor([0.0, 0.5, 0.5, 0.0])  # = q: nothing is left of p − q
+    got = verify(p.log().expand(1, 2, 4), torch.tensor([[1]]), p.expand(1, 1, 4), Sampling(1.0))
+    assert tuple(each.item() for each in got) == (0, 2)
+
+
 def test_tokens_a_pass_by_hand():
     assert tokens_a_pass(0.5, modules=2) == 1.75
     assert [tokens_a_pass(a, modules=3) for a in (0.0, 1.0)] == [1, 4]
@@ -614,14 +724,70 @@ def accept_by_confidence(logits, drafts, draft_chances, sampling):
     return accepted, sampling.draw(own)
 
 
+# The tiny language
+def test_a_token_has_three_followers_of_80_15_and_5_percent_in_every_text():
+    texts, followers = [small_language(30_000, seed=seed) for seed in (1, 2)], []
+    for text in texts:
+        counts = torch.zeros(32, 32)
+        counts.index_put_((text[:-1], text[1:]), torch.ones(len(text) - 1), accumulate=True)
+        often = counts.sum(dim=1) > 400
+        shares = (counts / counts.sum(dim=1, keepdim=True))[often].sort(descending=True).values
+        assert (shares[:, 3:] == 0).all() and len(text) == 30_000 and text[0] == 0
+        usual = shares[shares[:, 2] > 0].median(dim=0).values[:3]  # three different followers
+        torch.testing.assert_close(usual, torch.tensor([0.8, 0.15, 0.05]), atol=0.01, rtol=0)
+        followers.append((counts > 0)[often])
+    assert torch.equal(*followers) and not torch.equal(*texts)
+
+
+def test_training_on_it_is_adamw_without_decay_along_a_cosine():
+    model = small_model(depth=1, width=8)
+    plain, drafter = model.copy(), model.copy()
+    text, generator = small_language(40_000, seed=1), torch.Generator().manual_seed(3)
+    optimizer = torch.optim.AdamW(plain.parameters(), weight_decay=0.0)
+    for step in range(2):
+        starts = torch.randint(len(text) - 64, (16,), generator=generator).tolist()
+        ids = torch.stack([text[start : start + 64] for start in starts])
+        hidden = plain.hidden_states(ids)
+        loss = next_token_loss(plain.lm_head(hidden), ids)
+        loss = loss + mtp_loss(plain.mtp_logits(hidden, ids), ids, 0.7)
+        for p, gradient in zip(
+            plain.parameters(), torch.autograd.grad(loss, list(plain.parameters())), strict=True
+        ):
+            p.grad = gradient
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 + math.cos(math.pi * step / 2)) / 2
+        optimizer.step()
+    losses = train_small(model, 2, 0.7, "cpu", seed=3, rate=1e-2)
+    torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=1e-3, atol=1e-4)
+    held_out = small_language(8_192, seed=2).view(-1, 64)
+    with torch.no_grad():
+        hidden = plain.hidden_states(held_out)
+        wanted = (next_token_loss(plain.lm_head(hidden), held_out).item(),
+                  mtp_loss(plain.mtp_logits(hidden, held_out), held_out, 1.0).item())
+    assert losses == pytest.approx(wanted, rel=1e-4)
+    coarse = train_small(drafter, 2, 0.7, "cpu", seed=3, rate=1e-2, precision=torch.bfloat16)
+    assert coarse != losses and coarse == pytest.approx(losses, rel=0.02)
+
+
 # Cost, mistakes, the script
 @pytest.mark.performance
-def test_cost_of_a_module_is_counted():
+def test_cost_of_a_module_is_counted(capsys):
     ids = small_language(32, seed=0)[None]
     base, with_mtp = cost_of(small_model(), ids), cost_of(small_model(depth=1), ids)
+    assert capsys.readouterr().out == ""
     block = sum(p.numel() for p in small_model().layers[0].parameters())
     assert with_mtp[0] - base[0] == block + 3 * 48 + 2 * 48 * 48
-    assert with_mtp[1] > base[1]
+
+    def block_flops(T):
+        mlp = 3 * 48 * 96
+        projections = 48 * 4 * (12 + 4) + 48 * (24 + 4) + 24 * 4 * (12 + 12) + 4 * 12 * 48
+        scores = 4 * T * (12 + 4 + 12)
+        return 2 * T * (projections + scores + mlp)
+
+    def head_flops(T):
+        return 2 * T * 48 * 32
+
+    assert base[1] == 2 * block_flops(32) + head_flops(32)
+    assert with_mtp[1] - base[1] == 2 * 31 * 96 * 48 + block_flops(31) + head_flops(31)
 
 
 @pytest.mark.parametrize(
