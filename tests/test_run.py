@@ -103,10 +103,8 @@ def test_only_steps_count_as_time_and_saves_come_at_their_interval(tmp_path, mon
     monkeypatch.setattr(pipeline.run, "show_progress", lambda *shown: rates.append(shown[-1]))
 
     class Slow(Run):
-        save_every = 4.0
-
         def step(self, number, used):
-            now[0] += 2
+            now[0] += 30
             return {"loss": 1.0, "tokens": 10}
 
         def save(self):
@@ -116,10 +114,11 @@ def test_only_steps_count_as_time_and_saves_come_at_their_interval(tmp_path, mon
     run = Slow(tmp_path, types.SimpleNamespace(steps=8, minutes=None), "cpu")
     run.state = State(step=1, seconds=3.0, tokens=70)
     run.go()
-    assert run.state == State(step=8, seconds=3 + 7 * 2, tokens=70 + 7 * 10)
-    assert saves == [4, 7, 8]  # after more than 4 seconds, and at the end
-    assert rates[:3] == [5, 5, 5]  # of this session alone
-    assert [line["seconds"] for line in read_metrics(run.metrics)] == [5, 7, 9, 11, 13, 15, 17]
+    assert run.state == State(step=8, seconds=3 + 7 * 30, tokens=70 + 7 * 10)
+    assert saves == [4, 7, 8]  # after more than a minute, and at the end
+    assert rates[:3] == [10 / 30] * 3  # of this session alone
+    seconds = [line["seconds"] for line in read_metrics(run.metrics)]
+    assert seconds == [33, 63, 93, 123, 153, 183, 213]
 
 
 def test_progress_shows_the_share_and_the_time_left():
@@ -201,11 +200,13 @@ def test_the_shortest_time_of_a_product_counts(monkeypatch):
     assert matrix_rates("cpu", size=8, repeats=3) == {
         "float32": operations / 2, "bfloat16": operations / 1
     }
+    with pytest.raises(RuntimeError, match="abacus"):  # they run on the device asked for
+        matrix_rates("abacus")
 
 
 def test_bfloat16_must_be_clearly_faster(monkeypatch):
-    for rate, name in ((1.5, "float32"), (1.6, "bfloat16")):
-        rates = {"float32": 1.0, "bfloat16": rate}
+    for rate, name in ((3.0, "float32"), (3.2, "bfloat16")):
+        rates = {"float32": 2.0, "bfloat16": rate}
         monkeypatch.setattr(pipeline.run, "matrix_rates", lambda device, rates=rates: rates)
         assert fastest_precision("cpu") == name
     for has, name in ((False, "float32"), (True, "bfloat16")):
