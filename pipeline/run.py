@@ -195,7 +195,6 @@ class Run:
     # Saving
     def save(self):
         """Saves the whole checkpoint. If a save is interrupted, the last one stays complete."""
-        self.directory.mkdir(parents=True, exist_ok=True)
         with checkpoint.replaced_directory(self.checkpoint) as fresh:
             self.model.save_pretrained(fresh)
             self.tokenizer.save(str(fresh / "tokenizer.json"))

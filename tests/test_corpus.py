@@ -66,13 +66,16 @@ def test_a_text_given_twice_is_used_once(text_file):
 
 
 @pytest.mark.parametrize(
-    ("lines", "bytes_a_line", "pieces", "lines_a_piece"),
-    [(400, 1024, 25, 16), (60, 100, 20, 3), (3, 5, 3, 1)],  # at most PIECE bytes; 20; all lines
+    ("lines", "bytes_a_line", "lines_a_piece"),
+    [(400, 1024, 16), (60, 100, 3), (62, 10, 4), (3, 5, 1)],  # PIECE; total / 20, rounded up; all
 )
-def test_size_of_pieces(lines, bytes_a_line, pieces, lines_a_piece):
+def test_size_of_pieces(lines, bytes_a_line, lines_a_piece):
     line = "π" + "x" * (bytes_a_line - 3) + "\n"
     cut = corpus.cut_at_lines(corpus.Document("a", line * lines))
-    assert [piece.text for piece in cut] == [line * lines_a_piece] * pieces
+    starts = range(0, lines, lines_a_piece)
+    assert [piece.text for piece in cut] == [
+        line * min(lines_a_piece, lines - start) for start in starts
+    ]
     assert [piece.name for piece in cut[:2]] == ["a#0", "a#1"]
 
 

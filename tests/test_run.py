@@ -58,14 +58,15 @@ def run_for(tmp_path, budget, state=None, losses=None, stop_at=None, saves=None,
 
 
 def test_loop_spends_its_budget_and_writes_every_step(tmp_path, capsys):
-    saves = []
-    state = run_for(tmp_path, dict(steps=7), saves=saves)
+    saves, directory = [], tmp_path / "runs" / "new"
+    state = run_for(directory, dict(steps=7), saves=saves)
     assert (state.step, state.tokens, saves) == (7, 70, [7])
-    lines = read_metrics(tmp_path / "metrics.jsonl")
+    lines = read_metrics(directory / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 8))
     assert lines[3]["loss"] == 0.25 and lines[3]["tokens"] == 40
     progress = capsys.readouterr().err
-    assert "step 7" in progress and "tokens/s" in progress and "left" in progress
+    assert "training 100% |" in progress and "step 7, loss 0.143, " in progress
+    assert progress.endswith("0:00 left\n")  # the last line stays
 
 
 def test_what_to_expect_from_the_pace():
