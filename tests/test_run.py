@@ -29,6 +29,7 @@ from pipeline.run import (
     show_progress,
     training_record,
 )
+from pipeline.training import SMALL_CONFIG
 
 
 def run_for(tmp_path, budget, state=None, losses=None, stop_at=None, saves=None, save_every=60.0,
@@ -298,6 +299,46 @@ def test_a_stopped_run_resumes_with_the_same_figures(small_run, tmp_path, monkey
     ours = dict(checkpoint.read_tensors(checkpoint.tensor_files(whole.checkpoint)))
     for name, tensor in checkpoint.read_tensors(checkpoint.tensor_files(stopped.checkpoint)):
         assert torch.equal(tensor, ours[name]), name
+
+
+def test_the_options_of_a_run_and_their_limits():
+    assert vars(RunOptions()) == dict(
+        config=str(SMALL_CONFIG), data=None, steps=None, minutes=None, seed=0, batch_size=4,
+        sequence_length=256, learning_rate=3e-3, precision="auto", optimizer="muon",
+        mtp_weight=0.3, mtp_from=0.7, gamma=0.005,
+    )
+    smallest = dict(seed=0, batch_size=1, sequence_length=3, mtp_weight=0, mtp_from=0, gamma=0)
+    RunOptions(**smallest, learning_rate=1e-9)
+    for name, value in {**{name: least - 0.1 for name, least in smallest.items()},
+                        "learning_rate": 0, "mtp_from": 1}.items():
+        with pytest.raises(ValueError, match=f"--{name.replace('_', '-')}={value} must be"):
+            RunOptions(**{name: value})
+
+
+@pytest.mark.integration
+def test_a_run_of_the_smallest_and_of_the_longest_batches(small_run, tmp_path, capsys):
+    _, options = small_run
+    for rows, length in ((1, 3), (2, 64)):  # 64: the whole context
+        sizes = {**options, "batch_size": rows, "sequence_length": length}
+        run = TrainingRun(tmp_path / str(length), RunOptions(**sizes, steps=2), "cpu")
+        run.go()
+        assert run.state.tokens == 2 * rows * length
+        assert f"trained 2 steps, {2 * rows * length:,} tokens in" in capsys.readouterr().out
+
+
+def test_weights_batches_and_vocabulary_of_a_run_follow_from_seed_and_text(small_run, tmp_path):
+    folder, options = small_run
+    config = checkpoint.read_json(folder / "config.json")
+    checkpoint.write_json(tmp_path / "config.json", {**config, "vocab_size": 100_000})
+    options = {**options, "config": str(tmp_path / "config.json"), "steps": 1}
+    one, again, other = (
+        TrainingRun(tmp_path, RunOptions(**options, seed=seed), "cpu") for seed in (1, 1, 2)
+    )
+    weights = [run.model.embed_tokens.weight for run in (one, again, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert torch.equal(one.batch(5)[0], again.batch(5)[0])
+    assert not torch.equal(one.batch(5)[0], other.batch(5)[0])
+    assert len(weights[0]) == one.model.config.vocab_size == one.tokenizer.get_vocab_size() < 9999
 
 
 @pytest.mark.integration
