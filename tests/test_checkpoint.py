@@ -53,7 +53,7 @@ def test_sharded_checkpoints_are_read(tmp_path):
     checkpoint.write_json(tmp_path / checkpoint.INDEX, {"weight_map": {"c": "one.safetensors"}})
     with pytest.raises(ValueError, match="does not hold c, which the index lists"):
         list(checkpoint.read_tensors(checkpoint.tensor_files(tmp_path)))
-    for wrong in ([], {"a": 1}, {"a": "../one.safetensors"}, None):
+    for wrong in ([], {"a": "one.safetensors", "b": 1}, {"a": "../one.safetensors"}, None):
         checkpoint.write_json(tmp_path / checkpoint.INDEX, {"weight_map": wrong})
         with pytest.raises(ValueError, match="must give each tensor a file name"):
             checkpoint.tensor_files(tmp_path)
@@ -154,15 +154,17 @@ def test_unreadable_files_are_named(tmp_path):
 
 
 def test_directory_is_replaced_as_a_whole_or_not_at_all(tmp_path):
-    target = tmp_path / "checkpoint"
+    target = tmp_path / "deep" / "checkpoint"
     for content in ("first", "second"):
         with checkpoint.replaced_directory(target) as fresh:
             (fresh / "file").write_text(content)
         assert (target / "file").read_text() == content
+        assert os.listdir(target.parent) == ["checkpoint"]
     with pytest.raises(RuntimeError), checkpoint.replaced_directory(target) as fresh:
         (fresh / "file").write_text("half")
         raise RuntimeError
-    assert (target / "file").read_text() == "second" and os.listdir(tmp_path) == ["checkpoint"]
+    assert (target / "file").read_text() == "second"
+    assert os.listdir(target.parent) == ["checkpoint"]
 
 
 def test_what_a_killed_replacement_left_is_in_nobodys_way(tmp_path):
