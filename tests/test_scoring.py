@@ -1,5 +1,7 @@
 """Scoring: every byte once, beside a plain sum; what the evaluate command scores."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -50,15 +52,17 @@ def test_score_is_the_plain_sum_over_every_byte():
     assert 0 < agreed < drafted and agreed != right
     busiest = {name: (load.max() / load.float().mean()).item() for name, load in loads.items()}
     assert scores["max_load"] == pytest.approx(busiest)
+    json.dumps(scores)  # plain numbers, which a file can hold
 
 
-def test_uniform_model_scores_the_uniform_rate():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_uniform_model_scores_the_uniform_rate(dtype):
     documents = [corpus.Document("a", "def f(x):\n    return x\n" * 9)]
     tokenizer = corpus.train_tokenizer(documents, 280)
     model = build("v3", vocab_size=tokenizer.get_vocab_size(), first_k_dense_replace=3)
     with torch.no_grad():
         model.lm_head.weight.zero_()
-    scores = score(model, tokenizer, documents)
+    scores = score(model.to(dtype), tokenizer, documents)
     assert scores["mtp_acceptance"] is None and scores["max_load"] == {}  # it has neither
     uniform = corpus.uniform_rate(scores["tokens"], scores["bytes"], tokenizer.get_vocab_size())
     assert scores["bits_per_byte"] == pytest.approx(uniform, rel=1e-6)
