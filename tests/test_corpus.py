@@ -255,7 +255,7 @@ def test_scored_windows_are_padded_little_and_on_the_right():
     assert padding == 2
 
 
-def test_yardsticks():
+def test_yardsticks(monkeypatch):
     documents = [corpus.Document("a", "".join(SENTENCES)), corpus.Document("b", "π" * 99)]
     rates = corpus.compressor_rates(documents)
     assert 0 < rates["lzma -9"] < rates["zlib -9"] < 8
@@ -265,6 +265,10 @@ def test_yardsticks():
         ("lzma -9", lzma.compress(data, preset=9), lzma.compress(data, preset=0)),
     ):
         assert rates[name] == 8 * len(small) / len(data) < 8 * len(other) / len(data)
+    asked = []  # up to 8 MB of text, preset 9 of lzma gives what its default gives
+    monkeypatch.setattr(lzma, "compress", lambda data, preset=6: asked.append(preset) or b"")
+    corpus.compressor_rates(documents)
+    assert asked == [9]
     assert corpus.uniform_rate(100, 300, 4096) == pytest.approx(4.0)
 
 
