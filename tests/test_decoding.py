@@ -351,6 +351,16 @@ def test_a_round_counts_the_drafts_that_were_of_use():
     assert (result.forwards, result.drafted, result.accepted, most) == (5, 15, 5 + 2 + 1, 2)
 
 
+def test_drafting_goes_on_for_slow_rows_after_a_fast_one_has_finished():
+    model, prompts = with_equal_rows(fast(depth=1)), ids_of(2, 4)
+    plain = plainly(model, prompts, 9)
+    told = torch.stack([plain[0], (plain[1] + 1) % 17])  # right for row 0, wrong for row 1
+    result = drafted(with_oracle(model, told), prompts, 9, depth=1)
+    assert torch.equal(result.ids, plain)
+    # Row 0 gets 1 token, then 2 a pass: 4 drafts. Row 1 gets 1 a pass: 7 drafts, none for its last.
+    assert (result.forwards, result.drafted, result.accepted) == (9, 4 + 7, 4)
+
+
 def test_a_batch_outlives_its_fast_row_and_the_longest_pause():
     model, prompts = with_equal_rows(fast(depth=1)), ids_of(3, 6)
     mask = torch.ones_like(prompts)
