@@ -318,12 +318,14 @@ def test_the_options_of_a_run_and_their_limits():
 @pytest.mark.integration
 def test_a_run_of_the_smallest_and_of_the_longest_batches(small_run, tmp_path, capsys):
     _, options = small_run
-    for rows, length in ((1, 3), (2, 64)):  # 64: the whole context
+    for steps, rows, length in ((7, 1, 3), (2, 2, 64)):  # 64: the whole context
         sizes = {**options, "batch_size": rows, "sequence_length": length}
-        run = TrainingRun(tmp_path / str(length), RunOptions(**sizes, steps=2), "cpu")
+        run = TrainingRun(tmp_path / str(length), RunOptions(**sizes, steps=steps), "cpu")
         run.go()
-        assert run.state.tokens == 2 * rows * length
-        assert f"trained 2 steps, {2 * rows * length:,} tokens in" in capsys.readouterr().out
+        tokens, printed = steps * rows * length, capsys.readouterr().out
+        assert run.state.tokens == tokens
+        assert f"trained {steps} steps, {tokens:,} tokens in" in printed
+        assert ("expect about" in printed) == (steps == 7)  # soon, but not at once
 
 
 def test_weights_batches_and_vocabulary_of_a_run_follow_from_seed_and_text(small_run, tmp_path):
