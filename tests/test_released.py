@@ -48,6 +48,8 @@ def test_every_spelling_of_settings_is_read(settings, theta, yarn):
     assert config.rope_theta == theta and json.dumps(raw) == before
     assert config.yarn == (YarnScaling(**YARN_SIZES) if yarn else None)
     assert config.num_key_value_heads == config.num_attention_heads
+    if raw["n_group"] is None:
+        assert (config.n_group, config.topk_group) == (1, 1)
 
 
 def test_missing_settings_and_numbers_that_are_none_are_named():
@@ -241,8 +243,8 @@ def test_transformers_speculates_with_our_mtp_layer(sixty_one_layers):
 @pytest.fixture
 def saved(tmp_path):
     model = build("v3", num_nextn_predict_layers=2)
-    model.save_pretrained(tmp_path / "saved")
-    return model, tmp_path / "saved"
+    model.save_pretrained(tmp_path / "deep" / "saved")
+    return model, tmp_path / "deep" / "saved"
 
 
 def rewrite(directory, change):

@@ -129,10 +129,10 @@ def test_progress_shows_the_share_and_the_time_left():
         n=0, set_postfix_str=lambda text, refresh: shown.append((bar.n, text, refresh)),
         update=updates.append,
     )
-    show_progress(bar, 0.25, State(step=3, seconds=65.0), 1.25, 2000.0)
+    show_progress(bar, 0.6, State(step=3, seconds=200.0), 1.25, 2000.0)
     show_progress(bar, 1.1, State(step=9, seconds=65.0), 1.0, 100.0)
     assert shown == [
-        (25, "step 3, loss 1.250, 2,000 tokens/s, 3:15 left", False),
+        (60, "step 3, loss 1.250, 2,000 tokens/s, 2:13 left", False),
         (100, "step 9, loss 1.000, 100 tokens/s, 0:00 left", True),
     ]
     assert updates == [0, 0]  # the bar decides whether it is time to draw
@@ -194,16 +194,23 @@ def test_budget_and_schedule():
 
 
 def test_the_shortest_time_of_a_product_counts(monkeypatch):
-    # Each product reads the clock twice. FP32 takes 5, 2 and 3 seconds, BF16 4, 1 and 9.
-    times = iter([0, 5, 5, 9, 10, 12, 12, 13, 20, 23, 30, 39])
-    clock = types.SimpleNamespace(perf_counter=lambda: next(times))
+    now, seconds = [0.0], {torch.float32: [5, 2, 3], torch.bfloat16: [4, 1, 9]}
+
+    class Matrix:
+        def __init__(self, *shape, dtype, device):
+            assert (shape, device) == ((8, 8), "abacus")
+            self.dtype = dtype
+
+        def __matmul__(self, other):
+            now[0] += seconds[self.dtype].pop(0)
+
+    monkeypatch.setattr(torch, "ones", Matrix)
+    clock = types.SimpleNamespace(perf_counter=lambda: now[0])
     monkeypatch.setattr(pipeline.run, "time", clock)
     operations = 2 * 8**3  # a product and a sum for each of 8 · 8 · 8 pairs
-    assert matrix_rates("cpu", size=8, repeats=3) == {
+    assert matrix_rates("abacus", size=8, repeats=3) == {
         "float32": operations / 2, "bfloat16": operations / 1
     }
-    with pytest.raises(RuntimeError, match="abacus"):  # they run on the device asked for
-        matrix_rates("abacus")
 
 
 def test_bfloat16_must_be_clearly_faster(monkeypatch):
@@ -315,6 +322,12 @@ def test_the_options_of_a_run_and_their_limits():
             RunOptions(**{name: value})
 
 
+def test_weights_and_batches_of_a_run_are_on_its_device(small_run, tmp_path):
+    run = TrainingRun(tmp_path, RunOptions(**small_run[1], steps=1), "meta")
+    assert {each.device.type for each in (*run.model.parameters(), *run.batch(0))} == {"meta"}
+    assert TrainingRun.default_minutes == 4.6
+
+
 @pytest.mark.integration
 def test_a_run_of_the_smallest_and_of_the_longest_batches(small_run, tmp_path, capsys):
     _, options = small_run
@@ -326,6 +339,7 @@ def test_a_run_of_the_smallest_and_of_the_longest_batches(small_run, tmp_path, c
         assert run.state.tokens == tokens
         assert f"trained {steps} steps, {tokens:,} tokens in" in printed
         assert ("expect about" in printed) == (steps == 7)  # soon, but not at once
+        assert f"corpus {run.corpus.fingerprint}: " in printed
 
 
 def test_weights_batches_and_vocabulary_of_a_run_follow_from_seed_and_text(small_run, tmp_path):
@@ -344,7 +358,7 @@ def test_weights_batches_and_vocabulary_of_a_run_follow_from_seed_and_text(small
 
 
 @pytest.mark.integration
-def test_resuming_on_changed_text_is_refused(small_run, tmp_path):
+def test_resuming_on_changed_text_is_refused(small_run, tmp_path, capsys):
     folder, options = small_run
     text = tmp_path / "text.py"
     text.write_text("".join(f"a = {i}\n" for i in range(4000)))
@@ -356,6 +370,7 @@ def test_resuming_on_changed_text_is_refused(small_run, tmp_path):
     with pytest.raises(SystemExit) as exit_info:
         full.main(["train", "--resume", str(tmp_path / "run")])
     assert exit_info.value.code == 2
+    assert "the text has changed since" in capsys.readouterr().err
 
 
 @pytest.mark.integration
