@@ -289,6 +289,37 @@ def test_rejected_drafts_leave_no_trace_in_the_caches():
     assert torch.equal(result.ids, plainly(model, prompt, 60))
 
 
+def drafts_without_caches(model, tokens, depth):
+    """Greedy drafts (1, depth) behind tokens (1, n)."""
+    n, modules = tokens.shape[1], len(model.mtp)
+    states = model.hidden_states(tokens)[:, :-1]
+    for k in range(1, depth + 1):
+        module = model.mtp[min(k, modules) - 1]
+        if k <= modules:  # position i: the state before it, and token i + k
+            rows = module.join(states, tokens[:, k : k + n - 1])
+        else:  # one position more: its own last state, and the newest draft
+            rows = torch.cat([rows, module.join(states[:, -1:], tokens[:, -1:])], dim=1)
+        states = module.norm(module.block(rows))
+        drafts = model.lm_head(states[:, -1]).argmax(dim=-1)
+        tokens = torch.cat([tokens, drafts[:, None]], dim=1)
+    return tokens[:, n:]
+
+
+@pytest.mark.parametrize(
+    ("modules", "depth"), [(1, 1), (1, 4), (2, 1), (2, 2), (2, 4), (3, 3), (3, 6)]
+)
+@pytest.mark.parametrize("lengths", [[7], [2], [5, 7, 2]])
+def test_drafts_are_those_of_the_modules_without_caches(modules, depth, lengths):
+    model, ids, longest = fast(modules, std=0.4), ids_of(len(lengths), 7), max(lengths)
+    tokens, lengths = F.pad(ids, (0, 9)), torch.tensor(lengths)
+    drafter = Drafter(model, 16, Sampling(), model.lm_head)
+    drafter.observe(model.hidden_states(ids[:, : longest - 1]), torch.zeros_like(lengths))
+    drafter.draft(tokens, lengths, depth)
+    for row, length in enumerate(lengths.tolist()):
+        want = drafts_without_caches(model, ids[row : row + 1, :length], depth)
+        assert torch.equal(tokens[row : row + 1, length : length + depth], want)
+
+
 @pytest.mark.parametrize(
     ("modules", "depth"), [(1, 1), (1, 3), (2, 2), (3, 3), (2, 4), (3, 1), (2, None), (3, None)]
 )
