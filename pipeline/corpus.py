@@ -95,7 +95,7 @@ def cut_at_lines(document):
     The pieces of a short document are smaller, so that there are about 20.
     """
     total = document.size
-    piece_size = min(PIECE, max(1, total // 20))
+    piece_size = min(PIECE, total // 20)
     pieces, lines, size = [], [], 0
     for line in document.text.splitlines(keepends=True):
         lines.append(line)
@@ -127,9 +127,9 @@ def load_corpus(paths=None, held_out=0.05):
     random.Random(SPLIT_SEED).shuffle(order)
     parts = {"test": [], "validation": []}
     for part in parts.values():
-        while sum(document.size for document in part) < held_out * total and len(order) > 1:
+        while order and sum(document.size for document in part) < held_out * total:
             part.append(order.pop())
-    if not parts["validation"] or sum(document.size for document in order) < total / 2:
+    if sum(document.size for document in order) < total / 2:
         raise ValueError("the text cannot be split: one piece is most of it")
     return Corpus(order, parts["validation"], parts["test"], digest.hexdigest()[:12])
 

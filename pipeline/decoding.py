@@ -79,9 +79,9 @@ def complete(
         copies,
     )
     result = write_with_drafts(model, task, depth) if speculative else write(model, task)
-    # These clones are made outside of inference mode, so that they may enter later training.
+    # These copies are made outside of inference mode, so that they may enter later training.
     prompts = input_ids.repeat_interleave(copies, dim=0)
-    result.ids = torch.cat([prompts, result.ids.clone()], dim=1)
+    result.ids = torch.cat([prompts, result.ids], dim=1)
     result.logprobs = None if result.logprobs is None else result.logprobs.clone()
     return result
 

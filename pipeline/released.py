@@ -159,7 +159,7 @@ def released_tensors(model):
         for name in ("enorm", "hnorm", "eh_proj"):
             tensors[f"{prefix}.{name}.weight"] = getattr(predictor, name).weight
         tensors[f"{prefix}.shared_head.norm.weight"] = predictor.norm.weight
-    return {name: tensor.detach() for name, tensor in tensors.items()}
+    return tensors
 
 
 def block_tensors(prefix, block):

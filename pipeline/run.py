@@ -185,7 +185,7 @@ class Run:
                 rate = (state.tokens - tokens_before) / (time.perf_counter() - began)
                 warm = warm or State(**asdict(state))  # the first step is slow: leave it out
                 if state.step - steps_before - 1 == self.look_ahead:
-                    bar.write(expectation(budget, warm, state), file=sys.stdout)
+                    bar.write(expectation(budget, warm, state))
                 show_progress(bar, budget.used(state), state, loss, rate)
                 if time.perf_counter() - last_saved > self.save_every:
                     self.save()
@@ -195,7 +195,6 @@ class Run:
     # Saving
     def save(self):
         """Saves the whole checkpoint. If a save is interrupted, the last one stays complete."""
-        self.directory.mkdir(parents=True, exist_ok=True)
         with checkpoint.replaced_directory(self.checkpoint) as fresh:
             self.model.save_pretrained(fresh)
             self.tokenizer.save(str(fresh / "tokenizer.json"))

@@ -41,7 +41,7 @@ def score(model, tokenizer, documents, batch_size=16):
         for name, layer_pass in zip(model.moe_layers(), routed, strict=False):  # MTP is not run
             load_E = layer_pass._replace(token_mask=real_BT).load()
             loads[name] = loads.get(name, 0) + load_E
-        if len(model.mtp) and ids_BT.shape[1] > 2:
+        if len(model.mtp):
             choice_BT = torch.zeros_like(ids_BT[:, 1:])
             choice_BT[scored_BT] = logits.argmax(dim=-1)
             same = agreement(model, hidden_BTD, ids_BT, target_BT, choice_BT)

@@ -96,7 +96,9 @@ class TrainingRun(Run):
         config = self.model_class.config_class.from_file(self.options.config)
         require(config.quantization_config is None,
                 f"{self.options.config}: a quantised model cannot be trained")
-        self.check_length(config)
+        length, context = self.options.sequence_length, config.max_position_embeddings
+        require(length <= context,
+                f"--sequence-length={length} exceeds max_position_embeddings={context}")
         tokenizer = corpus.train_tokenizer(self.corpus.train, config.vocab_size)
         config.vocab_size = tokenizer.get_vocab_size()
         return tokenizer, self.model_class(config)
@@ -110,13 +112,7 @@ class TrainingRun(Run):
         model = self.model_class.from_pretrained(self.checkpoint)
         require(model.quantization is None,
                 f"{self.checkpoint} is quantised: it cannot be trained")
-        self.check_length(model.config)
         return tokenizer, model
-
-    def check_length(self, config):
-        length, context = self.options.sequence_length, config.max_position_embeddings
-        require(length <= context,
-                f"--sequence-length={length} exceeds max_position_embeddings={context}")
 
     def batch(self, number):
         """(ids, document_ids) of step `number`, (B, T) each."""

@@ -1,7 +1,11 @@
 """Corpus, tokenizer, batches, scoring windows, streamed text."""
 
+import lzma
+import zlib
+
 import pytest
 import torch
+from tokenizers import processors
 
 from pipeline import corpus
 
@@ -25,6 +29,23 @@ def test_default_corpus_is_the_standard_library_without_its_tests():
     assert sum(document.size for document in documents) > 5_000_000
 
 
+def test_tests_tables_and_unreadable_files_of_a_standard_library_are_left_out(
+    tmp_path, monkeypatch
+):
+    files = {
+        "b.py": b"b", "a/tests.py": "π".encode(), "a/test/c.py": b"c", "config-3/d.py": b"d",
+        "_sysconfigdata_x.py": b"e", "html/entities.py": b"f", "html/parser.py": b"g",
+        "old.py": b"\xe9", "empty.py": b"\n", "notes.txt": b"h", "tests/deep/i.py": b"i",
+    }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.setattr(corpus.sysconfig, "get_path", {"stdlib": tmp_path}.get)
+    documents = corpus.standard_library()
+    assert [d.name for d in documents] == ["a/tests.py", "b.py", "html/parser.py"]
+    assert [d.size for d in documents] == [2, 1, 1]  # bytes
+
+
 def test_parts_are_disjoint_complete_and_repeatable():
     one, two = corpus.load_corpus(), corpus.load_corpus()
     assert one == two
@@ -40,6 +61,55 @@ def test_a_text_given_twice_is_used_once(text_file):
     once, twice = corpus.load_corpus([text_file]), corpus.load_corpus([text_file, text_file])
     assert [d.text for d in once.test] == [d.text for d in twice.test]
     assert once.fingerprint == twice.fingerprint
+    other = corpus.load_corpus([text_file, __file__])
+    assert len(once.fingerprint) == 12 and other.fingerprint != once.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("lines", "bytes_a_line", "lines_a_piece"),
+    [(400, 1024, 16), (60, 100, 3), (62, 10, 4), (3, 5, 1)],  # PIECE; total / 20, rounded up; all
+)
+def test_size_of_pieces(lines, bytes_a_line, lines_a_piece):
+    line = "π" + "x" * (bytes_a_line - 3) + "\n"
+    cut = corpus.cut_at_lines(corpus.Document("a", line * lines))
+    starts = range(0, lines, lines_a_piece)
+    assert [piece.text for piece in cut] == [
+        line * min(lines_a_piece, lines - start) for start in starts
+    ]
+    assert [piece.name for piece in cut[:2]] == ["a#0", "a#1"]
+
+
+def test_twenty_files_are_documents_and_fewer_are_cut(tmp_path):
+    paths = [tmp_path / f"{i}.txt" for i in range(20)]
+    for path in paths:
+        path.write_text("one\ntwo\n")
+    assert [d.name for d in corpus.read_files(paths)] == list(map(str, paths))
+    assert len(corpus.read_files(paths[:19])) == 2 * 19
+
+
+def documents_of(*sizes):
+    return [corpus.Document(str(i), f"{i:05}" * (size // 5)) for i, size in enumerate(sizes)]
+
+
+def test_the_smallest_corpus(monkeypatch):
+    documents = documents_of(10_000, 5000, 5000)  # the shuffle leaves the first for training
+    monkeypatch.setattr(corpus, "standard_library", lambda: documents)
+    text = corpus.load_corpus()
+    assert [len(text.part(name)) for name in ("train", "validation", "test")] == [1, 1, 1]
+    assert text.train == documents[:1]
+    for fewer in (documents_of(10_000, 5000, 4995), documents_of(10_000, 10_000)):
+        monkeypatch.setattr(corpus, "standard_library", lambda fewer=fewer: fewer)
+        with pytest.raises(ValueError, match="too short"):
+            corpus.load_corpus()
+
+
+@pytest.mark.parametrize(("options", "each"), [({}, 5), ({"held_out": 0.1}, 10)])
+def test_held_out_parts_have_their_share_of_the_bytes(monkeypatch, options, each):
+    documents = documents_of(*[300] * 100)
+    monkeypatch.setattr(corpus, "standard_library", lambda: documents)
+    text = corpus.load_corpus(**options)
+    assert (len(text.validation), len(text.test)) == (each, each)
+    assert len(text.train) == 100 - 2 * each and text.train != documents[: len(text.train)]
 
 
 def test_one_file_is_cut_at_lines_and_nothing_is_lost(text_file):
@@ -76,6 +146,7 @@ def test_missing_data_file_is_named(tmp_path):
 
 def test_tokenizer_gives_every_text_back(tmp_path):
     tokenizer = corpus.train_tokenizer([corpus.Document("a", "".join(SENTENCES))], 400)
+    assert tokenizer.get_vocab_size() == 400
     path = tmp_path / "tokenizer.json"
     tokenizer.save(str(path))
     for text in ("x = 'né 日本 🙂'\r\n\t  y\x00", "def f(x):\n", "<|end_of_text|>"):
@@ -83,6 +154,13 @@ def test_tokenizer_gives_every_text_back(tmp_path):
             ids = corpus.encode(each, text)
             assert each.decode(ids, skip_special_tokens=False) == text
             assert each.token_to_id(corpus.SEPARATOR) not in ids
+    ids = corpus.encode(tokenizer, "abc")
+    tokenizer.post_processor = processors.TemplateProcessing(  # as some released tokenizers have
+        single=f"{corpus.SEPARATOR} $A", special_tokens=[(corpus.SEPARATOR, 0)]
+    )
+    assert corpus.encode(tokenizer, "abc") == ids
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        corpus.encode(tokenizer, "\udcff")
 
 
 def test_tokenizer_learns_from_the_documents_it_is_given_only():
@@ -121,6 +199,17 @@ def test_an_epoch_visits_every_chunk_once():
         b - a == 16 for a, b in zip(starts, starts[1:], strict=False)
     )
     assert torch.equal(ids, ids[:, :1] + torch.arange(16))
+    second = torch.cat([batches[step][0] for step in range(5, 10)])[:, 0].tolist()
+    assert len(set(second)) == 20 and sorted(second) != starts  # its own offset and its own order
+    offsets = [start - min(each) for each in (second, ids[:, 0].tolist()) for start in each]
+    assert offsets[:20] != offsets[20:]
+
+
+def test_the_shortest_stream_is_two_chunks_and_every_offset_occurs():
+    starts = {int(corpus.Batches(stream_of(8), 1, 4, seed)[0][0][0, 0]) for seed in range(30)}
+    assert starts == {0, 1, 2, 3}
+    with pytest.raises(ValueError, match="7 training tokens, want at least 8"):
+        corpus.Batches(stream_of(7), 1, 4, 0)
 
 
 def test_documents_are_numbered_at_their_separators():
@@ -150,10 +239,37 @@ def test_windows_by_hand():
     assert corpus.scoring_windows(7, 4) == [(0, 1, 4), (2, 4, 6), (4, 6, 7)]
 
 
-def test_yardsticks():
-    documents = [corpus.Document("a", "".join(SENTENCES))]
+def test_scored_windows_are_padded_little_and_on_the_right():
+    texts = ("zz", "a" * 6, "zz", "a" * 6, "nnnn", "b" * 18)  # the short ones are last in ABC
+    documents = [corpus.Document("a", text) for text in texts]
+    tokenizer = corpus.train_tokenizer([corpus.Document("a", "xy")], 259)  # a token a byte
+    batches = list(corpus.scoring_batches(tokenizer, documents, context=8, batch_size=2))
+    scored, padding = [], 0
+    for ids, target, real in batches:
+        assert real[0].sum() <= real[1].sum() == ids.shape[1] if len(ids) == 2 else real.all()
+        assert (real.long().diff(dim=1) <= 0).all() and (ids[~real] == 0).all()
+        scored += ids[target].tolist()
+        padding += int((~real).sum())
+    assert sorted(scored) == sorted([0] * 6 + corpus.encode(tokenizer, "".join(texts)))
+    # Windows of 4, 4 | 6, 8 | 8, 8 | 8, 8 | 8 tokens: those of one length stand together.
+    assert [ids.shape for ids, _, _ in batches] == [(2, 4), (2, 8), (2, 8), (2, 8), (1, 8)]
+    assert padding == 2
+
+
+def test_yardsticks(monkeypatch):
+    documents = [corpus.Document("a", "".join(SENTENCES)), corpus.Document("b", "π" * 99)]
     rates = corpus.compressor_rates(documents)
     assert 0 < rates["lzma -9"] < rates["zlib -9"] < 8
+    data = "".join(document.text for document in documents).encode()
+    for name, small, other in (
+        ("zlib -9", zlib.compress(data, 9), zlib.compress(data, 1)),
+        ("lzma -9", lzma.compress(data, preset=9), lzma.compress(data, preset=0)),
+    ):
+        assert rates[name] == 8 * len(small) / len(data) < 8 * len(other) / len(data)
+    asked = []  # up to 8 MB of text, preset 9 of lzma gives what its default gives
+    monkeypatch.setattr(lzma, "compress", lambda data, preset=6: asked.append(preset) or b"")
+    corpus.compressor_rates(documents)
+    assert asked == [9]
     assert corpus.uniform_rate(100, 300, 4096) == pytest.approx(4.0)
 
 

@@ -18,10 +18,23 @@ from test_mtp import (
     with_oracle,
 )
 
+from lesson.writing import Generation
 from mtp_coded import CausalLM, IndependentHead, Sampling, speculative_generate
 from multihead_attention_coded import KVCache, RowStore
 from pipeline import decoding
-from pipeline.decoding import Continuation, Depth, Drafter, PreallocatedRows, Task, last_outputs
+from pipeline.decoding import (
+    Continuation,
+    Depth,
+    Drafter,
+    PreallocatedRows,
+    Task,
+    count_round,
+    deepest_draft,
+    last_outputs,
+    left_aligned,
+    slots,
+    take,
+)
 from quantization_coded import quantize_cache
 
 
@@ -72,6 +85,8 @@ def test_a_store_reserves_by_doubling_or_as_told():
     told.append(torch.zeros(1, 3, 2))
     assert told.storage.shape[-2] == 50
     assert (told.used_bytes(), told.allocated_bytes()) == (3 * 2 * 4, 50 * 2 * 4)
+    told = PreallocatedRows(capacity=50)
+    assert (told.used_bytes(), told.allocated_bytes()) == (0, 0)
 
 
 def test_a_truncated_store_overwrites():
@@ -92,7 +107,8 @@ def test_sequences_of_unequal_length_have_places_of_their_own(heads):
     store.truncate(torch.tensor([0, 3, 2]))
     assert store.length == 3
     store.append(each(1.0))
-    view = store.append(each(2.0))  # behind each sequence's own end
+    view = store.append(each(2.0).requires_grad_())  # behind each sequence's own end
+    assert not view.requires_grad
     view = view if not heads else view[:, 1]
     assert view[..., 0].tolist() == [[1, 2, 0, 0, 0], [0, 0, 0, 1, 2], [0, 0, 1, 2, 0]]
     assert store.length == 5 and store.storage.shape[-2] == 6  # no reallocation
@@ -124,6 +140,31 @@ def test_caches_of_earlier_phases_take_the_store():
         key, value = torch.randn(2, 2, 4, new, 6)
         for got, want in zip(cache.append(key, value), plain.append(key, value), strict=True):
             assert torch.equal(got, want)
+
+
+# Places
+def test_prompts_get_their_padding_behind_them():
+    ids = torch.arange(12).view(2, 6)
+    mask = torch.tensor([[0, 0, 0, 0, 1, 1], [0, 1, 1, 1, 1, 1]])
+    aligned, lengths = left_aligned(ids, mask)
+    assert aligned[0, :2].tolist() == [4, 5] and aligned[1, :5].tolist() == [7, 8, 9, 10, 11]
+    assert lengths.tolist() == [2, 5]
+    aligned, lengths = left_aligned(ids, None)
+    assert torch.equal(aligned, ids) and lengths.tolist() == [6, 6]
+
+
+def test_rows_of_a_batch_stand_at_places_of_their_own():
+    rows = torch.arange(12).view(2, 6)
+    assert take(rows, 1, 2).tolist() == [[1, 2], [7, 8]]
+    assert take(rows, torch.tensor([1, 3]), 2).tolist() == [[1, 2], [9, 10]]
+    options = slots(torch.tensor([0, 2]), 2, "cpu")
+    assert options["positions"].tolist() == [[0, 1], [2, 3]]
+    assert options["mask"].int().tolist() == [
+        [[[1, 0, 0, 0], [1, 1, 0, 0]]], [[[1, 1, 1, 0], [1, 1, 1, 1]]]
+    ]
+    options = slots(3, 2, "cpu")
+    assert options["positions"].tolist() == [3, 4] and "mask" not in options
+    assert [slots(0, n, "cpu")["path"] for n in (1, 500)] == ["absorbed", "expanded"]
 
 
 # A pass
@@ -248,6 +289,37 @@ def test_rejected_drafts_leave_no_trace_in_the_caches():
     assert torch.equal(result.ids, plainly(model, prompt, 60))
 
 
+def drafts_without_caches(model, tokens, depth):
+    """Greedy drafts (1, depth) behind tokens (1, n)."""
+    n, modules = tokens.shape[1], len(model.mtp)
+    states = model.hidden_states(tokens)[:, :-1]
+    for k in range(1, depth + 1):
+        module = model.mtp[min(k, modules) - 1]
+        if k <= modules:  # position i: the state before it, and token i + k
+            rows = module.join(states, tokens[:, k : k + n - 1])
+        else:  # one position more: its own last state, and the newest draft
+            rows = torch.cat([rows, module.join(states[:, -1:], tokens[:, -1:])], dim=1)
+        states = module.norm(module.block(rows))
+        drafts = model.lm_head(states[:, -1]).argmax(dim=-1)
+        tokens = torch.cat([tokens, drafts[:, None]], dim=1)
+    return tokens[:, n:]
+
+
+@pytest.mark.parametrize(
+    ("modules", "depth"), [(1, 1), (1, 4), (2, 1), (2, 2), (2, 4), (3, 3), (3, 6)]
+)
+@pytest.mark.parametrize("lengths", [[7], [2], [5, 7, 2]])
+def test_drafts_are_those_of_the_modules_without_caches(modules, depth, lengths):
+    model, ids, longest = fast(modules, std=0.4), ids_of(len(lengths), 7), max(lengths)
+    tokens, lengths = F.pad(ids, (0, 9)), torch.tensor(lengths)
+    drafter = Drafter(model, 16, Sampling(), model.lm_head)
+    drafter.observe(model.hidden_states(ids[:, : longest - 1]), torch.zeros_like(lengths))
+    drafter.draft(tokens, lengths, depth)
+    for row, length in enumerate(lengths.tolist()):
+        want = drafts_without_caches(model, ids[row : row + 1, :length], depth)
+        assert torch.equal(tokens[row : row + 1, length : length + depth], want)
+
+
 @pytest.mark.parametrize(
     ("modules", "depth"), [(1, 1), (1, 3), (2, 2), (3, 3), (2, 4), (3, 1), (2, None), (3, None)]
 )
@@ -286,6 +358,38 @@ def test_depth_follows_what_was_accepted_and_pauses_ever_longer():
     depth = Depth(deepest=3)
     depth.next(1, 0)
     assert depth.next(0, 0) == 1 and depth.next(1, 1) == 2 and depth.pause == 0
+
+
+def test_depth_has_limits_of_its_own():
+    depth = Depth()
+    count = [depth.next(1, accepted) for accepted in (1, 10, 11, 12)]
+    assert count == [2, 11, 12, 12]
+    for pause in (1, 2, 4, 8, 16, 16):
+        asked = [depth.next(1, 0), *(depth.next(0, 0) for _ in range(pause))]
+        assert asked == [0] * pause + [1]
+
+
+def test_the_deepest_draft_is_the_one_asked_for_or_what_the_modules_can():
+    chained, apart = fast(2), fast(2, mtp_class=IndependentHead)
+    assert [deepest_draft(chained, depth) for depth in (None, 1, 5)] == [12, 1, 5]
+    assert [deepest_draft(apart, depth) for depth in (None, 1, 2)] == [2, 1, 2]
+
+
+def test_a_round_counts_the_drafts_that_were_of_use():
+    result = Generation(None, forwards=4, drafted=10, accepted=5)
+    # Row 0 has all it wants and the model's own token, row 1 is finished, row 2 stops at a draft.
+    most = count_round(result, useful=[2, 0, 3], accepted=[2, 3, 3], appended=[3, 0, 1])
+    assert (result.forwards, result.drafted, result.accepted, most) == (5, 15, 5 + 2 + 1, 2)
+
+
+def test_drafting_goes_on_for_slow_rows_after_a_fast_one_has_finished():
+    model, prompts = with_equal_rows(fast(depth=1)), ids_of(2, 4)
+    plain = plainly(model, prompts, 9)
+    told = torch.stack([plain[0], (plain[1] + 1) % 17])  # right for row 0, wrong for row 1
+    result = drafted(with_oracle(model, told), prompts, 9, depth=1)
+    assert torch.equal(result.ids, plain)
+    # Row 0 gets 1 token, then 2 a pass: 4 drafts. Row 1 gets 1 a pass: 7 drafts, none for its last.
+    assert (result.forwards, result.drafted, result.accepted) == (9, 4 + 7, 4)
 
 
 def test_a_batch_outlives_its_fast_row_and_the_longest_pause():
@@ -351,6 +455,27 @@ def test_prompts_read_in_chunks_give_the_same_text(chunk, speculative):
     )
 
 
+@pytest.mark.performance
+@pytest.mark.parametrize("speculative", [False, True])
+def test_chunks_limit_what_is_read_at_once(speculative):
+    model, ids, read = fast(depth=1), ids_of(2, 7), []
+    model.layers[0].register_forward_hook(lambda m, args, out: read.append(args[0].shape[1]))
+    for chunk, sizes in ((3, [3, 3, 1]), (None, [7])):
+        read.clear()
+        model.generate(ids, 2, prefill_chunk=chunk, speculative=speculative)
+        assert read[: len(sizes)] == sizes and max(read[len(sizes) :]) <= 2
+
+
+@pytest.mark.performance
+def test_the_caches_of_drafts_count():
+    model, ids = fast(depth=1), ids_of(1, 5)
+    row = (8 + 2) * 4  # bytes of one token in one layer
+    # Two layers read all but the last token. The module reads positions 0 … 4, once 5 is known.
+    for new, rows in ((1, 2 * 5), (2, 2 * 6), (3, 2 * 7 + 5)):
+        result = drafted(model, ids, new, depth=1)
+        assert (result.cache_bytes, result.tokens) == (rows * row, new)
+
+
 @pytest.mark.parametrize("speculative", [False, True])
 def test_stream_gives_the_text_as_it_comes(speculative):
     model, ids, passes = fast(depth=1, std=0.15), ids_of(2, 4), []
@@ -360,6 +485,7 @@ def test_stream_gives_the_text_as_it_comes(speculative):
         pad_token_id=16,
     )
     assert len(passes) == result.forwards
+    assert result.tokens == max(sum(len(new[row]) for new in passes) for row in range(2))
     for row in range(2):
         streamed = [token for new in passes for token in new[row]]
         assert streamed + [16] * (12 - len(streamed)) == result.ids[row, 4:].tolist()

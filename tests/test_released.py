@@ -2,14 +2,17 @@
 
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from small_deepseek import EVERY_KIND, KINDS, WIDE, WITH_AND_WITHOUT_YARN, build, ids_of
+from tokenizers import Tokenizer, models
 
-from deepseek_full_model import DeepSeekModel
-from pipeline import checkpoint
+from deepseek_full_model import DeepSeekConfig, DeepSeekModel
+from pipeline import checkpoint, corpus
+from pipeline.released import load_with_tokenizer
 from quantization_coded import (
     SCHEMES,
     convert_qat,
@@ -18,8 +21,55 @@ from quantization_coded import (
     quantize_cache,
     quantize_model,
 )
+from rope_coded import YarnScaling
+
+YARN_SIZES = {"factor": 8.0, "original_max_position_embeddings": 16}
 
 
+# The settings
+@pytest.mark.parametrize(
+    ("settings", "theta", "yarn"),
+    [
+        ({}, 10000.0, False),  # what is absent has its usual value
+        ({"rope_parameters": {}, "rope_theta": 7.0}, 10000.0, False),
+        ({"rope_parameters": {"type": "default", "rope_theta": 50.0}}, 50.0, False),
+        ({"rope_parameters": {"type": "yarn", "mscale": None, **YARN_SIZES}}, 10000.0, True),
+        ({"rope_parameters": {"rope_type": "yarn", **YARN_SIZES}}, 10000.0, True),
+        ({"rope_scaling": {"rope_type": "yarn", "mscale": None, **YARN_SIZES}}, 10000.0, True),
+        ({"rope_scaling": {"type": "yarn", **YARN_SIZES}, "rope_theta": 7}, 7, True),
+        ({"rope_interleave": True, "mlp_bias": False}, 10000.0, False),
+        ({"rope_interleave": None, "n_group": None, "topk_group": None}, 10000.0, False),
+    ],
+)
+def test_every_spelling_of_settings_is_read(settings, theta, yarn):
+    raw = {**KINDS["v3"], "model_type": "deepseek_v3", **settings}
+    before = json.dumps(raw)
+    config = DeepSeekConfig.from_dict(raw)
+    assert config.rope_theta == theta and json.dumps(raw) == before
+    assert config.yarn == (YarnScaling(**YARN_SIZES) if yarn else None)
+    assert config.num_key_value_heads == config.num_attention_heads
+    if raw["n_group"] is None:
+        assert (config.n_group, config.topk_group) == (1, 1)
+
+
+def test_missing_settings_and_numbers_that_are_none_are_named():
+    raw = {**KINDS["v3"], "hidden_size": None}
+    with pytest.raises(ValueError, match="the configuration lacks hidden_size, model_type$"):
+        DeepSeekConfig.from_dict(raw)
+    with pytest.raises(ValueError, match="factor=True must be a number"):
+        DeepSeekConfig(**KINDS["v3"], rope_scaling={"type": "yarn", **YARN_SIZES, "factor": True})
+
+
+def test_a_config_is_written_with_what_readers_need():
+    content = DeepSeekConfig(**KINDS["v3_plain_queries"]).to_dict()
+    assert content["architectures"] == ["DeepseekV3ForCausalLM"]
+    assert content["torch_dtype"] == "float32"
+    nulls = {name for name, value in content.items() if value is None}
+    assert nulls == {"q_lora_rank", "rope_scaling", "bos_token_id", "eos_token_id", "pad_token_id"}
+    assert DeepSeekConfig(**KINDS["v3"]).to_dict()["q_lora_rank"] == 16
+
+
+# Files
 def transformers_class(model_type):
     import transformers
 
@@ -193,8 +243,8 @@ def test_transformers_speculates_with_our_mtp_layer(sixty_one_layers):
 @pytest.fixture
 def saved(tmp_path):
     model = build("v3", num_nextn_predict_layers=2)
-    model.save_pretrained(tmp_path / "saved")
-    return model, tmp_path / "saved"
+    model.save_pretrained(tmp_path / "deep" / "saved")
+    return model, tmp_path / "deep" / "saved"
 
 
 def rewrite(directory, change):
@@ -241,16 +291,37 @@ def test_absent_mtp_layers_load_without_and_partial_ones_do_not(saved):
         DeepSeekModel.from_pretrained(directory)
     mtp = ("model.layers.3.", "model.layers.4.")
     rewrite(directory, lambda t: [t.pop(name) for name in list(t) if name.startswith(mtp)])
-    with pytest.warns(UserWarning, match="loaded without MTP"):
+    with pytest.warns(UserWarning, match="loaded without MTP") as caught:
         again = DeepSeekModel.from_pretrained(directory)
+    assert caught[0].filename == __file__  # it points at the caller
     assert len(again.mtp) == 0 and again.config.num_nextn_predict_layers == 0
     ids = ids_of(1, 9)
     torch.testing.assert_close(again.eval()(ids), model(ids))
 
 
+def test_files_may_be_in_bf16_hold_rotary_tables_and_lack_the_copies(saved):
+    model, directory = saved
+
+    def as_released(tensors):
+        for name in list(tensors):
+            if name.startswith("model.layers.4.") and ("embed" in name or "head.head" in name):
+                tensors.pop(name)
+            else:
+                tensors[name] = tensors[name].bfloat16()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+
+    rewrite(directory, as_released)
+    theirs = DeepSeekModel.from_pretrained(directory).state_dict()
+    for name, tensor in model.state_dict().items():
+        assert theirs[name].dtype == tensor.dtype, name
+        assert torch.equal(theirs[name], tensor.bfloat16().to(tensor.dtype)), name
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda t: [t.pop(f"model.layers.{i}.input_layernorm.weight") for i in (4, 2, 0, 1)],
+         r"lacks 4 tensors: model\.layers\.0.*layers\.1.*layers\.2[\w.]*, …"),
         (lambda t: t.pop("model.norm.weight"), r"lacks 1 tensors: model\.norm\.weight"),
         (lambda t: t.update({"model.layers.9.x": torch.ones(1)}), r"unexpected 1 tensors: model"),
         (lambda t: t.update({"lm_head.weight": torch.ones(61, 31)}),
@@ -391,3 +462,38 @@ def test_a_model_in_qat_is_not_saved_and_one_trained_in_fp8_is(tmp_path):
     assert again.quantization is None
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+# A model with its tokenizer
+def test_a_checkpoint_or_that_of_a_run_is_loaded_with_its_tokenizer(trained):
+    directory = trained / "checkpoint"
+    for asked in (trained, directory):
+        loaded = load_with_tokenizer(DeepSeekModel, asked, "cpu")
+        assert loaded.directory == directory and not loaded.model.training
+        assert loaded.tokenizer.get_vocab_size() == loaded.model.config.vocab_size
+    directory.rename(trained / "checkpoint.old")  # killed while it was replaced
+    assert load_with_tokenizer(DeepSeekModel, directory, "cpu").directory == directory
+
+
+def test_what_is_missing_is_noted_even_where_warnings_are_ignored(trained, capsys):
+    directory = trained / "checkpoint"
+    mtp = "model.layers.2."
+    rewrite(directory, lambda t: [t.pop(name) for name in list(t) if name.startswith(mtp)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        load_with_tokenizer(DeepSeekModel, directory, "cpu")
+    note = f"note: {directory} holds no MTP tensors: loaded without MTP\n"
+    assert capsys.readouterr().err == note
+
+
+def test_tokenizers_that_do_not_fit_are_named(trained):
+    path = trained / "checkpoint" / "tokenizer.json"
+    text = " ".join(map(chr, range(1000, 1100))) * 9
+    large = corpus.train_tokenizer([corpus.Document("a", text)], 350)
+    for tokenizer, message in (
+        (large, "the tokenizer has 350 entries, the model only 300"),
+        (Tokenizer(models.BPE()), r"the tokenizer has no <\|end_of_text\|>"),
+    ):
+        tokenizer.save(str(path))
+        with pytest.raises(ValueError, match=message):
+            load_with_tokenizer(DeepSeekModel, trained, "cpu")
