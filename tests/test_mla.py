@@ -30,6 +30,7 @@ def build(q_lora_rank=None, **changes):
 @pytest.mark.parametrize("v_head_dim", [6, 12, 20])
 def test_paths_match_head_by_head_forward_and_backward(q_lora_rank, path, v_head_dim):
     attention = build(q_lora_rank, v_head_dim=v_head_dim)
+    attention.softmax_scale *= 1.5  # phase 7 changes it
     x = torch.randn(2, 7, 32)
     results = []
     for kind in (path, "naive"):
@@ -156,6 +157,13 @@ def test_positions_continue_after_the_cached_tokens_unless_they_are_given():
     assert seen[::2] == seen[1::2] == [[0, 1, 2], [0, 1, 2], [3, 4], [[7], [9]]]
 
 
+def test_positions_are_made_on_the_device_of_the_input():
+    attention, devices = build().to("meta"), set()
+    attention.rotate = lambda part, positions: devices.add(positions.device.type) or part
+    attention(torch.ones(1, 3, 32, device="meta"))
+    assert devices == {"meta"}
+
+
 @pytest.mark.parametrize("path", ["expanded", "einsum", "absorbed"])
 def test_the_smallest_sizes_work(path):
     attention = MultiHeadLatentAttention(1, 1, 1, 1, 2, 1, q_lora_rank=1)
@@ -202,6 +210,14 @@ def test_published_cache_sizes():
     # The published 93.3 % counts 6 bits a number; at equal precision it is 82.2 %.
     assert 1 - 34_560 * 6 / 8 / dense_67b == pytest.approx(0.93339, abs=1e-5)
     assert 1 - 34_560 * 2 / dense_67b == pytest.approx(0.82237, abs=1e-5)
+
+
+def test_sizes_that_are_not_given_count_as_one_head_and_no_width():
+    for kind in ("MHA", "GQA", "MQA", "MLA"):
+        assert cache_elements_per_token(kind, 3) == 0
+    for kind in ("MHA", "GQA", "MQA"):
+        assert cache_elements_per_token(kind, 3, head_width=8) == 3 * 2 * 8
+    assert cache_elements_per_token("MLA", 3, latent=8) == 3 * 8
 
 
 @pytest.mark.performance

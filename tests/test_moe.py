@@ -424,6 +424,12 @@ def test_device_losses_leave_padding_out_and_empty_rows_do_not_dilute():
     torch.testing.assert_close(half, sequence_balance_loss(rows[1:], chosen[1:], 1.0))
 
 
+@pytest.mark.parametrize(("B", "T", "E"), [(0, 3, 2), (2, 0, 2), (1, 1, 1)])
+def test_sequence_loss_of_the_smallest_batches(B, T, E):
+    scores, indices = torch.full((B, T, E), 0.5), torch.zeros(B, T, 1, dtype=torch.long)
+    assert sequence_balance_loss(scores, indices, 0.5).item() == (0.5 if B * T else 0)
+
+
 @pytest.mark.parametrize("balance", [sequence_balance_loss, expert_balance_loss])
 def test_balance_loss_reaches_the_router(balance):
     kind = "v3" if balance is sequence_balance_loss else "v2"
@@ -453,6 +459,13 @@ def test_a_pass_leaves_nothing_behind_but_what_was_asked_for():
     for one in routed:
         assert torch.equal(one.load(), torch.bincount(one.routing.indices.flatten(), minlength=8))
         assert one.load().sum() == 10 * 3 and one.balance_loss() == 0
+
+
+def test_experts_that_no_token_chose_have_the_load_zero():
+    layer = MixtureOfExperts(2, 1, TopKRouter(2, 4, 1))
+    with torch.no_grad():
+        layer.gate.weight.copy_(torch.tensor([[0.0, 0], [1, 1], [0, 0], [0, 0]]))
+    assert decisions(layer, torch.ones(5, 2)).load().tolist() == [0, 5, 0, 0]
 
 
 def test_bias_is_stored_with_the_model_and_gets_no_gradient():
