@@ -174,7 +174,7 @@ class TopKRouter(surgery.TypesKept):
         """(M, D) → `Routing`, in FP32. `token_mask` changes nothing: tokens do not compete."""
         logits_ME = precision.linear_in_fp32(x_MD, self.weight)
         scores_ME = SCORING[self.scoring_func](logits_ME)
-        choice_ME = scores_ME.detach()
+        choice_ME = scores_ME
         if self.topk_method == "noaux_tc":
             choice_ME = choice_ME + self.e_score_correction_bias
         if self.n_group > 1:

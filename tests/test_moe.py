@@ -474,13 +474,14 @@ def test_bias_is_stored_with_the_model_and_gets_no_gradient():
     assert "e_score_correction_bias" not in dict(router.named_parameters())
 
 
-def test_bias_update_balances_and_no_update_does_not():
+def test_bias_and_loss_balance_a_load_that_is_uneven_without_them():
     busiest = {}
     for balancing in ("none", "bias", "loss"):
-        shares, _ = train_on_clusters(balancing, 80, gamma=0.02, seed=1)
+        shares, error = train_on_clusters(balancing, 80, gamma=0.02, seed=1)
         busiest[balancing] = shares[-20:].mean(0).max().item() * 8
-    assert busiest["bias"] < 1.3 < busiest["none"]
-    assert busiest["loss"] < busiest["none"]
+        assert isinstance(error, float) and error < 1  # about 5 before training
+    assert busiest["none"] > 1.8
+    assert busiest["bias"] < 1.3 and busiest["loss"] < 1.3
 
 
 @pytest.mark.performance
