@@ -373,6 +373,9 @@ def test_losses_by_hand_when_unbalanced():
     assert communication_balance_loss(scores, indices, 1.0, 2, 1).item() == pytest.approx(1.6)
     # a token may be sent to both devices: f'' = 2/(2·2)·(2, 0) = (1, 0)
     assert communication_balance_loss(scores, indices, 1.0, 2, 2).item() == pytest.approx(0.8)
+    # experts 1 and 2 are on both devices: f'' = 2/(2·2)·(2, 2) = (1, 1)
+    apart = torch.tensor([[1, 2], [2, 1]])
+    assert communication_balance_loss(scores, apart, 1.0, 2, 2).item() == pytest.approx(1.0)
     # Switch, E Σ f P with f = (1, 0, 0, 0): 4 · 0.6
     assert switch_balance_loss(scores, indices[:, :1], 1.0).item() == pytest.approx(2.4)
     # sequences: rows are a sequence each; f = 4/2·(1, 1, 0, 0), P the scores: 1.6 and 1.6
