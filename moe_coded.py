@@ -174,7 +174,7 @@ class TopKRouter(surgery.TypesKept):
         """(M, D) → `Routing`, in FP32. `token_mask` changes nothing: tokens do not compete."""
         logits_ME = precision.linear_in_fp32(x_MD, self.weight)
         scores_ME = SCORING[self.scoring_func](logits_ME)
-        choice_ME = scores_ME.detach()
+        choice_ME = scores_ME
         if self.topk_method == "noaux_tc":
             choice_ME = choice_ME + self.e_score_correction_bias
         if self.n_group > 1:
@@ -401,8 +401,11 @@ def use_of_experts(scores, indices, token_mask=None, each_sequence=False):
 
 
 def switch_balance_loss(scores, indices, alpha, token_mask=None):
-    """α E Σ_i f_i P_i (Switch, equation 4). f_i: share of tokens sent to i. P_i: its mean score."""
-    return expert_balance_loss(scores, indices[..., :1], alpha, token_mask)
+    """α E Σ_i f_i P_i (Switch, equation 4). f_i: share of tokens sent to i. P_i: its mean score.
+
+    With A = 1, the loss of V2 is the same: its f_i contains the factor E.
+    """
+    return expert_balance_loss(scores, indices, alpha, token_mask)
 
 
 def expert_balance_loss(scores, indices, alpha, token_mask=None):

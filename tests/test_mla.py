@@ -30,6 +30,7 @@ def build(q_lora_rank=None, **changes):
 @pytest.mark.parametrize("v_head_dim", [6, 12, 20])
 def test_paths_match_head_by_head_forward_and_backward(q_lora_rank, path, v_head_dim):
     attention = build(q_lora_rank, v_head_dim=v_head_dim)
+    attention.softmax_scale *= 1.5  # phase 7 changes it
     x = torch.randn(2, 7, 32)
     results = []
     for kind in (path, "naive"):
@@ -41,23 +42,31 @@ def test_paths_match_head_by_head_forward_and_backward(q_lora_rank, path, v_head
 
 
 @QUERIES
-def test_matches_the_equations_in_numpy(q_lora_rank):
-    attention, x = build(q_lora_rank).double(), torch.randn(1, 5, 32).double()
+@pytest.mark.parametrize("attention_bias", [False, True])
+def test_matches_the_equations_in_numpy(q_lora_rank, attention_bias):
+    attention = build(q_lora_rank, attention_bias=attention_bias).double()
+    x = torch.randn(1, 5, 32).double()
     with torch.no_grad():
         attention.kv_a_layernorm.weight.uniform_(0.5, 2)
     w = {name: p.detach().numpy() for name, p in attention.named_parameters()}
+    biased = ["kv_a_proj_with_mqa", "o_proj"] + ["q_a_proj"] * (q_lora_rank is not None)
+    names = {f"{name}.bias" for name in biased if attention_bias}
+    assert {name for name in w if name.endswith("bias")} == names
     h = x[0].numpy()
+
+    def project(rows, name):
+        return rows @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)
 
     def norm(rows, weight):
         return rows / np.sqrt((rows**2).mean(-1, keepdims=True) + 1e-6) * weight
 
-    down = h @ w["kv_a_proj_with_mqa.weight"].T
+    down = project(h, "kv_a_proj_with_mqa")
     latent, k_rope = norm(down[:, :12], w["kv_a_layernorm.weight"]), down[:, 12:]
     if q_lora_rank is None:
-        queries = h @ w["q_proj.weight"].T
+        queries = project(h, "q_proj")
     else:
-        compressed = norm(h @ w["q_a_proj.weight"].T, w["q_a_layernorm.weight"])
-        queries = compressed @ w["q_b_proj.weight"].T
+        compressed = norm(project(h, "q_a_proj"), w["q_a_layernorm.weight"])
+        queries = project(compressed, "q_b_proj")
     outputs = []
     for head in range(4):
         q = queries[:, head * 12 : (head + 1) * 12]
@@ -66,7 +75,7 @@ def test_matches_the_equations_in_numpy(q_lora_rank):
         scores = np.where(np.tril(np.ones((5, 5))) > 0, q @ k.T / np.sqrt(12), -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         outputs.append(weights / weights.sum(-1, keepdims=True) @ v)
-    expected = np.concatenate(outputs, 1) @ w["o_proj.weight"].T
+    expected = project(np.concatenate(outputs, 1), "o_proj")
     np.testing.assert_allclose(attention(x)[0].detach().numpy(), expected, rtol=1e-10, atol=1e-12)
 
 
@@ -115,6 +124,56 @@ def test_left_padding_changes_nothing_and_hidden_rows_are_zero(path):
 
 
 @pytest.mark.parametrize("path", ["expanded", "einsum", "absorbed", "naive"])
+def test_each_head_obeys_its_own_mask(path):
+    attention, x = build(), torch.randn(2, 6, 32)
+    attention.o_proj = torch.nn.Identity()  # the output is the heads, side by side
+    mask_BHTS = torch.rand(2, 4, 6, 6) < 0.6
+    heads = attention(x, mask=mask_BHTS, path=path).chunk(4, dim=-1)
+    for h, head in enumerate(heads):
+        same_for_all = attention(x, mask=mask_BHTS[:, h, None], path="naive")
+        torch.testing.assert_close(head, same_for_all.chunk(4, dim=-1)[h], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["expanded", "einsum", "absorbed", "naive"])
+def test_padding_stays_hidden_in_the_cache(path):
+    attention, x, cache = build(), torch.randn(2, 6, 32), LatentCache()
+    real_BHTS = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]).bool()[:, None, None]
+    pieces = [
+        attention(x[:, start:end], mask=real_BHTS[..., :end], cache=cache, path=path)
+        for start, end in ((0, 4), (4, 5), (5, 6))
+    ]
+    one_pass = attention(x, mask=real_BHTS, path="naive")
+    torch.testing.assert_close(torch.cat(pieces, 1), one_pass, rtol=1e-4, atol=1e-5)
+
+
+def test_positions_continue_after_the_cached_tokens_unless_they_are_given():
+    attention, x, cache, seen = build(), torch.randn(2, 3, 32), LatentCache(), []
+    attention.rotate = lambda part, positions: seen.append(positions.tolist()) or part
+    attention(x)
+    attention(x, cache=cache)
+    attention(x[:, :2], cache=cache)
+    attention(x[:, :1], positions=torch.tensor([[7], [9]]), cache=cache)
+    # each time for the queries, then for the keys
+    assert seen[::2] == seen[1::2] == [[0, 1, 2], [0, 1, 2], [3, 4], [[7], [9]]]
+
+
+def test_positions_are_made_on_the_device_of_the_input():
+    attention, devices = build().to("meta"), set()
+    attention.rotate = lambda part, positions: devices.add(positions.device.type) or part
+    attention(torch.ones(1, 3, 32, device="meta"))
+    assert devices == {"meta"}
+
+
+@pytest.mark.parametrize("path", ["expanded", "einsum", "absorbed"])
+def test_the_smallest_sizes_work(path):
+    attention = MultiHeadLatentAttention(1, 1, 1, 1, 2, 1, q_lora_rank=1)
+    x = torch.randn(1, 3, 1)
+    output = attention(x, path=path)
+    assert output.shape == (1, 3, 1) and output.abs().sum() > 0
+    torch.testing.assert_close(output, attention(x, path="naive"))
+
+
+@pytest.mark.parametrize("path", ["expanded", "einsum", "absorbed", "naive"])
 def test_what_was_remembered_is_attended_to(path):
     attention, x = build(), torch.randn(2, 9, 32)
     whole_cache, cache = LatentCache(), LatentCache()
@@ -153,6 +212,14 @@ def test_published_cache_sizes():
     assert 1 - 34_560 * 2 / dense_67b == pytest.approx(0.82237, abs=1e-5)
 
 
+def test_sizes_that_are_not_given_count_as_one_head_and_no_width():
+    for kind in ("MHA", "GQA", "MQA", "MLA"):
+        assert cache_elements_per_token(kind, 3) == 0
+    for kind in ("MHA", "GQA", "MQA"):
+        assert cache_elements_per_token(kind, 3, head_width=8) == 3 * 2 * 8
+    assert cache_elements_per_token("MLA", 3, latent=8) == 3 * 8
+
+
 @pytest.mark.performance
 def test_the_cache_sizes_in_the_docstring_add_up():
     sums = re.findall(r"(\d+ · [\d ·+()]+) = ([\d,]+) bytes", LatentCache.__doc__)
@@ -186,6 +253,7 @@ def test_counted_decode_flops_match_the_counter(context):
     ("changes", "message"),
     [
         ({"qk_rope_head_dim": 3}, "qk_rope_head_dim=3 must be even"),
+        ({"qk_rope_head_dim": -2}, "qk_rope_head_dim=-2 must be even"),
         ({"kv_lora_rank": 0}, "kv_lora_rank=0 must be at least 1"),
         ({"q_lora_rank": 0}, "q_lora_rank=0 must be at least 1"),
     ],
@@ -207,6 +275,8 @@ def test_wrong_calls_are_named():
         build()(torch.ones(1, 2, 32), path="fast")
     with pytest.raises(ValueError, match="kind='XYZ'"):
         cache_elements_per_token("XYZ", 1)
+    with pytest.raises(ValueError, match="path='naive' must be"):
+        decode_flops(build(), 4, "naive")
 
 
 @pytest.mark.integration

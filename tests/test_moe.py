@@ -19,6 +19,7 @@ from moe_coded import (
     expert_balance_loss,
     expert_parameters,
     sequence_balance_loss,
+    swiglu,
     switch_balance_loss,
     train_on_clusters,
 )
@@ -286,6 +287,8 @@ def test_swiglu_by_hand():
     # gate 2, up 3: 5 · SiLU(2) · 3
     expected = 5 * (2 / (1 + np.exp(-2.0))) * 3
     assert network(torch.ones(1, 1)).item() == pytest.approx(expected, rel=1e-6)
+    by_matrices = swiglu(torch.ones(1, 1), network.gate_up_proj.weight, network.down_proj.weight)
+    assert by_matrices.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_rmsnorm_by_hand():
@@ -297,18 +300,21 @@ def test_rmsnorm_by_hand():
     torch.testing.assert_close(norm(torch.tensor([3.0, 4.0])), expected)
 
 
-def test_block_is_two_normed_residual_steps():
-    layer = MixtureOfExperts(16, 8, build_router("v3"), 1)
-    block, x = (
-        TransformerBlock(MultiHeadAttention(16, 4), layer, norm_eps=1e-3),
-        torch.randn(2, 5, 16),
-    )
+@pytest.mark.parametrize("kind", ["experts", "dense"])
+@pytest.mark.parametrize("options", [{}, {"norm_eps": 1e-3}])
+def test_block_is_two_normed_residual_steps(kind, options):
+    experts = MixtureOfExperts(16, 8, build_router("v3"), 1)
+    layer = {"experts": experts, "dense": SwiGLU(16, 8)}[kind]
+    block = TransformerBlock(MultiHeadAttention(16, 4), layer, **options)
+    x = torch.randn(2, 5, 16) / 1000  # small, so that eps matters
     with torch.no_grad():
         for norm in (block.input_layernorm, block.post_attention_layernorm):
             norm.weight.uniform_(0.5, 2)
+        block.self_attn.o_proj.weight /= 1000
 
     def normed(rows, norm):
-        return rows / (rows.square().mean(-1, keepdim=True) + 1e-3).sqrt() * norm.weight
+        eps = options.get("norm_eps", 1e-6)
+        return rows / (rows.square().mean(-1, keepdim=True) + eps).sqrt() * norm.weight
 
     hidden = x + block.self_attn(normed(x, block.input_layernorm))
     expected = hidden + layer(normed(hidden, block.post_attention_layernorm))
@@ -365,6 +371,11 @@ def test_losses_by_hand_when_unbalanced():
     assert device_balance_loss(scores, indices, 1.0, 2).item() == pytest.approx(1.6)
     # f'' = 2/(1·2)·(2, 0) = (2, 0)
     assert communication_balance_loss(scores, indices, 1.0, 2, 1).item() == pytest.approx(1.6)
+    # a token may be sent to both devices: f'' = 2/(2·2)·(2, 0) = (1, 0)
+    assert communication_balance_loss(scores, indices, 1.0, 2, 2).item() == pytest.approx(0.8)
+    # experts 1 and 2 are on both devices: f'' = 2/(2·2)·(2, 2) = (1, 1)
+    apart = torch.tensor([[1, 2], [2, 1]])
+    assert communication_balance_loss(scores, apart, 1.0, 2, 2).item() == pytest.approx(1.0)
     # Switch, E Σ f P with f = (1, 0, 0, 0): 4 · 0.6
     assert switch_balance_loss(scores, indices[:, :1], 1.0).item() == pytest.approx(2.4)
     # sequences: rows are a sequence each; f = 4/2·(1, 1, 0, 0), P the scores: 1.6 and 1.6
@@ -389,9 +400,11 @@ def test_sequence_loss_normalises_scores_and_ignores_the_bias():
     torch.testing.assert_close(decisions(layer, x).balance_loss(), before.balance_loss())
 
 
-@pytest.mark.parametrize("balance", [sequence_balance_loss, expert_balance_loss])
-def test_padding_enters_neither_loss_nor_load(balance):
-    kind = "v3" if balance is sequence_balance_loss else "v2"
+@pytest.mark.parametrize(
+    ("kind", "balance"),
+    [("v3", sequence_balance_loss), ("v2", expert_balance_loss), ("switch", switch_balance_loss)],
+)
+def test_padding_enters_neither_loss_nor_load(kind, balance):
     layer = MixtureOfExperts(16, 8, build_router(kind), 0, functools.partial(balance, alpha=1.0))
     x = torch.randn(2, 6, 16)
     plain = decisions(layer, x)
@@ -412,6 +425,12 @@ def test_device_losses_leave_padding_out_and_empty_rows_do_not_dilute():
     chosen = indices.view(2, 3, 2)
     half = sequence_balance_loss(rows, chosen, 1.0, torch.tensor([[0, 0, 0], [1, 1, 1]]))
     torch.testing.assert_close(half, sequence_balance_loss(rows[1:], chosen[1:], 1.0))
+
+
+@pytest.mark.parametrize(("B", "T", "E"), [(0, 3, 2), (2, 0, 2), (1, 1, 1)])
+def test_sequence_loss_of_the_smallest_batches(B, T, E):
+    scores, indices = torch.full((B, T, E), 0.5), torch.zeros(B, T, 1, dtype=torch.long)
+    assert sequence_balance_loss(scores, indices, 0.5).item() == (0.5 if B * T else 0)
 
 
 @pytest.mark.parametrize("balance", [sequence_balance_loss, expert_balance_loss])
@@ -445,19 +464,27 @@ def test_a_pass_leaves_nothing_behind_but_what_was_asked_for():
         assert one.load().sum() == 10 * 3 and one.balance_loss() == 0
 
 
+def test_experts_that_no_token_chose_have_the_load_zero():
+    layer = MixtureOfExperts(2, 1, TopKRouter(2, 4, 1))
+    with torch.no_grad():
+        layer.gate.weight.copy_(torch.tensor([[0.0, 0], [1, 1], [0, 0], [0, 0]]))
+    assert decisions(layer, torch.ones(5, 2)).load().tolist() == [0, 5, 0, 0]
+
+
 def test_bias_is_stored_with_the_model_and_gets_no_gradient():
     router = build_router("v3")
     assert "e_score_correction_bias" in router.state_dict()
     assert "e_score_correction_bias" not in dict(router.named_parameters())
 
 
-def test_bias_update_balances_and_no_update_does_not():
+def test_bias_and_loss_balance_a_load_that_is_uneven_without_them():
     busiest = {}
     for balancing in ("none", "bias", "loss"):
-        shares, _ = train_on_clusters(balancing, 80, gamma=0.02, seed=1)
+        shares, error = train_on_clusters(balancing, 80, gamma=0.02, seed=1)
         busiest[balancing] = shares[-20:].mean(0).max().item() * 8
-    assert busiest["bias"] < 1.3 < busiest["none"]
-    assert busiest["loss"] < busiest["none"]
+        assert isinstance(error, float) and error < 1  # about 5 before training
+    assert busiest["none"] > 1.8
+    assert busiest["bias"] < 1.3 and busiest["loss"] < 1.3
 
 
 @pytest.mark.performance
@@ -497,8 +524,12 @@ def test_every_parameter_gets_a_gradient(kind):
         (lambda: TopKRouter(4, 8, 2, n_group=8, topk_group=4), "n_group=8 leaves 1 expert a group"),
         (lambda: TopKRouter(4, 8, 2, "relu"), "scoring_func='relu'"),
         (lambda: TopKRouter(4, 8, 2, topk_method="best"), "topk_method='best'"),
+        (lambda: TopKRouter(4, 8, 0), "num_experts_per_tok=0 must be from 1 to"),
+        (lambda: TopKRouter(4, 8, 2, n_group=2, topk_group=0), "topk_group=0 must be from 1 to"),
         (lambda: SwitchRouter(4, 2, 0), "capacity_factor=0 must be above 0"),
+        (lambda: SwitchRouter(4, 0), "n_routed_experts=0 must be at least 1"),
         (lambda: SwiGLU(0, 2), "hidden_size=0 must be at least 1"),
+        (lambda: SwiGLU(2, 0), "intermediate_size=0 must be at least 1"),
         (lambda: MixtureOfExperts(4, 2, SwitchRouter(4, 2))(torch.ones(1, 4), dispatch="magic"),
          "dispatch='magic'"),
         (lambda: MixtureOfExperts(4, 0, SwitchRouter(4, 2)), "moe_intermediate_size=0 must be"),
@@ -538,8 +569,70 @@ def test_a_switch_token_weighs_its_expert_by_the_softmax():
 def test_capacity_for_few_tokens():
     assert SwitchRouter(2, 8, 1.0).capacity(1) == 1
     assert SwitchRouter(2, 4, 1.0).capacity(7) == 1  # rounded down
+    assert SwitchRouter(2, 4).capacity(16) == 5  # a quarter more than an even share
 
 
-def test_the_smallest_layer_works():
-    layer = MixtureOfExperts(1, 1, SwitchRouter(1, 1))
-    assert layer(torch.ones(1, 1, 1)).shape == (1, 1, 1)
+@pytest.mark.parametrize(
+    "router",
+    [
+        SwitchRouter(1, 1),
+        TopKRouter(1, 1, 1),
+        TopKRouter(1, 1, 1, topk_method="greedy"),
+        TopKRouter(1, 2, 1, topk_method="group_limited_greedy", n_group=2),  # one expert a group
+        TopKRouter(1, 4, 2, n_group=2),  # all experts of the best group
+    ],
+)
+def test_the_smallest_layer_works(router):
+    layer = MixtureOfExperts(1, 1, router)
+    output = layer(torch.ones(1, 1, 1))
+    assert output.shape == (1, 1, 1) and output.abs().sum() > 0
+
+
+def test_greedy_chooses_among_all_experts_whatever_the_groups():
+    # 8 experts do not even form 3 groups
+    router = TopKRouter(1, 8, 2, "softmax", "greedy", n_group=3, topk_group=1)
+    with torch.no_grad():
+        router.weight.copy_(torch.tensor([[0.0, 3, 1, 0, 0, 0, 0, 2]]).T)
+    assert router(torch.ones(1, 1)).indices.tolist() == [[1, 7]]
+
+
+def test_a_router_keeps_scores_and_weighs_by_default():
+    router = TopKRouter(1, 2, 2)
+    with torch.no_grad():
+        router.weight.copy_(torch.logit(torch.tensor([[0.6], [0.2]])))
+    routing = router(torch.ones(1, 1))
+    torch.testing.assert_close(routing.scores, torch.tensor([[0.6, 0.2]]))  # sigmoids
+    torch.testing.assert_close(routing.weights, torch.tensor([[0.75, 0.25]]))  # their sum is 1
+
+
+@pytest.mark.parametrize("logit", [-30.0, -200.0])
+def test_tiny_scores_are_normed_and_zero_scores_give_no_nan(logit):
+    router = TopKRouter(1, 4, 2)
+    with torch.no_grad():
+        router.weight.fill_(logit)
+    _, indices, scores, _ = router(torch.ones(3, 1))
+    rounds_to_zero = logit == -200
+    assert (scores == 0).all() == rounds_to_zero
+    weights = router(torch.ones(3, 1)).weights
+    torch.testing.assert_close(weights, torch.full((3, 2), 0.0 if rounds_to_zero else 0.5))
+    loss = sequence_balance_loss(scores[None], indices[None], 1.0)
+    torch.testing.assert_close(loss, torch.tensor(0.0 if rounds_to_zero else 1.0))
+
+
+def test_a_fresh_layer_has_small_random_weights():
+    for router in (SwitchRouter(64, 128), TopKRouter(64, 128, 2)):
+        weight = router.weight
+        assert abs(weight.mean()) < 0.001 and weight.std().item() == pytest.approx(0.02, rel=0.05)
+    experts = MixtureOfExperts(64, 16, SwitchRouter(64, 8)).experts
+    # uniform up to 1/√(number of inputs), like `nn.Linear`
+    for weight, bound in ((experts.gate_up_proj, 1 / 8), (experts.down_proj, 1 / 4)):
+        assert 0.99 * bound < weight.max() <= bound and -bound <= weight.min() < -0.99 * bound
+        assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+
+
+def test_the_seed_alone_decides_a_training():
+    (first, error), (again, same) = (train_on_clusters("none", 3, 0.02, seed=1) for _ in range(2))
+    other, _ = train_on_clusters("none", 3, 0.02, seed=2)
+    assert torch.equal(first, again) and error == same and not torch.equal(first, other)
+    assert first.shape == (3, 8)
+    torch.testing.assert_close(first.sum(dim=1), torch.ones(3))
