@@ -122,7 +122,7 @@ def zero_point_quantize(x, bits=8, dim=None):
     options = dict() if dim is None else dict(dim=dim, keepdim=True)
     low, high = x.amin(**options).clamp(max=0), x.amax(**options).clamp(min=0)
     scale = nonzero((high - low) / limit)
-    zero = (-low / scale).round().clamp(0, limit)
+    zero = (-low / scale).round()
     codes = ((x / scale).round() + zero).clamp(0, limit)
     return codes.to(torch.uint8), scale, zero.to(torch.uint8)
 
@@ -211,10 +211,9 @@ def block_dequantize(codes, scale, rows, columns=128):
     return codes.float() * spread
 
 
-def tile_rounded(x, columns=128):
+def tile_rounded(x):
     """Rounds x (..., C) to E4M3 in tiles of 1×128; the result is FP32."""
-    flat = x.flatten(0, -2)
-    return block_dequantize(*block_quantize(flat, 1, columns), 1, columns).view_as(x)
+    return block_dequantize(*block_quantize(x.flatten(0, -2), 1), 1).view_as(x)
 
 
 # %% Outliers: a few large inputs, and a product that rounds only the others
@@ -258,7 +257,7 @@ class InputStatistics:
         self.total = torch.zeros(width, device=device)  # Σ |x_j|
 
     def add(self, x):
-        rows = x.detach().reshape(-1, len(self.total)).float()
+        rows = x.reshape(-1, len(self.total)).float()
         if len(rows):
             self.hessian += rows.T @ rows
             self.largest = torch.maximum(self.largest, rows.abs().amax(dim=0))
@@ -351,7 +350,7 @@ def awq_smoothing(weight, statistics, bits, group_size=None, steps=20):
     The weights of large inputs are scaled up before rounding, so that they lose less. α = 0 is
     plain rounding.
     """
-    size = statistics.total / statistics.total.mean().clamp(min=1e-12)
+    size = statistics.total / nonzero(statistics.total.mean())
     best, best_error = None, math.inf
     for step in range(steps + 1):
         smoothing = size.clamp(min=1e-4) ** (step / steps)
@@ -372,7 +371,7 @@ def smoothquant_smoothing(weight, largest_input, alpha=0.5):
     largest_weight = weight.abs().amax(dim=0)
     unused, floor = largest_input == 0, largest_input.mean() / 10
     largest_input = largest_input.clamp(min=floor)
-    smoothing = largest_input**alpha / largest_weight.clamp(min=1e-12) ** (1 - alpha)
+    smoothing = largest_input**alpha / largest_weight ** (1 - alpha)
     return torch.where(unused | (largest_weight == 0), 1.0, smoothing)
 
 
@@ -631,7 +630,7 @@ def quantized_linear(linear, scheme, name, statistics=None):
     Rounding to nearest and GPTQ give codes at once. AWQ and SmoothQuant first find a smoothing σ.
     The weights are multiplied by σ, and the inputs will be divided by σ.
     """
-    weight, width = linear.weight.detach().float(), linear.in_features
+    weight, width = linear.weight.float(), linear.in_features
     require(weight.isfinite().all(), f"{name}: the weights hold NaN or infinite numbers")
     size = scheme.groups(width)
     require(width % size == 0, f"{name}: group_size={size} must divide {width}")
@@ -745,7 +744,7 @@ class Fp8TrainingLinear(nn.Linear):
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
-            output = Fp8Product.apply(x.float(), self.weight)
+            output = Fp8Product.apply(x, self.weight)
         return output if self.bias is None else output + self.bias
 
 
