@@ -132,7 +132,7 @@ def rounding_and_clipping(x, bits, largest):
     scale = largest / largest_code(bits)
     error = (x - nearest_codes(x, scale, bits) * scale) ** 2
     inside = x.abs() <= largest
-    return (error * inside).mean().item(), (error * ~inside).mean().item()
+    return (error * inside).mean(), (error * ~inside).mean()
 
 
 # %% Packing: codes of 2 to 7 bits fill bytes without gaps
@@ -178,7 +178,7 @@ def round_to_grid(x, grid):
 
     Halfway between two numbers, the even bit pattern wins. Numbers beyond the end go to the end.
     """
-    size = x.abs().clamp(max=grid[-1].item())
+    size = x.abs().clamp(max=grid[-1])
     above = torch.searchsorted(grid, size).clamp(min=1)
     below = above - 1
     to_above, to_below = grid[above] - size, size - grid[below]

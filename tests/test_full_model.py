@@ -202,6 +202,7 @@ def test_a_step_has_the_losses_and_the_gradient_of_its_equation():
     losses = [figures[name] for name in ("loss", "mtp_loss", "balance_loss")]
     assert losses == pytest.approx([next_loss.item(), further_loss.item(), balance_loss.item()])
     assert all(type(loss) is float for loss in losses)  # nothing of the step stays in memory
+    assert type(figures["gradient_norm"]) is float
     length = torch.stack([gradient.norm() for gradient in wanted.values()]).norm().item()
     assert figures["gradient_norm"] == pytest.approx(length) and length > 1
     for name, parameter in model.named_parameters():
@@ -517,6 +518,8 @@ def test_the_smallest_model_works():
     model = DeepSeekModel(DeepSeekConfig(**SMALLEST, **JUST_ABOVE))
     assert isinstance(model.layers[0].mlp, MixtureOfExperts)
     assert model(torch.zeros(1, 1, dtype=torch.long)).isfinite().all()
+    with pytest.raises(ValueError, match="2 tokens exceed the context of 1"):
+        model(torch.zeros(1, 2, dtype=torch.long))
 
 
 @pytest.mark.parametrize("name", [*SMALLEST, *JUST_ABOVE])

@@ -910,6 +910,7 @@ def test_quantised_experts_agree_in_every_dispatch(dispatch):
     torch.testing.assert_close(
         layer(x, dispatch=dispatch), layer(x, dispatch="dense"), atol=1e-6, rtol=1e-4
     )
+    torch.testing.assert_close(layer.experts.expert(2, x)[1], layer.experts.expert(2, x[1]))
     one = Routing(torch.ones(3, 1), torch.full((3, 1), 2), torch.rand(3, 4))
     torch.testing.assert_close(  # every token on one expert, three without any
         getattr(layer.experts, dispatch)(x[0, :3], one), layer.experts.expert(2, x[0, :3])
