@@ -200,8 +200,8 @@ def block_quantize(x, rows, columns=128):
     blocks = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
     scale = nonzero(blocks.abs().amax(dim=(1, 3), keepdim=True) / E4M3_MAX)
     # If the numbers of a block are tiny, its scale is rounded and a code can exceed 448: clamp it.
-    codes = (blocks / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    return codes.flatten(2).flatten(0, 1)[:height, :width].contiguous(), scale[:, 0, :, 0]
+    scaled = (blocks / scale).clamp(-E4M3_MAX, E4M3_MAX).flatten(2).flatten(0, 1)
+    return scaled[:height, :width].to(torch.float8_e4m3fn), scale[:, 0, :, 0]
 
 
 def block_dequantize(codes, scale, rows, columns=128):
@@ -267,7 +267,7 @@ class InputStatistics:
 def output_error(weight, rounded, hessian):
     """Returns ‖(W − Ŵ) X‖², summed over all inputs seen: tr((W − Ŵ) H (W − Ŵ)ᵀ)."""
     difference = weight - rounded
-    return ((difference @ hessian) * difference).sum().item()
+    return ((difference @ hessian) * difference).sum()
 
 
 def gptq_by_inverses(weight, hessian, bits, group_size=None, dampening=0.01):
@@ -777,7 +777,7 @@ class QuantizedLatentCache(LatentCache):
         """Stores (B, new, C + R); returns all rows so far, dequantised, (B, S, C + R)."""
         width, C = memory.shape[-1], self.latent_width
         widths = [C, width - C] if width > C else [C]
-        parts = memory.detach().split(widths, dim=-1)
+        parts = memory.split(widths, dim=-1)
         rounded = [round_nearest(part, self.bits) for part in parts]
         codes, scales = (torch.cat(part, dim=-1) for part in zip(*rounded, strict=True))
         stored = pack_bits(codes, self.bits), scales
