@@ -310,7 +310,7 @@ def gptq(
     added to the diagonal. Returns codes (out, in) and BF16 scale (out, groups).
     """
     codes, scale = round_nearest(weight, bits, group_size)
-    column_scale, weight = scale_of_each(weight, scale), weight.clone()
+    column_scale = scale_of_each(weight, scale)
     hessian = dampened(hessian.double(), dampening)
     width = weight.shape[1]
     order = torch.arange(width, device=weight.device)

@@ -223,6 +223,8 @@ def test_rounding_and_clipping_make_up_the_whole_error():
     whole = (x - (x / scale).round().clamp(-7, 7) * scale).square().mean().item()
     assert rounding + clipping == pytest.approx(whole)
     assert q.rounding_and_clipping(x, 4, x.abs().max())[1] == 0
+    parts = q.rounding_and_clipping(torch.tensor([-3.0, 0.0]), 4, 1.5)  # −3 becomes −1.5
+    torch.testing.assert_close(torch.stack(parts), torch.tensor([0.0, 1.5**2 / 2]))
 
 
 # Floats
