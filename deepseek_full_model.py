@@ -149,7 +149,7 @@ class DeepSeekConfig(ReleasedConfig):
     num_nextn_predict_layers: int = setting(0, at_least=0)
     # Rotary positions (phase 7)
     max_position_embeddings: int = setting(4096, at_least=1)
-    rope_theta: float = setting(10000.0, above=0)
+    rope_theta: float = setting(10000.0, above=1)
     rope_scaling: dict | None = None  # YaRN
     # Tokens, and how the files are stored
     bos_token_id: int | None = None

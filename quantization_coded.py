@@ -122,7 +122,7 @@ def zero_point_quantize(x, bits=8, dim=None):
     options = dict() if dim is None else dict(dim=dim, keepdim=True)
     low, high = x.amin(**options).clamp(max=0), x.amax(**options).clamp(min=0)
     scale = nonzero((high - low) / limit)
-    zero = (-low / scale).round().clamp(0, limit)
+    zero = (-low / scale).round()
     codes = ((x / scale).round() + zero).clamp(0, limit)
     return codes.to(torch.uint8), scale, zero.to(torch.uint8)
 
@@ -132,7 +132,7 @@ def rounding_and_clipping(x, bits, largest):
     scale = largest / largest_code(bits)
     error = (x - nearest_codes(x, scale, bits) * scale) ** 2
     inside = x.abs() <= largest
-    return (error * inside).mean().item(), (error * ~inside).mean().item()
+    return (error * inside).mean(), (error * ~inside).mean()
 
 
 # %% Packing: codes of 2 to 7 bits fill bytes without gaps
@@ -178,7 +178,7 @@ def round_to_grid(x, grid):
 
     Halfway between two numbers, the even bit pattern wins. Numbers beyond the end go to the end.
     """
-    size = x.abs().clamp(max=grid[-1].item())
+    size = x.abs().clamp(max=grid[-1])
     above = torch.searchsorted(grid, size).clamp(min=1)
     below = above - 1
     to_above, to_below = grid[above] - size, size - grid[below]
@@ -200,8 +200,8 @@ def block_quantize(x, rows, columns=128):
     blocks = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
     scale = nonzero(blocks.abs().amax(dim=(1, 3), keepdim=True) / E4M3_MAX)
     # If the numbers of a block are tiny, its scale is rounded and a code can exceed 448: clamp it.
-    codes = (blocks / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    return codes.flatten(2).flatten(0, 1)[:height, :width].contiguous(), scale[:, 0, :, 0]
+    scaled = (blocks / scale).clamp(-E4M3_MAX, E4M3_MAX).flatten(2).flatten(0, 1)
+    return scaled[:height, :width].to(torch.float8_e4m3fn), scale[:, 0, :, 0]
 
 
 def block_dequantize(codes, scale, rows, columns=128):
@@ -211,10 +211,9 @@ def block_dequantize(codes, scale, rows, columns=128):
     return codes.float() * spread
 
 
-def tile_rounded(x, columns=128):
+def tile_rounded(x):
     """Rounds x (..., C) to E4M3 in tiles of 1×128; the result is FP32."""
-    flat = x.flatten(0, -2)
-    return block_dequantize(*block_quantize(flat, 1, columns), 1, columns).view_as(x)
+    return block_dequantize(*block_quantize(x.flatten(0, -2), 1), 1).view_as(x)
 
 
 # %% Outliers: a few large inputs, and a product that rounds only the others
@@ -258,7 +257,7 @@ class InputStatistics:
         self.total = torch.zeros(width, device=device)  # Σ |x_j|
 
     def add(self, x):
-        rows = x.detach().reshape(-1, len(self.total)).float()
+        rows = x.reshape(-1, len(self.total)).float()
         if len(rows):
             self.hessian += rows.T @ rows
             self.largest = torch.maximum(self.largest, rows.abs().amax(dim=0))
@@ -268,7 +267,7 @@ class InputStatistics:
 def output_error(weight, rounded, hessian):
     """Returns ‖(W − Ŵ) X‖², summed over all inputs seen: tr((W − Ŵ) H (W − Ŵ)ᵀ)."""
     difference = weight - rounded
-    return ((difference @ hessian) * difference).sum().item()
+    return ((difference @ hessian) * difference).sum()
 
 
 def gptq_by_inverses(weight, hessian, bits, group_size=None, dampening=0.01):
@@ -311,7 +310,7 @@ def gptq(
     added to the diagonal. Returns codes (out, in) and BF16 scale (out, groups).
     """
     codes, scale = round_nearest(weight, bits, group_size)
-    column_scale, weight = scale_of_each(weight, scale), weight.clone()
+    column_scale = scale_of_each(weight, scale)
     hessian = dampened(hessian.double(), dampening)
     width = weight.shape[1]
     order = torch.arange(width, device=weight.device)
@@ -351,7 +350,7 @@ def awq_smoothing(weight, statistics, bits, group_size=None, steps=20):
     The weights of large inputs are scaled up before rounding, so that they lose less. α = 0 is
     plain rounding.
     """
-    size = statistics.total / statistics.total.mean().clamp(min=1e-12)
+    size = statistics.total / nonzero(statistics.total.mean())
     best, best_error = None, math.inf
     for step in range(steps + 1):
         smoothing = size.clamp(min=1e-4) ** (step / steps)
@@ -372,7 +371,7 @@ def smoothquant_smoothing(weight, largest_input, alpha=0.5):
     largest_weight = weight.abs().amax(dim=0)
     unused, floor = largest_input == 0, largest_input.mean() / 10
     largest_input = largest_input.clamp(min=floor)
-    smoothing = largest_input**alpha / largest_weight.clamp(min=1e-12) ** (1 - alpha)
+    smoothing = largest_input**alpha / largest_weight ** (1 - alpha)
     return torch.where(unused | (largest_weight == 0), 1.0, smoothing)
 
 
@@ -631,7 +630,7 @@ def quantized_linear(linear, scheme, name, statistics=None):
     Rounding to nearest and GPTQ give codes at once. AWQ and SmoothQuant first find a smoothing σ.
     The weights are multiplied by σ, and the inputs will be divided by σ.
     """
-    weight, width = linear.weight.detach().float(), linear.in_features
+    weight, width = linear.weight.float(), linear.in_features
     require(weight.isfinite().all(), f"{name}: the weights hold NaN or infinite numbers")
     size = scheme.groups(width)
     require(width % size == 0, f"{name}: group_size={size} must divide {width}")
@@ -745,7 +744,7 @@ class Fp8TrainingLinear(nn.Linear):
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
-            output = Fp8Product.apply(x.float(), self.weight)
+            output = Fp8Product.apply(x, self.weight)
         return output if self.bias is None else output + self.bias
 
 
@@ -778,7 +777,7 @@ class QuantizedLatentCache(LatentCache):
         """Stores (B, new, C + R); returns all rows so far, dequantised, (B, S, C + R)."""
         width, C = memory.shape[-1], self.latent_width
         widths = [C, width - C] if width > C else [C]
-        parts = memory.detach().split(widths, dim=-1)
+        parts = memory.split(widths, dim=-1)
         rounded = [round_nearest(part, self.bits) for part in parts]
         codes, scales = (torch.cat(part, dim=-1) for part in zip(*rounded, strict=True))
         stored = pack_bits(codes, self.bits), scales

@@ -26,7 +26,7 @@ def describe_quantization(model):
     )
 
 
-def calibration_ids(tokenizer, documents, sequences, length, seed=0):
+def calibration_ids(tokenizer, documents, sequences, length, seed):
     """Draws pieces of the documents with a seed: token ids (≤ sequences, length)."""
     ids, _ = corpus.token_stream(tokenizer, documents)
     if len(ids) < length:

@@ -1,5 +1,6 @@
 """Phase 10: configuration, model, cost, training step, the training run, the command line."""
 
+import dataclasses
 import pathlib
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from small_deepseek import COMMON, EVERY_KIND, KINDS, V2, WIDE, YARN, build, ids_of
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import deepseek_full_model as full
 from deepseek_full_model import (
@@ -26,8 +28,15 @@ from deepseek_full_model import (
     training_step,
 )
 from mla_coded import LatentCache
-from moe_coded import MixtureOfExperts, TopKRouter
+from moe_coded import (
+    MixtureOfExperts,
+    TopKRouter,
+    expert_balance_loss,
+    sequence_balance_loss,
+)
+from mtp_coded import mtp_loss, next_token_loss
 from pipeline import checkpoint, corpus, released, training
+from pipeline.run import learning_rate
 from quantization_coded import prepare_fp8_training, prepare_qat
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -65,6 +74,13 @@ def test_released_configurations_have_the_published_sizes(name):
     if name == "deepseek_v2":
         gigaflops = training_flops_per_token(model, 4096) / 1e9
         assert gigaflops == pytest.approx(155.31, abs=0.01)
+
+
+def test_a_model_without_mtp_counts_none():
+    model = build("v2")
+    counts = parameter_counts(model)
+    assert counts["mtp"] == 0
+    assert counts["total"] == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.performance
@@ -131,6 +147,30 @@ def test_dense_layers_come_first():
     assert list(model.moe_layers()) == ["layer 2", "layer 3", "MTP 1"]
 
 
+def test_every_second_layer_may_be_sparse():
+    model = build("v3", first_k_dense_replace=1, moe_layer_freq=2, num_hidden_layers=6)
+    kinds = [isinstance(block.mlp, MixtureOfExperts) for block in model.layers]
+    assert kinds == [False, False, True, False, True, False]
+
+
+@pytest.mark.parametrize("std", [0.0, 0.3])
+def test_matrices_start_from_the_range_of_the_configuration(std):
+    config = DeepSeekConfig(**KINDS["v3"], initializer_range=std, num_nextn_predict_layers=1)
+    for name, parameter in DeepSeekModel(config).named_parameters():
+        if parameter.dim() >= 2:
+            assert parameter.square().mean().sqrt().item() == pytest.approx(std, rel=0.2), name
+
+
+@pytest.mark.parametrize("seq_aux", [True, False])
+def test_the_balance_loss_is_the_one_that_the_configuration_asks_for(seq_aux):
+    model, routed = build("v3", seq_aux=seq_aux, aux_loss_alpha=0.25), []
+    model(ids_of(3, 9), routed=routed)
+    loss = sequence_balance_loss if seq_aux else expert_balance_loss
+    for each in routed:
+        scores, indices = (part.unflatten(0, (3, 9)) for part in each.routing[2:0:-1])
+        torch.testing.assert_close(each.balance_loss(), loss(scores, indices, alpha=0.25))
+
+
 def step_once(model, gamma=0.01, weight=0.3):
     optimizers = build_optimizers(model, 1e-3)
     ids = ids_of(4, 20)
@@ -146,6 +186,40 @@ def test_training_step_moves_every_parameter_and_reports():
     assert set(figures["max_load"]) == {"layer 1", "layer 2", "MTP 1"}
 
 
+def test_a_step_has_the_losses_and_the_gradient_of_its_equation():
+    """L_next + λ/2 (L_1 + L_2) + Σ L_balance by phase 6's plain losses. λ is 0.7."""
+    model, ids = build("v3", std=0.1, num_nextn_predict_layers=2, aux_loss_alpha=0.5), ids_of(2, 12)
+    documents, routed = (torch.arange(12) // 5).expand(2, 12), []
+    hidden = model.hidden_states(ids, routed=routed)
+    next_loss = next_token_loss(model.lm_head(hidden), ids)  # also across the ends of documents
+    depths = model.mtp_logits(hidden, ids, routed=routed)
+    further_loss = mtp_loss(depths, ids, weight=1.0, document_ids=documents)
+    balance_loss = sum(layer_pass.balance_loss() for layer_pass in routed)
+    (next_loss + 0.7 * further_loss + balance_loss).backward()
+    wanted = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    figures = training_step(model, [], ids, documents, 1e-3, 0.7, 0.0)
+    losses = [figures[name] for name in ("loss", "mtp_loss", "balance_loss")]
+    assert losses == pytest.approx([next_loss.item(), further_loss.item(), balance_loss.item()])
+    assert all(type(loss) is float for loss in losses)  # nothing of the step stays in memory
+    assert type(figures["gradient_norm"]) is float
+    length = torch.stack([gradient.norm() for gradient in wanted.values()]).norm().item()
+    assert figures["gradient_norm"] == pytest.approx(length) and length > 1
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad * length, wanted[name], atol=1e-5, rtol=1e-3)
+    assert model.training
+
+
+def test_a_step_forgets_the_gradient_of_the_step_before():
+    model, ids = build("v3"), ids_of(2, 9)
+    optimizers = [torch.optim.SGD(model.parameters())]
+    first, second = (
+        training_step(model, optimizers, ids, torch.zeros_like(ids), 0.0, 0.3, 0.0)
+        for _ in range(2)
+    )
+    assert first["gradient_norm"] == pytest.approx(second["gradient_norm"])
+
+
 def test_training_step_moves_the_bias_of_overloaded_experts_down_by_gamma():
     model = build("v3", std=0.1)
     routers = [moe.gate for moe in model.moe_layers().values()]
@@ -153,10 +227,11 @@ def test_training_step_moves_the_bias_of_overloaded_experts_down_by_gamma():
         router.e_score_correction_bias.zero_()
     loads = []
     hook = [r.register_forward_hook(lambda _, __, out: loads.append(out.indices)) for r in routers]
-    step_once(model, gamma=0.01)
-    for router, indices, handle in zip(routers, loads, hook, strict=True):
+    max_load = step_once(model, gamma=0.01)["max_load"].values()
+    for router, indices, handle, busiest in zip(routers, loads, hook, max_load, strict=True):
         handle.remove()
         load = torch.bincount(indices.flatten(), minlength=8).float()
+        assert busiest == pytest.approx((load.max() / load.mean()).item(), abs=1e-3)
         expected = -0.01 * torch.sign(load - load.mean())
         torch.testing.assert_close(router.e_score_correction_bias, expected)
     model.eval()
@@ -187,6 +262,23 @@ def test_norms_and_routers_do_not_decay():
         spared = "norm" in name or ".gate.weight" in name or name.endswith("bias")
         assert (decay.pop(id(parameter)) == 0) == spared, name
     assert not decay
+
+
+def test_optimizers_have_the_rate_and_the_precision_asked_for():
+    adamw, muon = build_optimizers(build("v3"), 2e-3, precision=torch.bfloat16)
+    assert {group["lr"] for o in (adamw, muon) for group in o.param_groups} == {2e-3}
+    assert muon.precision == torch.bfloat16
+
+
+@pytest.mark.parametrize(("name", "kinds"), [("adamw", 1), ("muon", 2)])
+def test_a_run_has_the_optimizers_that_its_options_name(name, kinds):
+    run = TrainingRun.__new__(TrainingRun)
+    run.model = build("v3")
+    run.options = RunOptions(steps=1, optimizer=name, learning_rate=2e-3, precision="bfloat16")
+    optimizers = run.build_optimizers()
+    assert [type(optimizer) for optimizer in optimizers] == [torch.optim.AdamW, Muon][:kinds]
+    assert {group["lr"] for o in optimizers for group in o.param_groups} == {2e-3}
+    assert kinds == 1 or optimizers[1].precision == torch.bfloat16
 
 
 def test_training_step_clips_the_gradient_to_length_1():
@@ -257,11 +349,21 @@ def test_newton_schulz_polynomials_do_what_their_comment_says():
     assert value.min() > 0.73 - 1e-3 and value.max() < 1.27 + 1e-3
 
 
-def test_zero_gradients_give_no_muon_step():
+@pytest.mark.performance
+def test_the_smaller_of_the_two_products_is_taken():
+    """Each step of (6, 20) and of (20, 6) multiplies X Xᵀ (6, 6), its square, and X by a sum."""
+    for shape in ((6, 20), (20, 6)):
+        with FlopCounterMode(display=False) as counter:
+            orthogonalized(torch.randn(shape))
+        assert counter.get_total_flops() == len(NEWTON_SCHULZ) * 2 * (2 * 6 * 6 * 20 + 6**3)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.5])
+def test_matrices_with_zero_gradients_only_decay(weight_decay):
     matrix = torch.nn.Parameter(torch.randn(4, 6))
     before, matrix.grad = matrix.detach().clone(), torch.zeros(4, 6)
-    Muon([matrix], lr=0.1, weight_decay=0.0).step()
-    assert torch.equal(matrix, before)
+    Muon([matrix], lr=0.1, weight_decay=weight_decay).step()
+    torch.testing.assert_close(matrix.detach(), before * (1 - 0.1 * weight_decay))
 
 
 def test_muon_is_pytorchs_with_better_polynomials():
@@ -396,6 +498,51 @@ def test_router_fields_follow_from_the_model_type():
     assert (v2.scoring_func, v2.topk_method, v2.norm_topk_prob) == ("softmax", "greedy", False)
 
 
+SMALLEST = {  # the smallest legal values; a rotary width must be even
+    **dict.fromkeys(
+        ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "v_head_dim",
+         "num_key_value_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "topk_group",
+         "moe_layer_freq", "intermediate_size", "moe_intermediate_size", "n_routed_experts",
+         "num_experts_per_tok", "n_group", "max_position_embeddings"), 1,
+    ),
+    **dict.fromkeys(
+        ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers",
+         "initializer_range", "aux_loss_alpha"), 0,
+    ),
+    "qk_rope_head_dim": 2,
+}
+JUST_ABOVE = dict(rms_norm_eps=1e-9, routed_scaling_factor=1e-3, rope_theta=1.001)
+
+
+def test_the_smallest_model_works():
+    model = DeepSeekModel(DeepSeekConfig(**SMALLEST, **JUST_ABOVE))
+    assert isinstance(model.layers[0].mlp, MixtureOfExperts)
+    assert model(torch.zeros(1, 1, dtype=torch.long)).isfinite().all()
+    with pytest.raises(ValueError, match="2 tokens exceed the context of 1"):
+        model(torch.zeros(1, 2, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", [*SMALLEST, *JUST_ABOVE])
+def test_a_value_below_the_smallest_is_named(name):
+    below = int(JUST_ABOVE[name]) if name in JUST_ABOVE else SMALLEST[name] - 1
+    with pytest.raises(ValueError, match=f"{name}={below}"):
+        DeepSeekConfig(**{**SMALLEST, name: below})
+
+
+def test_fields_that_a_file_leaves_out():
+    """Files of transformers lack some of these: the values are those of the released code."""
+    fields = dataclasses.fields(DeepSeekConfig)
+    needed = [field.name for field in fields if field.default is dataclasses.MISSING]
+    config = DeepSeekConfig(**{name: SMALLEST[name] for name in needed})
+    for name, value in dict(
+        initializer_range=0.02, rms_norm_eps=1e-6, rope_theta=10000.0, rope_scaling=None,
+        max_position_embeddings=4096, attention_bias=False, q_lora_rank=None, n_group=1,
+        topk_group=1, moe_layer_freq=1, first_k_dense_replace=0, n_shared_experts=1,
+        routed_scaling_factor=1.0, aux_loss_alpha=0.001, seq_aux=True, num_nextn_predict_layers=0,
+    ).items():
+        assert getattr(config, name) == value, name
+
+
 def test_configuration_round_trips(tmp_path):
     for name in ("deepseek_v2_lite", "deepseek_v2", "deepseek_v3", "small"):
         config = DeepSeekConfig.from_file(ROOT / "configs" / f"{name}.json")
@@ -411,8 +558,8 @@ def test_configuration_round_trips(tmp_path):
         ({"hidden_size": None}, "the configuration lacks hidden_size"),
         ({"model_type": None}, "model_type=None is not supported"),
         ({"model_type": "llama"}, "model_type='llama' is not supported, want deepseek_v2 or"),
-        ({"rope_theta": "x"}, "rope_theta='x' must be a number above 0"),
-        ({"rope_theta": 0}, "rope_theta=0 must be a number above 0"),
+        ({"rope_theta": "x"}, "rope_theta='x' must be a number above 1"),
+        ({"rope_theta": 1}, "rope_theta=1 must be a number above 1"),
         ({"rms_norm_eps": "x"}, "rms_norm_eps='x' must be a number"),
         ({"attention_bias": "false"}, "attention_bias='false' must be true or false"),
         ({"rope_scaling": "yarn"}, "rope_scaling='yarn' must be an object"),
@@ -467,16 +614,25 @@ def test_the_whole_training_step_runs_on_rounded_weights(prepare):
 
 def test_schedules_of_the_run(small_run, tmp_path, monkeypatch):
     _, options = small_run
-    chosen = RunOptions(**options, steps=1, mtp_from=0.5)
-    run, asked = TrainingRun(tmp_path / "run", chosen, "cpu"), []
-    monkeypatch.setattr(full, "training_step", lambda *batch, **schedule: asked.append(schedule))
-    for used in (0.0, 0.5, 0.7, 0.99):
-        run.step(0, used)
+    chosen = RunOptions(
+        **options, steps=1, mtp_from=0.5, learning_rate=2e-3, gamma=0.02, precision="bfloat16"
+    )
+    run, asked, given = TrainingRun(tmp_path / "run", chosen, "cpu"), [], []
+    monkeypatch.setattr(
+        full, "training_step", lambda *g, **schedule: given.append(g) or asked.append(schedule)
+    )
+    shares = (0.0, 0.5, 0.66, 2 / 3, 0.94, 0.95)
+    for number, used in enumerate(shares):
+        run.step(number, used)
     names = ("rate", "mtp_weight", "gamma")
     rates, weights, gammas = ([each[name] for each in asked] for name in names)
-    assert weights == pytest.approx([0.0, 0.3, 0.1, 0.1])
-    assert gammas == 3 * [run.options.gamma] + [0.0]
-    assert rates[1] > rates[2] > rates[3] > 0
+    assert weights == pytest.approx([0.0, 0.3, 0.3, 0.1, 0.1, 0.1])
+    assert gammas == 5 * [0.02] + [0.0]
+    assert rates == [learning_rate(used, 2e-3) for used in shares]
+    assert {each["precision"] for each in asked} == {torch.bfloat16}
+    model, optimizers, ids, document_ids = given[3]
+    assert model is run.model and optimizers is run.optimizers
+    assert all(map(torch.equal, (ids, document_ids), run.batches[3]))
 
 
 @pytest.mark.integration

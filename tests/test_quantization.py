@@ -1,6 +1,7 @@
 """Phase 8: number formats, layers, calibration methods, whole models, QAT, FP8 training, cache."""
 
 import copy
+import dataclasses
 import functools
 import math
 
@@ -121,6 +122,11 @@ def test_four_numbers_by_hand():
     assert scale.item() == pytest.approx(0.17, abs=0.005) and codes[0] == 1
 
 
+def test_double_precision_numbers_are_rounded_as_they_are():
+    x = torch.tensor([0.5 + 1e-12, 0.5, 127.0], dtype=torch.float64)
+    assert absmax_quantize(x)[0].tolist() == [1, 0, 127]
+
+
 def test_the_grid_is_symmetric_and_ends_at_the_largest_number():
     x = torch.tensor([[-8.0, 1.0, 3.0], [0.3, 0.1, -0.1]])
     for bits, limit in ((8, 127), (4, 7), (3, 3), (2, 1)):
@@ -155,6 +161,15 @@ def test_zero_point_is_that_of_torchs_observer():
     assert (codes.int() - theirs.int()).abs().sum() <= 1
     error = ((codes.float() - zero) * scale - x).abs().max()
     assert error <= scale * 0.51
+
+
+def test_a_zero_point_in_two_bits_by_hand():
+    codes, scale, zero = zero_point_quantize(torch.tensor([-1.0, 0.4, 0.6, 2.0]), 2)
+    assert (scale, zero, codes.tolist()) == (1.0, 1, [0, 1, 2, 3])
+    # −1.5 and 1.5 steps: the zero point is rounded to 2, and the largest number would be code 4
+    codes, scale, zero = zero_point_quantize(torch.tensor([-1.0, 1.0]), 2)
+    assert (zero, codes.tolist()) == (2, [0, 3])
+    torch.testing.assert_close(scale, torch.tensor(2 / 3))
 
 
 def test_zero_is_exact_with_a_zero_point_wherever_the_numbers_lie():
@@ -195,8 +210,10 @@ def test_a_bf16_scale_is_rounded_before_the_codes_are_chosen():
 def test_groups_that_do_not_divide_are_refused():
     assert in_groups(torch.zeros(2, 96), 32).shape == (2, 3, 32)
     assert in_groups(torch.zeros(2, 96), None).shape == (2, 1, 96)
-    with pytest.raises(ValueError, match="group_size=64 must divide the row of 96 numbers"):
-        in_groups(torch.zeros(2, 96), 64)
+    assert in_groups(torch.zeros(2, 96), 1).shape == (2, 96, 1)
+    for size in (64, 0, -32):
+        with pytest.raises(ValueError, match=f"group_size={size} must divide the row of 96 numb"):
+            in_groups(torch.zeros(2, 96), size)
 
 
 def test_rounding_and_clipping_make_up_the_whole_error():
@@ -206,6 +223,8 @@ def test_rounding_and_clipping_make_up_the_whole_error():
     whole = (x - (x / scale).round().clamp(-7, 7) * scale).square().mean().item()
     assert rounding + clipping == pytest.approx(whole)
     assert q.rounding_and_clipping(x, 4, x.abs().max())[1] == 0
+    parts = q.rounding_and_clipping(torch.tensor([-3.0, 0.0]), 4, 1.5)  # −3 becomes −1.5
+    torch.testing.assert_close(torch.stack(parts), torch.tensor([0.0, 1.5**2 / 2]))
 
 
 # Floats
@@ -227,6 +246,8 @@ def test_nearest_on_the_grid_is_pytorchs_cast(grid, dtype):
     midpoints = (values[1:] + values[:-1]) / 2
     x = torch.cat([torch.randn(5000) * 50, torch.randn(5000) * 1e-4, midpoints, -midpoints, values])
     assert torch.equal(round_to_grid(x, values), x.to(dtype).float())
+    beyond = torch.tensor([1e6, -1e6])
+    assert torch.equal(round_to_grid(beyond, values), values[-1] * beyond.sign())
 
 
 def test_fp8_numbers_lie_on_the_float_grid_and_not_on_an_integer_one():
@@ -247,6 +268,7 @@ def test_fp8_blocks_come_back_within_half_a_unit(shape):
     weight = torch.randn(shape) * 3
     codes, scale = block_quantize(weight, 128)
     assert scale.shape == (math.ceil(shape[0] / 128), math.ceil(shape[1] / 128))
+    assert codes.untyped_storage().nbytes() == weight.numel()  # nothing of the padding is kept
     spread = scale.repeat_interleave(128, 0)[: shape[0]].repeat_interleave(128, 1)[:, : shape[1]]
     sizes = (weight / spread).abs()
     unit = torch.exp2(sizes.clamp(min=2**-6).log2().floor() - 3) * spread
@@ -331,6 +353,9 @@ def test_half_precision_inputs_are_rounded_in_full():
         assert ((codes * scale - x.float()).abs() <= steps * 0.501).all()
         codes, scale, zero = zero_point_quantize(x)
         assert (((codes.float() - zero) * scale - x.float()).abs() <= scale * 0.501).all()
+        blocks, wanted = block_quantize(x, 2, 32), block_quantize(x.float(), 2, 32)
+        for part, in_full in zip(blocks, wanted, strict=True):
+            assert part.dtype == in_full.dtype and torch.equal(part.float(), in_full.float())
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "w8a8", "llm_int8", "fp8"])
@@ -400,6 +425,16 @@ def test_shapes_bias_and_no_tokens(kind):
     assert (without - F.linear(x, weight)).norm() < 0.35 * F.linear(x, weight).norm()
 
 
+@pytest.mark.parametrize("make", [IntegerLinear, W8A8Linear, Fp8Linear])
+def test_a_layer_that_waits_for_its_weights_gives_zeros(make):
+    layer = make(64, 48, bias=True)
+    assert layer(torch.randn(3, 64)).eq(0).all() and layer.weight.eq(0).all()
+    assert make(64, 48).bias is None and make(64, 48).input_scale is None
+    if make is not Fp8Linear:
+        smoothed = make(64, 48, scaled_input=True)
+        assert smoothed.input_scale.dtype == torch.bfloat16 and smoothed.input_scale.eq(1).all()
+
+
 def test_biases_are_kept():
     model = small(depth=0)
     biased = MultiHeadLatentAttention(64, 4, 32, 16, 8, 16, q_lora_rank=32, attention_bias=True)
@@ -407,7 +442,9 @@ def test_biases_are_kept():
     model.layers[0].self_attn = biased
     for scheme in SCHEMES:
         quantized = quantize_model(model, scheme, calibration())
-        assert torch.equal(quantized.layers[0].self_attn.o_proj.bias, biased.o_proj.bias)
+        layer = quantized.layers[0].self_attn.o_proj
+        assert torch.equal(layer.bias, biased.o_proj.bias)
+        assert not list(layer.parameters())  # nothing in it is trained
 
 
 def test_input_scale_divides_the_input_and_the_weight_that_others_read():
@@ -461,6 +498,8 @@ def test_outlier_columns_are_found_in_every_input_and_never_rounded():
             x = torch.randint(0, 2, (3, 64)) * 2.0 - 1  # ±1: codes ±127, exact
             x[:, column] = torch.tensor([0.0123, largest, 0.0])  # the whole column, also if small
             torch.testing.assert_close(layer(x), F.linear(x, weight), rtol=1e-5, atol=1e-2)
+            product = q.llm_int8_product(x, layer.codes, layer.scale)
+            torch.testing.assert_close(layer(x), product)
     x = torch.full((1, 64), 5.999)
     x[0, 1] = -1.0
     rounded = absmax_quantize(x, dim=-1)
@@ -612,6 +651,12 @@ def test_gptq_of_an_expert_that_saw_nothing_is_rounding():
     assert torch.equal(codes, round_nearest(weight, 4)[0])
 
 
+def test_dampening_adds_a_share_of_the_mean_diagonal():
+    hessian = torch.tensor([[5.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    expected = torch.tensor([[5.2, 1.0, 0.0], [1.0, 1.2, 0.0], [0.0, 0.0, 1.2]])  # the mean is 2
+    torch.testing.assert_close(q.dampened(hessian, 0.1), expected)
+
+
 def test_gptq_bears_fewer_inputs_than_columns():
     x, weight = torch.randn(3, 64), torch.randn(32, 64)
     x[:, 10] = 0.0
@@ -625,6 +670,18 @@ def test_output_error_is_the_norm_over_the_inputs():
     x, weight, other = torch.randn(30, 16), torch.randn(8, 16), torch.randn(8, 16)
     expected = (x @ (weight - other).T).square().sum().item()
     assert output_error(weight, other, x.T @ x) == pytest.approx(expected, rel=1e-4)
+
+
+def test_statistics_by_hand():
+    statistics = InputStatistics(2)
+    for rows in ([[0.5, -0.25], [-0.125, 0.0]], torch.zeros(0, 2), [[[0.25, 0.5]]]):
+        statistics.add(torch.as_tensor(rows))
+    assert statistics.hessian.tolist() == [[0.328125, 0.0], [0.0, 0.3125]]
+    assert statistics.largest.tolist() == [0.5, 0.5]
+    assert statistics.total.tolist() == [0.875, 0.75]
+    statistics = statistics_of(torch.ones(257, 1).bfloat16())  # BF16 has no 257
+    assert statistics.hessian.item() == statistics.total.item() == 257
+    assert all(part.is_meta for part in vars(InputStatistics(2, "meta")).values())
 
 
 def test_awq_is_never_worse_than_rounding_on_what_it_saw_and_better_with_large_inputs():
@@ -641,6 +698,17 @@ def test_awq_is_never_worse_than_rounding_on_what_it_saw_and_better_with_large_i
     assert error(sigma) < 0.8 * error(torch.ones(64))
     sizes = statistics.total / statistics.total.mean()
     assert error(sigma) == pytest.approx(min(error(sizes ** (i / 20)) for i in range(21)))
+
+
+@pytest.mark.parametrize(("sizes", "alpha"), [((1, 9, 0), 1), ((1, 3, 0), 0)])
+@pytest.mark.parametrize("unit", [1.0, 1e-15])
+def test_awq_tries_the_powers_from_0_to_1(sizes, alpha, unit):
+    """In 3 bits, 0.1 beside 3 is rounded to 0 unless it is scaled up by 5: 9¹ does, 3¹ does not."""
+    weight, x = torch.tensor([[3.0, 0.1, 0.5]]), unit * torch.diag(torch.tensor(sizes).float())
+    sigma = q.awq_smoothing(weight, statistics_of(x), 3, steps=1)
+    of_mean = 3 * torch.tensor(sizes) / sum(sizes)
+    expected = of_mean.clamp(min=1e-4) ** alpha  # the last column was never seen
+    torch.testing.assert_close(sigma, expected)
 
 
 def test_awq_without_inputs_is_rounding():
@@ -673,6 +741,7 @@ def test_every_matrix_is_quantised_and_nothing_else(scheme):
     model = small()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     quantized = quantize_model(model, scheme, calibration())
+    assert quantized.quantization == dataclasses.asdict(SCHEMES[scheme])
     assert not any(isinstance(m, QuantizedLinear) for m in model.modules())
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])  # the argument is untouched
@@ -804,6 +873,7 @@ def test_a_model_straight_from_a_training_pass_is_copied():
     model, ids, routed = small(depth=0), calibration(2, 12), []
     model.layers[1].mlp.balance_loss = functools.partial(expert_balance_loss, alpha=0.01)
     loss = q.next_token_loss(model.train()(ids, routed=routed), ids)
+    assert not quantize_model(model, "int8").training  # for inference
     (loss + sum(r.balance_loss() for r in routed)).backward()
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     for prepare in (lambda m: quantize_model(m, "int8"), lambda m: prepare_qat(m, "int8"),
@@ -812,6 +882,18 @@ def test_a_model_straight_from_a_training_pass_is_copied():
     assert model.training and routed[0].layer is model.layers[1].mlp
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.grad, gradients[name])
+
+
+@EVERY_SCHEME
+def test_bf16_weights_are_rounded_in_full(scheme):
+    linear = nn.Linear(64, 48).bfloat16().requires_grad_(False)
+    statistics = statistics_of(correlated(256, 64))
+    got, wanted = (
+        dict(q.quantized_linear(each, SCHEMES[scheme], "layer", statistics).named_buffers())
+        for each in (linear, copy.deepcopy(linear).float())
+    )
+    assert got.keys() == wanted.keys()
+    assert all(torch.equal(got[name].float(), wanted[name].float()) for name in got)
 
 
 def test_qat_of_a_bf16_model_trains_the_weights_that_it_converts_to():
@@ -838,6 +920,7 @@ def test_quantised_experts_agree_in_every_dispatch(dispatch):
     torch.testing.assert_close(
         layer(x, dispatch=dispatch), layer(x, dispatch="dense"), atol=1e-6, rtol=1e-4
     )
+    torch.testing.assert_close(layer.experts.expert(2, x)[1], layer.experts.expert(2, x[1]))
     one = Routing(torch.ones(3, 1), torch.full((3, 1), 2), torch.rand(3, 4))
     torch.testing.assert_close(  # every token on one expert, three without any
         getattr(layer.experts, dispatch)(x[0, :3], one), layer.experts.expert(2, x[0, :3])
@@ -891,24 +974,35 @@ def test_bytes_of_the_matrices_are_counted_and_small(scheme, limit):
     assert stored == held and stored <= limit * before
     layers = [m for m in quantized.modules() if isinstance(m, QuantizedLinear)]
     assert min(layer.in_features for layer in layers) >= 64
+    for layer in layers if SCHEMES[scheme].layer == "weights" else []:
+        group_size = min(layer.in_features, 128) if layer.bits == 4 else layer.in_features
+        assert layer.scale.shape == (layer.out_features, layer.in_features // group_size)
 
 
 @pytest.mark.performance
 def test_bytes_of_one_layer_by_hand():
     weight = torch.randn(48, 256)
+    smoothed = IntegerLinear(256, 48, bias=True, scaled_input=True)  # the bias is not in the matrix
+    assert smoothed.weight_bytes() == 48 * (256 + 2) + 2 * 256
     assert IntegerLinear(256, 48).fill_nearest(weight).weight_bytes() == 48 * (256 + 2)
     four = IntegerLinear(256, 48, bits=4, group_size=128).fill_nearest(weight)
     assert four.weight_bytes() == 48 * (128 + 2 * 2)
     assert 8 * four.weight_bytes() / weight.numel() == 4.125
     three = IntegerLinear(256, 48, bits=3).fill_nearest(weight)
     assert three.weight_bytes() == 48 * (96 + 2)
-    assert Fp8Linear(300, 200).weight_bytes() == 200 * 300 + 4 * 2 * 3
+    assert Fp8Linear(300, 257).weight_bytes() == 257 * 300 + 4 * 3 * 3
 
 
 def test_groups_fit_the_row():
     auto = Scheme(bits=4, group_size="auto")
     assert [auto.groups(width) for width in (256, 192, 96, 100)] == [128, 64, 32, 100]
     assert Scheme(bits=4).groups(96) == 96 and Scheme(bits=4, group_size=16).groups(96) == 16
+    assert Scheme(group_size=1).groups(96) == 1
+
+
+def test_schemes_are_shared_so_nobody_changes_them():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SCHEMES["int8"].bits = 4
 
 
 @pytest.mark.parametrize("bits", [2, 3, 5, 6, 7])
@@ -924,6 +1018,15 @@ def unreadable():
     model = small()
     with torch.no_grad():
         model.embed_tokens.weight[calibration()[0, 5]] = math.nan
+    return model
+
+
+def overflowing():
+    """Finite weights, and an infinite input in one column of the layer after them."""
+    model = small()
+    with torch.no_grad():
+        model.layers[0].mlp.gate_up_proj.weight[5] = 1e38
+        model.layers[0].mlp.gate_up_proj.weight[128 + 5] = 1e38
     return model
 
 
@@ -954,6 +1057,8 @@ def poisoned(value):
          r"block 1 mlp.experts.down_proj.2: the weights hold NaN or infinite"),
         (lambda: quantize_model(unreadable(), "gptq4", calibration()),
          "self_attn.q_a_proj: NaN or infinite inputs while reading the calibration"),
+        (lambda: quantize_model(overflowing(), "gptq4", calibration()),
+         "mlp.down_proj: NaN or infinite inputs while reading the calibration"),
         (lambda: quantize_model(poisoned(math.inf), "fp8"), "hold NaN or infinite"),
         (lambda: quantize_model(quantize_model(small(), "int8"), "int4"), "quantised already"),
         (lambda: quantize_model(prepare_qat(small(), "int8"), "int8"), "prepared for QAT"),
@@ -1149,6 +1254,7 @@ def test_cached_numbers_are_within_half_a_step_and_parts_have_their_own_scale():
             # half a step, or what the BF16 scale cuts off the largest
             assert ((part - exact).abs() <= step * (0.51 + 2 ** (bits - 10))).all()
     assert QuantizedLatentCache(bits=8, latent_width=40).append(memory).shape == memory.shape
+    assert not cache.append(memory.requires_grad_()).requires_grad  # rounding has no gradient
 
 
 STORES = pytest.mark.parametrize(
@@ -1187,6 +1293,10 @@ def test_each_row_of_a_batch_goes_on_from_its_own_length():
 @pytest.mark.parametrize("bits", [8, 6])
 def test_generation_with_a_quantised_cache(bits):
     model = quantize_cache(small(), bits)
+    assert model.cache_bits == bits
+    for block in model.blocks():  # those of the MTP modules as well
+        cache = block.self_attn.new_cache()
+        assert (type(cache), cache.bits, cache.latent_width) == (QuantizedLatentCache, bits, 32)
     ids = small_language(9, seed=5)[None]
     text = model.generate(ids, 12)
     assert torch.equal(generated(model, ids, 12, speculative=True), text)

@@ -1,5 +1,6 @@
 """Quantising a checkpoint from the command line, and the texts it calibrates on."""
 
+import pathlib
 import shutil
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 
 import deepseek_full_model as full
 from deepseek_full_model import RunOptions, TrainingRun
-from pipeline import corpus
-from pipeline.quantizing import calibration_ids
+from pipeline import corpus, quantizing
+from pipeline.quantizing import calibration_documents, calibration_ids
+from pipeline.run import training_record
 
 
 def test_calibration_texts_are_drawn_from_all_of_the_text_by_a_seed(small_run, tmp_path):
@@ -24,6 +26,24 @@ def test_calibration_texts_are_drawn_from_all_of_the_text_by_a_seed(small_run, t
     ids, _ = corpus.token_stream(run.tokenizer, run.corpus.train)
     assert torch.equal(everything.flatten().sort()[0], ids[: everything.numel()].sort()[0])
     assert torch.equal(draw(5, 10**9, 0), ids[None])  # a text shorter than one piece
+
+
+def test_calibration_texts_are_those_given_or_those_of_the_training(
+    trained, tmp_path, monkeypatch, capsys
+):
+    asked = []
+    monkeypatch.setattr(corpus, "load_corpus", lambda data: asked.append(data) or corpus.Corpus(
+        ["training part"], ["validation"], ["test"], ""))
+    (data,) = training_record(trained / "checkpoint")["options"]["data"]
+    for directory, given, wanted, noted in (
+        (trained / "checkpoint", None, [data], False),
+        (trained / "checkpoint", ["mine.txt"], ["mine.txt"], False),
+        (tmp_path, ["mine.txt"], ["mine.txt"], False),
+        (tmp_path, None, None, True),  # no record: the standard library
+    ):
+        assert calibration_documents(directory, given) == ["training part"]
+        assert asked[-1] == wanted
+        assert ("standard library" in capsys.readouterr().err) == noted
 
 
 @pytest.fixture
@@ -66,6 +86,11 @@ def test_a_quantised_checkpoint_scores_and_writes(main, tmp_path):
     printed = main(*QUANTIZE, "gptq4", "--out", "small", "--cache-bits", 6,
                    "--calibration-sequences", 4)
     assert "method gptq" in printed and "latent cache in 6 bits" in printed
+    before, after = (
+        (tmp_path / path).stat().st_size
+        for path in ("run/checkpoint/model.safetensors", "small/quantized.safetensors")
+    )
+    assert f"{before:,} → {after:,} bytes" in printed
     assert {path.name for path in (tmp_path / "small").iterdir()} == {
         "config.json", "quantized.safetensors", "tokenizer.json", "run.json",
     }
@@ -76,6 +101,19 @@ def test_a_quantised_checkpoint_scores_and_writes(main, tmp_path):
     assert rate_in(main("evaluate", "--checkpoint", "small", "--cache-bits", 2)) != rounded
     text = main("generate", "--checkpoint", "small", "--prompt", "def f", "--speculative")
     assert text.startswith("def f")
+
+
+@pytest.mark.integration
+def test_calibration_is_by_the_settings_that_are_given(main, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(quantizing, "calibration_ids", lambda *given, **settings: drawn.append(
+        (*given[1:], settings)) or calibration_ids(*given, **settings))
+    (data,) = training_record(pathlib.Path("run/checkpoint"))["options"]["data"]
+    settings = ("--calibration-sequences", 1, "--seed", 3)
+    printed = main(*QUANTIZE, "awq4", "--out", "small", *settings)
+    documents = corpus.load_corpus([data]).train
+    assert drawn == [(documents, 1, dict(length=64, seed=3))]
+    assert "latent cache" not in printed  # it stays as it is
 
 
 @pytest.mark.integration
