@@ -740,7 +740,7 @@ def test_a_token_has_three_followers_of_80_15_and_5_percent_in_every_text():
 
 
 def test_training_on_it_is_adamw_without_decay_along_a_cosine():
-    model = small_model(depth=1, width=8)
+    model = small_model(depth=2, width=8)
     plain, drafter = model.copy(), model.copy()
     text, generator = small_language(40_000, seed=1), torch.Generator().manual_seed(3)
     optimizer = torch.optim.AdamW(plain.parameters(), weight_decay=0.0)
@@ -762,7 +762,7 @@ def test_training_on_it_is_adamw_without_decay_along_a_cosine():
     with torch.no_grad():
         hidden = plain.hidden_states(held_out)
         wanted = (next_token_loss(plain.lm_head(hidden), held_out).item(),
-                  mtp_loss(plain.mtp_logits(hidden, held_out), held_out, 1.0).item())
+                  mtp_loss(plain.mtp_logits(hidden, held_out)[:1], held_out, 1.0).item())
     assert losses == pytest.approx(wanted, rel=1e-4)
     coarse = train_small(drafter, 2, 0.7, "cpu", seed=3, rate=1e-2, precision=torch.bfloat16)
     assert coarse != losses and coarse == pytest.approx(losses, rel=0.02)
