@@ -163,6 +163,13 @@ def test_chunked_loss_without_gradients():
         assert head_loss(head, torch.randn(2, 5, 24), ids, 1) > 0
 
 
+@pytest.mark.parametrize("rows", [0, 1])
+def test_chunked_loss_of_no_guess_is_zero(rows):
+    head, hidden = nn.Linear(24, 17, bias=False), torch.randn(2, rows, 24, requires_grad=True)
+    loss = head_loss(head, hidden, torch.zeros(2, rows, dtype=torch.long), 1)
+    assert loss.item() == 0 and not torch.autograd.grad(loss, head.weight)[0].any()
+
+
 @pytest.mark.parametrize("rows", [1, 2, 4, 6])
 def test_the_packed_head_is_the_head(monkeypatch, rows):
     monkeypatch.setattr("pipeline.fast.head.PACK_FROM_NUMBERS", 1)
@@ -180,6 +187,10 @@ def test_short_texts_small_heads_and_other_layers_are_not_packed():
     assert decoding_head(small, 100) is small
     assert decoding_head(plain, 100) is plain
     assert decoding_head(large.bfloat16(), 100) is large
+    with_bias = QuickLinear(1024, 1024)
+    assert decoding_head(with_bias, 100) is with_bias
+    elsewhere = QuickLinear(1024, 1024, bias=False, device="meta")
+    assert decoding_head(elsewhere, 100) is elsewhere
 
 
 # Experts by choice
@@ -245,13 +256,17 @@ def test_odd_width_falls_back_and_even_width_calls_the_kernel(monkeypatch):
         nn.functional, "grouped_mm", lambda *a, **k: called.append(1) or kernel(*a, **k)
     )
     ends = torch.tensor([2, 2, 5], dtype=torch.int32)
-    for width, calls in ((8, 1), (7, 1)):
-        rows, weights = torch.randn(5, width), torch.randn(3, 4, width)
+    for width, out, dtype, calls in (
+        (8, 4, torch.float32, 1), (7, 4, torch.float32, 1), (8, 5, torch.float32, 1),
+        (8, 4, torch.float64, 1),  # the kernel is not for FP64
+        (4, 4, torch.bfloat16, 1), (8, 16, torch.bfloat16, 2),  # 8 bytes and 16
+    ):
+        rows, weights = torch.randn(5, width, dtype=dtype), torch.randn(3, out, width, dtype=dtype)
         expected = torch.cat([rows[:2] @ weights[0].T, rows[2:] @ weights[2].T])
         torch.testing.assert_close(grouped_linear(rows, weights, ends), expected)
         assert len(called) == calls
     speed_up(MixtureOfExperts(16, 8, TopKRouter(16, 8, 3)))(torch.randn(9, 16))
-    assert len(called) == 1 + 2  # a layer with the pass: both of its products
+    assert len(called) == 2 + 2  # a layer with the pass: both of its products
 
 
 def test_grouped_products_follow_autocast():
@@ -346,8 +361,8 @@ def test_a_whole_text_needs_no_mask_of_its_own():
 @pytest.mark.parametrize("shape", [(64,), (1, 1, 64), (3, 64), (2, 3, 64)])
 def test_a_few_rows_shared_out_are_the_same_product(cores, shape, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
-    monkeypatch.setattr(few_rows, "sharing_pays_from", lambda cores, several: 64 * 1000)
-    shared = []
+    shared, measured = [], []
+    monkeypatch.setattr(few_rows, "sharing_pays_from", lambda *a: measured.append(a) or 64 * 1000)
     monkeypatch.setattr(few_rows, "in_parts", lambda *a: shared.append(len(a[1])) or in_parts(*a))
     for out in (1536, 1537):  # which two and three cores can share out, and which not
         layer, x = QuickLinear(64, out, bias=False), torch.randn(shape)
@@ -361,6 +376,21 @@ def test_a_few_rows_shared_out_are_the_same_product(cores, shape, monkeypatch):
             shared_linear(x, layer.weight[:900])  # too small
         assert layer(x).requires_grad  # with gradients, PyTorch's own
     assert shared == {1: [], 2: [1536, 1536], 3: [1536, 1536]}[cores]
+    assert set(measured) <= {(cores, torch.Size(shape).numel() > 64)}  # one row or several
+
+
+def test_a_few_rows_get_the_bias_of_their_layer():
+    layer, x = QuickLinear(64, 48), torch.randn(3, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), x @ layer.weight.T + layer.bias)
+        assert layer(x[0]).shape == (48,)
+
+
+def test_the_time_of_all_products_is_measured(monkeypatch):
+    done = []
+    monkeypatch.setattr(few_rows.time, "perf_counter", lambda: 5.0 + len(done))
+    took = few_rows.seconds(lambda *given: done.append(given), "rows", ["a", "b", "c"], 2)
+    assert took == 3 and done == [("rows", each, 2) for each in "abc"]
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -388,6 +418,9 @@ def test_norm_of_a_single_row_is_torchs():
         norm = QuickNorm(24)  # PyTorch's own eps
         x = torch.randn(1, 24)
         torch.testing.assert_close(norm(x), torch.nn.functional.rms_norm(x, (24,)))
+        assert norm(x.bfloat16()).dtype == torch.float32  # the precision of its weight
+        narrow, x = QuickNorm(24).bfloat16(), torch.randn(50, 1, 24).bfloat16()
+        assert all(torch.equal(narrow(row), nn.functional.rms_norm(row, (24,))) for row in x)
     norm(torch.randn(1, 24)).sum().backward()
     assert norm.weight.grad is not None
 
@@ -409,6 +442,12 @@ def test_products_are_for_whole_short_texts_in_bfloat16():
 
 
 # The rotations of a pass
+@pytest.mark.performance
+def test_all_layers_of_a_pass_share_their_rotations():
+    quick, positions = speed_up(RotaryEmbedding(8)), torch.arange(5)
+    assert quick.rotations(positions) is quick.rotations(positions)
+
+
 def test_kept_rotations_are_those_of_the_positions_asked_for():
     plain = RotaryEmbedding(8)
     quick = speed_up(RotaryEmbedding(8))
