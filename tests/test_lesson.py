@@ -3,6 +3,7 @@
 import argparse
 import copy
 import dataclasses
+import io
 import re
 import sys
 import types
@@ -20,6 +21,7 @@ from lesson import (
     chosen_settings,
     curves,
     demonstration,
+    draw_bands,
     flag,
     one_line_errors,
     panels,
@@ -120,7 +122,9 @@ def test_a_demonstration_has_its_flags_and_those_of_all(capsys):
     assert sample(["--device", "cpu", "--seed", "5"]).seed == 5
     output = capsys.readouterr().out
     assert output.startswith("test_lesson.py · torch") and "  3 steps\n" in output
-    sample(["--most-steps", "2"])  # the least that is allowed
+    assert sample([]).seed == 0
+    sample(["--most-steps", "2", "--bits", "2"])  # the least that is allowed
+    sample(["--bits", "8"])  # the most
     with pytest.raises(SystemExit):
         sample(["--help"])
     text = capsys.readouterr().out
@@ -173,6 +177,16 @@ def test_a_demonstration_makes_its_settings_from_the_flags_given(capsys):
     text = capsys.readouterr().out
     assert "how wide (default: 8)" in text and "a few seconds" in text and "--depth" not in text
 
+    @demonstration("Docs.", settings=Options)
+    def without_names(demo, arguments):
+        return arguments
+
+    given = without_names(["--width", "3"])
+    assert given.settings == Options(width=3) and not hasattr(given, "quick")
+    for other in ("--depth", "--quick", "--picture"):  # those without a help text are no flags
+        with pytest.raises(SystemExit):
+            without_names([other, "4"])
+
 
 @pytest.mark.parametrize(
     ("error", "line", "status"),
@@ -187,6 +201,14 @@ def test_errors_of_a_user_end_in_one_line(capsys, error, line, status):
     with pytest.raises(SystemExit) as exit_info:
         main()
     assert exit_info.value.code == status and capsys.readouterr().err == f"{line}\n"
+
+
+def test_a_console_that_lacks_a_character_shows_another(monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", console)
+    one_line_errors(lambda argv: print("√2"))()
+    console.flush()
+    assert console.buffer.getvalue() == b"?2\n"
 
 
 def test_errors_of_ours_keep_their_traceback():
@@ -206,13 +228,26 @@ def test_inside_ipython_there_are_no_arguments(monkeypatch):
     parser.add_argument("--steps", type=int, default=3)
     assert parse_arguments(parser, None).steps == 3
     assert parse_arguments(parser, ["--steps", "4"]).steps == 4
+    monkeypatch.delattr("builtins.get_ipython")  # imported, but a script runs
+    monkeypatch.setattr(sys, "argv", ["script", "--steps", "5"])
+    assert parse_arguments(parser, None).steps == 5
 
 
-def test_the_device_is_named_or_the_best_there_is():
-    assert pick_device("cpu") == "cpu"
-    assert pick_device() in ("cuda", "mps", "cpu")
-    with pytest.raises(ValueError, match="device 'abacus' is not available, got here: .*cpu"):
-        pick_device("abacus")
+@pytest.mark.parametrize(
+    ("cuda", "mps", "there"),
+    [(True, True, "cuda, mps, cpu"), (False, True, "mps, cpu"), (False, False, "cpu")],
+)
+def test_the_device_is_named_or_the_best_there_is(monkeypatch, cuda, mps, there):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert pick_device("cpu") == "cpu" and pick_device() == there.split(",")[0]
+    for name in ["abacus", *({"cuda", "mps"} - set(there.split(", ")))]:
+        with pytest.raises(ValueError, match=f"'{name}' is not available, got here: {there}$"):
+            pick_device(name)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device")
+    assert parse_arguments(parser, ["--device", "cpu"]).device == "cpu"
+    assert parse_arguments(parser, []).device == pick_device()
 
 
 def test_a_progress_bar_writes_to_stderr(capsys):
@@ -363,9 +398,32 @@ def test_panels_show_each_figure_of_a_history_against_its_step(tmp_path, monkeyp
     history = [{"step": 3, "a": 4.0, "b": 5.0, "c": 0}, {"step": 5, "a": 2.0, "b": 6.0, "c": 0}]
     panels(tmp_path / "picture.png", history, {"a": "the first", "b": "the second"}, free=("b",))
     assert [axis.get_title() for axis in drawn] == ["the first", "the second"]
+    assert [axis.get_xlabel() for axis in drawn] == ["step"] * 2
     assert [list(axis.lines[0].get_xdata()) for axis in drawn] == [[3, 5]] * 2
     assert [list(axis.lines[1].get_ydata()) for axis in drawn] == [[4, 3], [5, 5.5]]
     assert drawn[0].get_ylim()[0] == 0 < drawn[1].get_ylim()[0]
+    drawn.clear()
+    three = {"a": "the first", "b": "the second", "step": "the third"}
+    panels(tmp_path / "picture.png", history, three, x="a", xlabel="x", window=1)
+    places = [axis.get_subplotspec().rowspan.start for axis in drawn]
+    assert places == [0, 0, 1, 1]  # two columns
+    assert [axis.get_xlabel() for axis in drawn] == ["x"] * 3 + [""]
+    assert [len(axis.lines) for axis in drawn] == [1, 1, 1, 0]
+    assert list(drawn[2].lines[0].get_xdata()) == [4, 2]
+
+
+def test_bands_side_by_side_share_their_labels(tmp_path, monkeypatch):
+    from matplotlib import figure
+
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *a, **k: drawn.extend(self.axes))
+    shares = {"even": np.array([[0.5, 0.5]] * 3), "uneven": np.array([[0.25, 0.75]] * 4)}
+    draw_bands(tmp_path / "picture.png", shares, "share", xlabel="step")
+    assert [axis.get_title() for axis in drawn] == ["even", "uneven"]
+    assert [axis.get_xlabel() for axis in drawn] == ["step"] * 2
+    assert [axis.get_ylabel() for axis in drawn] == ["share", ""]
+    assert [axis.get_xlim() for axis in drawn] == [(0, 2), (0, 3)]
+    assert drawn[0].get_ylim() == drawn[1].get_ylim() == (0, 1)
 
 
 def test_bands_stand_on_top_of_each_other(tmp_path):
