@@ -284,8 +284,9 @@ def test_grouped_products_follow_autocast():
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("T", [1, 4, 7])
-def test_quick_attention_is_fused_attention(causal, masked, T):
-    query, key, value = (torch.randn(2, 3, n, w) for n, w in ((T, 8), (7, 8), (7, 5)))
+@pytest.mark.parametrize(("width", "scale"), [(5, 0.3), (8, None), (11, None)])  # 8: that of keys
+def test_quick_attention_is_fused_attention(causal, masked, T, width, scale):
+    query, key, value = (torch.randn(2, 3, n, w) for n, w in ((T, 8), (7, 8), (7, width)))
     mask = None
     if masked:
         mask = torch.rand(2, 1, T, 7) < 0.6
@@ -293,10 +294,20 @@ def test_quick_attention_is_fused_attention(causal, masked, T):
     results = []
     for attend in (fused_attention, product_attention, kernel_attention, quickest_attention):
         leaves = [t.clone().requires_grad_() for t in (query, key, value)]
-        output = attend(*leaves, mask, 0.3, causal=causal)
+        output = attend(*leaves, mask, scale, causal=causal)
         results.append((output, torch.autograd.grad(output.square().sum(), leaves)))
     for quick in results[1:]:  # another order of summation
         torch.testing.assert_close(quick, results[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("T", [1, 4, 7])
+def test_groups_of_heads_share_their_keys_in_every_precision(dtype, T):
+    query, key, value = (torch.randn(2, h, n, 8, dtype=dtype) for h, n in ((4, T), (2, 7), (2, 7)))
+    expected = fused_attention(query, key, value, causal=True)
+    output = quickest_attention(query, key, value, causal=True)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02  # BF16 keeps 8 bits
+    torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -345,7 +356,7 @@ def test_all_layers_of_a_pass_share_one_mask():
 @pytest.mark.performance
 def test_a_whole_text_needs_no_mask_of_its_own():
     T, sizes = 64, []
-    q, k, v = (torch.randn(1, 2, T, 8, requires_grad=True) for _ in range(3))
+    q, k, v = (torch.randn(1, 2, T, width, requires_grad=True) for width in (8, 8, 5))
 
     def note(tensor):
         sizes.append(tensor.numel())
