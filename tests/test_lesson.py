@@ -372,7 +372,7 @@ def test_flags_by_another_name_required_lists_and_turned_defaults(capsys):
 
 # %% Pictures
 def test_curves_are_running_means_with_the_values_behind_them(tmp_path):
-    path = tmp_path / "deep" / "picture.png"
+    path = tmp_path / "very" / "deep" / "picture.png"
     with picture(path) as axis:
         curves(axis, range(4), {"loss": [4.0, 2.0, 6.0, 0.0]}, window=2, title="a", xlabel="step")
         values, means = axis.lines
@@ -402,11 +402,13 @@ def test_panels_show_each_figure_of_a_history_against_its_step(tmp_path, monkeyp
     assert [list(axis.lines[0].get_xdata()) for axis in drawn] == [[3, 5]] * 2
     assert [list(axis.lines[1].get_ydata()) for axis in drawn] == [[4, 3], [5, 5.5]]
     assert drawn[0].get_ylim()[0] == 0 < drawn[1].get_ylim()[0]
+    one_row = drawn[0].figure.get_figheight()
     drawn.clear()
     three = {"a": "the first", "b": "the second", "step": "the third"}
     panels(tmp_path / "picture.png", history, three, x="a", xlabel="x", window=1)
     places = [axis.get_subplotspec().rowspan.start for axis in drawn]
     assert places == [0, 0, 1, 1]  # two columns
+    assert drawn[0].figure.get_figheight() == 2 * one_row
     assert [axis.get_xlabel() for axis in drawn] == ["x"] * 3 + [""]
     assert [len(axis.lines) for axis in drawn] == [1, 1, 1, 0]
     assert list(drawn[2].lines[0].get_xdata()) == [4, 2]
