@@ -409,6 +409,7 @@ def test_panels_show_each_figure_of_a_history_against_its_step(tmp_path, monkeyp
     places = [axis.get_subplotspec().rowspan.start for axis in drawn]
     assert places == [0, 0, 1, 1]  # two columns
     assert drawn[0].figure.get_figheight() == 2 * one_row
+    assert drawn[0].get_shared_x_axes().joined(drawn[0], drawn[2])
     assert [axis.get_xlabel() for axis in drawn] == ["x"] * 3 + [""]
     assert [len(axis.lines) for axis in drawn] == [1, 1, 1, 0]
     assert list(drawn[2].lines[0].get_xdata()) == [4, 2]
@@ -425,7 +426,7 @@ def test_bands_side_by_side_share_their_labels(tmp_path, monkeypatch):
     assert [axis.get_xlabel() for axis in drawn] == ["step"] * 2
     assert [axis.get_ylabel() for axis in drawn] == ["share", ""]
     assert [axis.get_xlim() for axis in drawn] == [(0, 2), (0, 3)]
-    assert drawn[0].get_ylim() == drawn[1].get_ylim() == (0, 1)
+    assert drawn[0].get_ylim() == (0, 1) and drawn[0].get_shared_y_axes().joined(*drawn)
 
 
 def test_bands_stand_on_top_of_each_other(tmp_path):
