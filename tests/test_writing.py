@@ -1,10 +1,12 @@
 """Writing texts with any model: here one that knows no lesson and counts 0 1 2 … 9 0 1 …"""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
-from lesson.writing import LanguageModel, SamplingOptions
+from lesson.writing import Generation, LanguageModel, SamplingOptions
 
 
 class Remembered:
@@ -153,6 +155,13 @@ def test_what_does_not_fit_is_named():
         model.places(torch.ones(1, 3, dtype=torch.long), torch.ones(1, 2))
     with pytest.raises(ValueError, match="top_p=2 must be at most 1"):
         SamplingOptions(top_p=2)
+    for name in ("temperature", "top_k", "top_p"):  # checked once, so they stay as they are
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(SamplingOptions(), name, 1)
+
+
+def test_a_text_without_figures_has_cost_nothing():
+    assert dataclasses.astuple(Generation(torch.ones(1, 2)))[1:] == (None, 0, 0, 0, 0, 0)
 
 
 def test_parts_have_names():
@@ -182,6 +191,8 @@ def test_limits_leave_out_the_unlikely():
         torch.testing.assert_close(SamplingOptions(**none).limited(probabilities), probabilities)
     for one in (dict(top_k=1), dict(top_p=0.1), dict(top_p=0.5), dict(top_k=2, top_p=0.6)):
         assert SamplingOptions(**one).limited(probabilities).tolist() == [1, 0, 0, 0]
+    unlikely = torch.tensor([1.0, 1e-9])  # the sum is 1 already without it
+    assert SamplingOptions(top_p=1.0).limited(unlikely).tolist() == unlikely.tolist()
     rows = torch.stack([probabilities, probabilities.flip(0)])
     assert SamplingOptions(top_k=1).limited(rows).tolist() == [[1, 0, 0, 0], [0, 0, 0, 1]]
     assert SamplingOptions(top_p=0.5).limited(rows).tolist() == [[1, 0, 0, 0], [0, 0, 0, 1]]
