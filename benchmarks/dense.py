@@ -32,8 +32,8 @@ from pipeline.released import load_with_tokenizer
 from pipeline.run import learning_rate, training_record
 from pipeline.scoring import score
 
-SIZES = {"small": (192, 3), "middle": (256, 4), "large": (384, 5)}  # width, layers; heads of 64
-RATES = (1e-3, 2e-3, 4e-3)
+SIZES = {"small": (128, 3), "middle": (192, 3), "large": (256, 4)}  # width, layers; heads of 64
+RATES = (5e-4, 1e-3, 2e-3)
 BATCHES = (4, 8)  # sequences
 TURN = 5  # steps
 

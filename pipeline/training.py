@@ -23,7 +23,7 @@ class RunOptions:
     `earlier` has the values for runs that were stored before a field existed.
     """
 
-    earlier: ClassVar = {"mtp_from": 0.0}
+    earlier: ClassVar = {"mtp_from": 0.0, "beta2": 0.95}
 
     config: str = setting(
         str(SMALL_CONFIG), "config.json of the model (default: configs/small.json)"
@@ -43,6 +43,7 @@ class RunOptions:
         "auto", "precision of matrix products (default: auto, the faster one)", choices=PRECISIONS
     )
     optimizer: str = setting("muon", "muon is Muon beside AdamW", choices=OPTIMIZERS)
+    beta2: float = setting(0.99, "AdamW's β₂", at_least=0, below=1)
     mtp_weight: float = setting(0.3, "weight of the MTP loss", at_least=0)
     mtp_from: float = setting(
         0.7, "share of the run after which the MTP module learns as well", at_least=0, below=1

@@ -193,10 +193,11 @@ def test_a_damaged_run_is_named_and_a_killed_save_is_recovered(small_run, tmp_pa
             assert "run.json is damaged" in capsys.readouterr().err
 
 
-def test_a_run_stored_before_mtp_from_goes_on_with_mtp_from_its_start(trained):
+@pytest.mark.parametrize("name,now,then", [("mtp_from", 0.7, 0.0), ("beta2", 0.99, 0.95)])
+def test_a_run_stored_before_a_setting_existed_goes_on_as_it_began(trained, name, now, then):
     path = trained / "checkpoint" / "run.json"
     stored = checkpoint.read_json(path)
-    assert stored["options"].pop("mtp_from") == 0.7
+    assert stored["options"].pop(name) == now
     checkpoint.write_json(path, stored)
-    assert read_record(path, RunOptions)["options"]["mtp_from"] == 0.0
-    assert TrainingRun.options_class(**read_record(path, RunOptions)["options"]).mtp_from == 0.0
+    options = TrainingRun.options_class(**read_record(path, RunOptions)["options"])
+    assert getattr(options, name) == then
