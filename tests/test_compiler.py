@@ -119,6 +119,9 @@ def test_shares_by_hand():
         "valid": 0.5, "trivial": 0.25, "invalid": 0.25, "distinct": 0.75, "distinct_valid": 0.5,
     }
     assert compiler.shares([PROMPT], ["    pass\n"])["distinct_valid"] == 0
+    assert compiler.shares([PROMPT], ["    return 1\n"])["distinct_valid"] == 1
+    with pytest.raises(ValueError):
+        compiler.shares([PROMPT, PROMPT], ["    pass\n"])
 
 
 def test_prompts_are_python_and_end_at_a_line_end():

@@ -64,6 +64,7 @@ def plain_and_quick(monkeypatch, **changes):
 def test_a_model_with_the_pass_equals_one_without(monkeypatch, q_lora_rank):
     plain, quick = plain_and_quick(monkeypatch, q_lora_rank=q_lora_rank)
     assert {QuickLinear, QuickNorm, QuickExperts} <= {type(m) for m in quick.modules()}
+    assert {block.self_attn.attend for block in quick.blocks()} == {quickest_attention}
     ids = torch.randint(300, (2, 20))
     documents = torch.zeros_like(ids)
     for tokens in (ids, ids[:1, :1]):
@@ -170,12 +171,18 @@ def test_chunked_loss_of_no_guess_is_zero(rows):
     assert loss.item() == 0 and not torch.autograd.grad(loss, head.weight)[0].any()
 
 
+def test_chunked_loss_of_one_guess_is_its_own():
+    head, hidden, ids = nn.Linear(24, 17, bias=False), torch.randn(1, 2, 24), torch.tensor([[3, 5]])
+    expected = -head(hidden)[0, 0].log_softmax(dim=0)[5]
+    torch.testing.assert_close(head_loss(head, hidden, ids, 1), expected)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 4, 6])
 def test_the_packed_head_is_the_head(monkeypatch, rows):
     monkeypatch.setattr("pipeline.fast.head.PACK_FROM_NUMBERS", 1)
     head, x = QuickLinear(64, 512, bias=False), torch.randn(rows, 64)
     packed = decoding_head(head, 16)
-    assert packed is not head
+    assert packed is not head and not packed(x).requires_grad
     with torch.no_grad():
         torch.testing.assert_close(packed(x), head(x), rtol=1e-5, atol=1e-5)
 
@@ -350,7 +357,10 @@ def test_the_kept_mask_serves_only_texts_like_the_last_one(heads):
 @pytest.mark.performance
 def test_all_layers_of_a_pass_share_one_mask():
     query = torch.randn(1, 3, 4, 8)
-    assert causal_bias(3, query, 9) is causal_bias(3, torch.zeros_like(query), 9)
+    first = causal_bias(3, query, 9)
+    assert first is causal_bias(3, torch.zeros_like(query), 9)
+    causal_bias(3, query, 10)
+    assert first is not causal_bias(3, query, 9)  # only the last one is kept: a mask may be large
 
 
 @pytest.mark.performance
@@ -426,6 +436,8 @@ def test_norm_of_a_single_row_is_torchs():
             x = x[..., :24]
             expected = torch.nn.functional.rms_norm(x, (24,), norm.weight, 1e-3)
             torch.testing.assert_close(norm(x), expected, rtol=1e-6, atol=1e-7)
+        rows = torch.randn(2, 3, 24)
+        assert torch.equal(norm(rows), nn.functional.rms_norm(rows, (24,), norm.weight, 1e-3))
         norm = QuickNorm(24)  # PyTorch's own eps
         x = torch.randn(1, 24)
         torch.testing.assert_close(norm(x), torch.nn.functional.rms_norm(x, (24,)))

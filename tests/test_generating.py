@@ -1,5 +1,7 @@
 """Generating from the command line, and the sample that a run shows after training."""
 
+import io
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -159,6 +161,23 @@ def test_the_separator_is_not_printed_and_a_prompt_without_continuation_is(bytes
         generating.generate((model, bytes_alone, None), options)
         printed = capsys.readouterr()
         assert printed.out == prompt + "\n" and "drafts" not in printed.err
+        assert model.options["sampling"].greedy and not model.options["speculative"]
+
+
+def test_text_appears_while_it_is_written_and_half_a_character_at_the_end(bytes_alone, monkeypatch):
+    class Watched(io.StringIO):
+        def flush(self):
+            shown.append(self.getvalue())
+
+    shown, model = [], Repeating()
+    model.training = False
+    for prompt, appears in (("a", ["aa", "aaa", "aaaa"]), ("é", [])):  # the last byte, repeated
+        shown.clear()
+        monkeypatch.setattr("sys.stdout", Watched())
+        generating.generate((model, bytes_alone, None), generating.GenerateOptions("x", prompt, 3))
+        assert shown[: len(appears)] == appears
+        rest = 3 * ("a" if prompt == "a" else "\N{REPLACEMENT CHARACTER}")
+        assert sys.stdout.getvalue() == f"{prompt}{rest}\n"
 
 
 def test_the_cache_is_quantised_as_asked(bytes_alone, monkeypatch):

@@ -1,6 +1,7 @@
 """The room below the lessons: checks, flags, settings, one-line errors, pictures."""
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import io
@@ -19,6 +20,7 @@ from lesson import (
     bands,
     check_settings,
     chosen_settings,
+    command_line,
     curves,
     demonstration,
     draw_bands,
@@ -111,7 +113,7 @@ def test_columns_line_up_whatever_the_length_of_a_text(capsys):
 
 
 # %% The command line
-@demonstration("The docstring.", flag("most-steps", 3, "how many", at_least=2),
+@demonstration("The docstring.\n\n  Run: so.\n", flag("most-steps", 3, "how many", at_least=2),
                flag("bits", 4, "how wide", at_least=2, at_most=8))
 def sample(demo, arguments):
     demo.note(f"{arguments.most_steps} steps")
@@ -128,7 +130,7 @@ def test_a_demonstration_has_its_flags_and_those_of_all(capsys):
     with pytest.raises(SystemExit):
         sample(["--help"])
     text = capsys.readouterr().out
-    assert "The docstring." in text and "how many (default: 3)" in text
+    assert "The docstring.\n\n  Run: so.\n" in text and "how many (default: 3)" in text
 
 
 @pytest.mark.parametrize(
@@ -257,14 +259,31 @@ def test_a_progress_bar_writes_to_stderr(capsys):
     assert output.out == "" and "  steps" in output.err and "3/3" in output.err
 
 
-def test_shown_steps_count_and_show_the_newest_figure(capsys):
-    history = []
+def test_a_file_gets_fewer_lines_of_a_bar_than_a_terminal(monkeypatch):
+    with progress_bar(3, "steps") as bar:
+        pause = bar.mininterval
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with progress_bar(3, "steps") as bar:
+        assert bar.mininterval < pause / 10 and not bar.leave
+
+
+def test_shown_steps_count_and_show_the_newest_figure(capsys, monkeypatch):
+    history, shown = [], []
+    assert list(shown_steps(2, "more")) == [0, 1]
+    bar = types.SimpleNamespace(
+        set_postfix_str=lambda text, refresh: shown.append((text, refresh)),
+        update=lambda: shown.append("step"),
+    )
+    monkeypatch.setattr(
+        command_line, "progress_bar", lambda *named: contextlib.nullcontext(bar)
+    )
     for step in shown_steps(3, "steps", history, "reward", start=1):
         history.append({"reward": step / 2})
     assert [line["reward"] for line in history] == [0.5, 1.0, 1.5]
-    assert list(shown_steps(2, "more")) == [0, 1]
+    assert shown[::2] == [("reward 0.50", False), ("reward 1.00", False), ("reward 1.50", False)]
+    assert shown[1::2] == ["step"] * 3
     output = capsys.readouterr()
-    assert output.out == "" and "  steps" in output.err and "  more" in output.err
+    assert output.out == "" and "  more" in output.err
 
 
 # %% Settings
@@ -368,6 +387,7 @@ def test_flags_by_another_name_required_lists_and_turned_defaults(capsys):
     text = " ".join(parser.format_help().split())
     assert "--checkpoint DIR" in text and "text (default: ours)" in text
     assert text.count("default: ours") == 1 and "default: 8" in text
+    assert "None" not in text and "True" not in text
 
 
 # %% Pictures
@@ -457,7 +477,7 @@ def test_stacked_matrices_become_linears_in_the_same_memory():
     class Stack(nn.Module):
         def __init__(self):
             super().__init__()
-            self.stack = nn.Parameter(torch.randn(3, 2, 5))
+            self.stack, self.inner = nn.Parameter(torch.randn(3, 2, 5)), nn.BatchNorm1d(2)
 
     class Apart(Stack):
         pass
@@ -469,6 +489,23 @@ def test_stacked_matrices_become_linears_in_the_same_memory():
         assert list(surgery.linears_of(model)) == ["0.stack.0", "0.stack.1", "0.stack.2", "1"]
         for linear, matrix in zip(model[0].stack, stack, strict=True):
             assert linear.weight.data_ptr() == matrix.data_ptr() and linear.weight.requires_grad
+
+
+def test_matrices_are_read_through_a_function_and_nothing_else_is():
+    class Doubled(nn.Module):
+        def forward(self, matrix):
+            return 2 * matrix
+
+    model = nn.Sequential(nn.Linear(2, 3), nn.Sequential(nn.Embedding(3, 3)), nn.Bilinear(2, 2, 3))
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    surgery.read_matrices_through(Doubled(), model, (nn.Linear, nn.Bilinear, nn.Sequential))
+    for name, times in (("0.weight", 2), ("0.bias", 1), ("1.0.weight", 1), ("2.weight", 2)):
+        module, kind = name.rsplit(".", 1)
+        assert torch.equal(getattr(model.get_submodule(module), kind), times * before[name])
+    assert surgery.without_parametrizations(model) is model
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_inputs_are_watched_within_the_block_only():
@@ -500,12 +537,15 @@ def test_a_cast_moves_buffers_and_keeps_their_types():
 
 def test_parameters_beside_kept_buffers_are_cast_and_memory_can_be_given_later():
     module = surgery.TypesKept()
-    module.weight, module.child = nn.Parameter(torch.ones(2)), nn.Linear(2, 2)
+    module.weight, module.child = nn.Parameter(torch.ones(2)), nn.BatchNorm1d(2)
     module.register_buffer("bias", torch.ones(2))
     module.register_buffer("nothing", None)
     module.bfloat16()
     assert module.weight.dtype == module.child.weight.dtype == torch.bfloat16
     assert module.bias.dtype == torch.float32 and module.nothing is None
+    assert module.child.running_mean.dtype == torch.bfloat16  # only its own buffers keep them
+    assert list(module.state_dict())[:2] == ["weight", "bias"]
+    assert len(list(module.buffers())) == 1 + 3
     module.to("meta").to_empty(device="cpu")
     assert module.bias.dtype == torch.float32 and not module.bias.is_meta
 
