@@ -25,7 +25,7 @@ from pipeline.fast import (
     shared_linear,
     speed_up,
 )
-from pipeline.fast.attention import causal_bias, kernel_attention
+from pipeline.fast.attention import attention_of_rows, causal_bias, kernel_attention
 from pipeline.fast.few_rows import in_parts
 from rope_coded import RotaryEmbedding
 
@@ -307,6 +307,16 @@ def test_quick_attention_is_fused_attention(causal, masked, T, width, scale):
         torch.testing.assert_close(quick, results[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("heads", [1, 3])
+def test_every_query_sees_every_key_unless_told(heads):
+    query, key = torch.randn(2, 3, 7, 8), torch.randn(2, heads, 7, 8)
+    attentions = [quickest_attention, kernel_attention]
+    attentions += [attention_of_rows] if heads == 1 else [product_attention]
+    for attend in attentions:
+        expected = fused_attention(query, key, key)
+        torch.testing.assert_close(attend(query, key, key), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("T", [1, 4, 7])
 def test_groups_of_heads_share_their_keys_in_every_precision(dtype, T):
@@ -428,7 +438,7 @@ def test_the_size_from_which_sharing_pays_is_the_first_that_is_faster(several, m
     assert measure(2, several) == float("inf")
 
 
-def test_norm_of_a_single_row_is_torchs():
+def test_norm_of_a_single_row_is_torchs(monkeypatch):
     norm = QuickNorm(24, eps=1e-3)
     with torch.no_grad():
         norm.weight.uniform_(0.5, 2)
@@ -446,6 +456,9 @@ def test_norm_of_a_single_row_is_torchs():
         assert all(torch.equal(narrow(row), nn.functional.rms_norm(row, (24,))) for row in x)
     norm(torch.randn(1, 24)).sum().backward()
     assert norm.weight.grad is not None
+    monkeypatch.delattr(nn.RMSNorm, "forward")
+    with torch.no_grad():
+        torch.testing.assert_close(norm(torch.ones(1, 24)), torch.ones(1, 24))  # the short way
 
 
 def test_products_are_for_whole_short_texts_in_bfloat16():
