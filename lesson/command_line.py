@@ -81,7 +81,7 @@ def demonstration_parser(docstring, flags=()):
         description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the random inputs")
-    parser.add_argument("--device", default=None, help="cuda, mps or cpu (default: best there is)")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: best there is)")
     for each in flags:
         parser.add_argument(
             f"--{each.name}",

@@ -12,7 +12,7 @@ from lesson.checks import require
 def linear_around(weight):
     """An `nn.Linear` that shares the memory of a weight (out, in)."""
     linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
+    linear.weight = nn.Parameter(weight, requires_grad=weight.requires_grad)
     return linear
 
 

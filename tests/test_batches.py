@@ -41,6 +41,11 @@ def test_padded_rows_may_come_several_times():
     assert real.tolist() == [[False, True]] * 2 + [[True, True]] * 2
 
 
+def test_rows_and_their_masks_are_made_on_the_device_named():
+    assert all(tensor.is_meta for tensor in padded([[1], [2, 3]], 0, "meta"))
+    assert real_rows(None, torch.ones(6, 3, device="meta")).is_meta
+
+
 def test_rows_up_to_their_end_are_read_without_the_rest():
     ids = torch.tensor([[1, 9, 3, 9], [1, 2, 3, 4]])
     mask = completion_mask(ids, 9)
@@ -61,6 +66,7 @@ def test_named_tuples_of_rows_are_picked_and_joined():
     both = joined([one, other])
     assert type(both) is Pair and both.numbers.tolist() == [1, 2, 3]
     assert both.ids.tolist() == [[0, 1], [0, 2], [3, 4]]
+    assert joined([other]).ids.tolist() == [[3, 4]]
 
 
 def test_runs_are_slices_of_a_size():
@@ -107,6 +113,7 @@ def test_a_number_that_exceeds_another_is_named():
 def test_stacked_rows_of_unequal_length_get_zeros_on_the_left():
     parts = [torch.tensor([[1]]), torch.tensor([[2, 3]]), torch.empty(0, 2, dtype=torch.long)]
     assert stacked(parts).tolist() == [[0, 1], [2, 3]]
+    assert stacked(parts[:1]).tolist() == [[1]]
     assert stacked([torch.tensor([True]), torch.tensor([False])]).tolist() == [True, False]
     assert stacked([torch.tensor([[True]]), torch.tensor([[True, True]])]).tolist() == [
         [False, True], [True, True]
@@ -115,9 +122,16 @@ def test_stacked_rows_of_unequal_length_get_zeros_on_the_left():
 
 def test_groups_are_rows_of_floats():
     assert grouped([1, 2, 3, 4], 2).tolist() == [[1.0, 2.0], [3.0, 4.0]]
+    assert grouped([1, 2], 1).tolist() == [[1.0], [2.0]]
     assert grouped(torch.ones(4, dtype=torch.float64), 4).dtype == torch.float64
     with pytest.raises(ValueError, match="4 prizes must be divisible by number=3"):
         grouped(torch.ones(4), 3, "prizes", "number")
+    with pytest.raises(ValueError, match="4 numbers must be divisible by size=0"):
+        grouped(torch.ones(4), 0)
+    with pytest.raises(ValueError, match=r"numbers must be \(B,\), got \(2, 2\)"):
+        grouped(torch.ones(2, 2), 2)
+    with pytest.raises(ValueError, match="numbers must be finite, got .*nan"):
+        grouped([1.0, float("nan")], 2)
 
 
 def test_rows_are_drawn_with_replacement_and_each_as_often():
@@ -190,7 +204,8 @@ def test_padding_takes_no_position_and_is_not_seen():
 
 def test_rows_are_real_unless_the_mask_says_padding():
     rows = torch.ones(6, 3)
-    assert real_rows(None, rows).tolist() == [True] * 6
+    every = real_rows(None, rows)
+    assert every.tolist() == [True] * 6 and every.dtype == torch.bool
     assert real_rows(torch.tensor([[0, 1, 1], [1, 0, 1]]), rows).tolist() == [
         False, True, True, True, False, True
     ]

@@ -29,6 +29,10 @@ def test_packed_numbers_come_back_and_waste_no_bit(bits, count):
 def test_packed_by_hand():
     assert packed_bytes(torch.tensor([15, 0]), 4).tolist() == [0b0000_1111]
     assert packed_bytes(torch.tensor([1, 2, 3]), 3).tolist() == [0b11_010_001, 0b0]
+    assert unpacked_bytes(torch.tensor([0b0010_0001, 0b0011]), 4, 3).tolist() == [1, 2, 3]
+    for bits in (3, 4):  # where the numbers are
+        packed = packed_bytes(torch.ones(3, device="meta"), bits)
+        assert packed.is_meta and unpacked_bytes(packed, bits, 3).is_meta
 
 
 def test_tensors_of_several_types_share_a_row_of_bytes():

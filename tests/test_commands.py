@@ -1,15 +1,102 @@
 """The command line: flags, help, and mistakes in one line that write nothing."""
 
 import pathlib
+from dataclasses import dataclass
 
 import pytest
 
 import deepseek_full_model as full
 from docs import transcripts
+from lesson import Demonstration, setting
 from moe_coded import TopKRouter
-from pipeline.commands import build_parser
+from pipeline import commands
+from pipeline.commands import CheckOptions, Command, build_parser
 
 ROOT = pathlib.Path(__file__).parent.parent
+
+
+@dataclass
+class OfARun:
+    steps: int | None = setting(None, "budget in steps")
+    minutes: float | None = setting(None, "budget in minutes")
+    width: int = setting(8, "how wide")
+
+
+@dataclass
+class OfACheckpoint:
+    checkpoint: str = setting(metavar="DIR")
+    prompt: str = setting("", "what to say")
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """call(*arguments) → what the work of the command that they name was given."""
+    given = []
+    whole = Command("", OfARun, lambda *got: given.extend(got), run_class=list)
+    table = {
+        "learn": whole._replace(help="goes on", run_class=dict),
+        "prove": Command("proves", CheckOptions, lambda *got: given.extend(got)),
+        "say": Command("says", OfACheckpoint, lambda *got: given.extend(got)),
+    }
+    monkeypatch.setattr(commands, "open_run", lambda arguments, kind: (vars(arguments), kind))
+    monkeypatch.setattr(commands, "load_with_tokenizer", lambda *got: got)
+
+    def run(*arguments):
+        given.clear()
+        commands.run_command([*arguments, "--device", "cpu"], "What it is.\n  Run: so", tuple,
+                             whole, table)
+        return list(given)
+
+    return run
+
+
+def test_a_run_gets_the_flags_given_and_the_directory_to_go_on_with(call):
+    ((flags, kind),) = call("--steps", "3")
+    assert kind is list and flags.pop("command").run_class is list
+    assert flags == dict(steps=3, device="cpu", resume=None)  # others stay absent
+    ((flags, kind),) = call("--out", "a", "learn", "--minutes", "2", "--resume", "b")
+    assert kind is dict and flags.pop("command").help == "goes on"
+    assert flags == dict(out="a", minutes=2.0, resume="b", device="cpu")
+
+
+def test_other_commands_get_a_demonstration_or_a_checkpoint(call):
+    (demo,) = call("prove", "--seed", "4")
+    assert type(demo) is Demonstration and (demo.device, demo.seed) == ("cpu", 4)
+    assert call("prove")[0].seed == 0
+    loaded, options = call("say", "--checkpoint", "a", "--prompt", "b")
+    assert loaded == (tuple, "a", "cpu") and options == OfACheckpoint("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "3", "--minutes", "2"], "--minutes: not allowed with argument --steps"),
+        (["learn", "--minutes", "2", "--steps", "3"], "not allowed with"),
+        (["--resume=a"], "unrecognized arguments"),  # the whole job always starts
+        (["say", "--checkpoint", "a", "--resume", "b"], "unrecognized arguments"),
+        (["say", "--checkpoint", "a", "--out", "b"], "unrecognized arguments"),
+        (["say"], "required: --checkpoint"),
+        (["sing"], "invalid choice: 'sing'"),
+    ],
+)
+def test_flags_that_a_command_does_not_have_are_one_line(call, capsys, arguments, message):
+    with pytest.raises(SystemExit) as exit_info:
+        call(*arguments)
+    error = capsys.readouterr().err
+    assert exit_info.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_help_lists_the_commands_and_keeps_the_lines_of_its_text(call, capsys):
+    with pytest.raises(SystemExit):
+        call("--help")
+    text = capsys.readouterr().out
+    for part in ("What it is.\n  Run: so\n", "goes on", "proves", "says", "--out RUN", "commands"):
+        assert part in text
+    with pytest.raises(SystemExit):
+        call("learn", "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--resume RUN directory" in text and text.count("--steps STEPS") >= 1
+    assert "how wide (default: 8)" in text
 
 
 def test_flags_before_and_after_the_command_count():

@@ -25,7 +25,7 @@ from pipeline.fast import (
     shared_linear,
     speed_up,
 )
-from pipeline.fast.attention import causal_bias, kernel_attention
+from pipeline.fast.attention import attention_of_rows, causal_bias, kernel_attention
 from pipeline.fast.few_rows import in_parts
 from rope_coded import RotaryEmbedding
 
@@ -64,6 +64,7 @@ def plain_and_quick(monkeypatch, **changes):
 def test_a_model_with_the_pass_equals_one_without(monkeypatch, q_lora_rank):
     plain, quick = plain_and_quick(monkeypatch, q_lora_rank=q_lora_rank)
     assert {QuickLinear, QuickNorm, QuickExperts} <= {type(m) for m in quick.modules()}
+    assert {block.self_attn.attend for block in quick.blocks()} == {quickest_attention}
     ids = torch.randint(300, (2, 20))
     documents = torch.zeros_like(ids)
     for tokens in (ids, ids[:1, :1]):
@@ -163,12 +164,25 @@ def test_chunked_loss_without_gradients():
         assert head_loss(head, torch.randn(2, 5, 24), ids, 1) > 0
 
 
+@pytest.mark.parametrize("rows", [0, 1])
+def test_chunked_loss_of_no_guess_is_zero(rows):
+    head, hidden = nn.Linear(24, 17, bias=False), torch.randn(2, rows, 24, requires_grad=True)
+    loss = head_loss(head, hidden, torch.zeros(2, rows, dtype=torch.long), 1)
+    assert loss.item() == 0 and not torch.autograd.grad(loss, head.weight)[0].any()
+
+
+def test_chunked_loss_of_one_guess_is_its_own():
+    head, hidden, ids = nn.Linear(24, 17, bias=False), torch.randn(1, 2, 24), torch.tensor([[3, 5]])
+    expected = -head(hidden)[0, 0].log_softmax(dim=0)[5]
+    torch.testing.assert_close(head_loss(head, hidden, ids, 1), expected)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 4, 6])
 def test_the_packed_head_is_the_head(monkeypatch, rows):
     monkeypatch.setattr("pipeline.fast.head.PACK_FROM_NUMBERS", 1)
     head, x = QuickLinear(64, 512, bias=False), torch.randn(rows, 64)
     packed = decoding_head(head, 16)
-    assert packed is not head
+    assert packed is not head and not packed(x).requires_grad
     with torch.no_grad():
         torch.testing.assert_close(packed(x), head(x), rtol=1e-5, atol=1e-5)
 
@@ -180,6 +194,10 @@ def test_short_texts_small_heads_and_other_layers_are_not_packed():
     assert decoding_head(small, 100) is small
     assert decoding_head(plain, 100) is plain
     assert decoding_head(large.bfloat16(), 100) is large
+    with_bias = QuickLinear(1024, 1024)
+    assert decoding_head(with_bias, 100) is with_bias
+    elsewhere = QuickLinear(1024, 1024, bias=False, device="meta")
+    assert decoding_head(elsewhere, 100) is elsewhere
 
 
 # Experts by choice
@@ -245,13 +263,17 @@ def test_odd_width_falls_back_and_even_width_calls_the_kernel(monkeypatch):
         nn.functional, "grouped_mm", lambda *a, **k: called.append(1) or kernel(*a, **k)
     )
     ends = torch.tensor([2, 2, 5], dtype=torch.int32)
-    for width, calls in ((8, 1), (7, 1)):
-        rows, weights = torch.randn(5, width), torch.randn(3, 4, width)
+    for width, out, dtype, calls in (
+        (8, 4, torch.float32, 1), (7, 4, torch.float32, 1), (8, 5, torch.float32, 1),
+        (8, 4, torch.float64, 1),  # the kernel is not for FP64
+        (4, 4, torch.bfloat16, 1), (8, 16, torch.bfloat16, 2),  # 8 bytes and 16
+    ):
+        rows, weights = torch.randn(5, width, dtype=dtype), torch.randn(3, out, width, dtype=dtype)
         expected = torch.cat([rows[:2] @ weights[0].T, rows[2:] @ weights[2].T])
         torch.testing.assert_close(grouped_linear(rows, weights, ends), expected)
         assert len(called) == calls
     speed_up(MixtureOfExperts(16, 8, TopKRouter(16, 8, 3)))(torch.randn(9, 16))
-    assert len(called) == 1 + 2  # a layer with the pass: both of its products
+    assert len(called) == 2 + 2  # a layer with the pass: both of its products
 
 
 def test_grouped_products_follow_autocast():
@@ -269,8 +291,9 @@ def test_grouped_products_follow_autocast():
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("T", [1, 4, 7])
-def test_quick_attention_is_fused_attention(causal, masked, T):
-    query, key, value = (torch.randn(2, 3, n, w) for n, w in ((T, 8), (7, 8), (7, 5)))
+@pytest.mark.parametrize(("width", "scale"), [(5, 0.3), (8, None), (11, None)])  # 8: that of keys
+def test_quick_attention_is_fused_attention(causal, masked, T, width, scale):
+    query, key, value = (torch.randn(2, 3, n, w) for n, w in ((T, 8), (7, 8), (7, width)))
     mask = None
     if masked:
         mask = torch.rand(2, 1, T, 7) < 0.6
@@ -278,10 +301,30 @@ def test_quick_attention_is_fused_attention(causal, masked, T):
     results = []
     for attend in (fused_attention, product_attention, kernel_attention, quickest_attention):
         leaves = [t.clone().requires_grad_() for t in (query, key, value)]
-        output = attend(*leaves, mask, 0.3, causal=causal)
+        output = attend(*leaves, mask, scale, causal=causal)
         results.append((output, torch.autograd.grad(output.square().sum(), leaves)))
     for quick in results[1:]:  # another order of summation
         torch.testing.assert_close(quick, results[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_every_query_sees_every_key_unless_told(heads):
+    query, key = torch.randn(2, 3, 7, 8), torch.randn(2, heads, 7, 8)
+    attentions = [quickest_attention, kernel_attention]
+    attentions += [attention_of_rows] if heads == 1 else [product_attention]
+    for attend in attentions:
+        expected = fused_attention(query, key, key)
+        torch.testing.assert_close(attend(query, key, key), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("T", [1, 4, 7])
+def test_groups_of_heads_share_their_keys_in_every_precision(dtype, T):
+    query, key, value = (torch.randn(2, h, n, 8, dtype=dtype) for h, n in ((4, T), (2, 7), (2, 7)))
+    expected = fused_attention(query, key, value, causal=True)
+    output = quickest_attention(query, key, value, causal=True)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02  # BF16 keeps 8 bits
+    torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -324,13 +367,16 @@ def test_the_kept_mask_serves_only_texts_like_the_last_one(heads):
 @pytest.mark.performance
 def test_all_layers_of_a_pass_share_one_mask():
     query = torch.randn(1, 3, 4, 8)
-    assert causal_bias(3, query, 9) is causal_bias(3, torch.zeros_like(query), 9)
+    first = causal_bias(3, query, 9)
+    assert first is causal_bias(3, torch.zeros_like(query), 9)
+    causal_bias(3, query, 10)
+    assert first is not causal_bias(3, query, 9)  # only the last one is kept: a mask may be large
 
 
 @pytest.mark.performance
 def test_a_whole_text_needs_no_mask_of_its_own():
     T, sizes = 64, []
-    q, k, v = (torch.randn(1, 2, T, 8, requires_grad=True) for _ in range(3))
+    q, k, v = (torch.randn(1, 2, T, width, requires_grad=True) for width in (8, 8, 5))
 
     def note(tensor):
         sizes.append(tensor.numel())
@@ -346,8 +392,8 @@ def test_a_whole_text_needs_no_mask_of_its_own():
 @pytest.mark.parametrize("shape", [(64,), (1, 1, 64), (3, 64), (2, 3, 64)])
 def test_a_few_rows_shared_out_are_the_same_product(cores, shape, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
-    monkeypatch.setattr(few_rows, "sharing_pays_from", lambda cores, several: 64 * 1000)
-    shared = []
+    shared, measured = [], []
+    monkeypatch.setattr(few_rows, "sharing_pays_from", lambda *a: measured.append(a) or 64 * 1000)
     monkeypatch.setattr(few_rows, "in_parts", lambda *a: shared.append(len(a[1])) or in_parts(*a))
     for out in (1536, 1537):  # which two and three cores can share out, and which not
         layer, x = QuickLinear(64, out, bias=False), torch.randn(shape)
@@ -361,6 +407,21 @@ def test_a_few_rows_shared_out_are_the_same_product(cores, shape, monkeypatch):
             shared_linear(x, layer.weight[:900])  # too small
         assert layer(x).requires_grad  # with gradients, PyTorch's own
     assert shared == {1: [], 2: [1536, 1536], 3: [1536, 1536]}[cores]
+    assert set(measured) <= {(cores, torch.Size(shape).numel() > 64)}  # one row or several
+
+
+def test_a_few_rows_get_the_bias_of_their_layer():
+    layer, x = QuickLinear(64, 48), torch.randn(3, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), x @ layer.weight.T + layer.bias)
+        assert layer(x[0]).shape == (48,)
+
+
+def test_the_time_of_all_products_is_measured(monkeypatch):
+    done = []
+    monkeypatch.setattr(few_rows.time, "perf_counter", lambda: 5.0 + len(done))
+    took = few_rows.seconds(lambda *given: done.append(given), "rows", ["a", "b", "c"], 2)
+    assert took == 3 and done == [("rows", each, 2) for each in "abc"]
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -377,7 +438,7 @@ def test_the_size_from_which_sharing_pays_is_the_first_that_is_faster(several, m
     assert measure(2, several) == float("inf")
 
 
-def test_norm_of_a_single_row_is_torchs():
+def test_norm_of_a_single_row_is_torchs(monkeypatch):
     norm = QuickNorm(24, eps=1e-3)
     with torch.no_grad():
         norm.weight.uniform_(0.5, 2)
@@ -385,11 +446,19 @@ def test_norm_of_a_single_row_is_torchs():
             x = x[..., :24]
             expected = torch.nn.functional.rms_norm(x, (24,), norm.weight, 1e-3)
             torch.testing.assert_close(norm(x), expected, rtol=1e-6, atol=1e-7)
+        rows = torch.randn(2, 3, 24)
+        assert torch.equal(norm(rows), nn.functional.rms_norm(rows, (24,), norm.weight, 1e-3))
         norm = QuickNorm(24)  # PyTorch's own eps
         x = torch.randn(1, 24)
         torch.testing.assert_close(norm(x), torch.nn.functional.rms_norm(x, (24,)))
+        assert norm(x.bfloat16()).dtype == torch.float32  # the precision of its weight
+        narrow, x = QuickNorm(24).bfloat16(), torch.randn(50, 1, 24).bfloat16()
+        assert all(torch.equal(narrow(row), nn.functional.rms_norm(row, (24,))) for row in x)
     norm(torch.randn(1, 24)).sum().backward()
     assert norm.weight.grad is not None
+    monkeypatch.delattr(nn.RMSNorm, "forward")
+    with torch.no_grad():
+        torch.testing.assert_close(norm(torch.ones(1, 24)), torch.ones(1, 24))  # the short way
 
 
 def test_products_are_for_whole_short_texts_in_bfloat16():
@@ -409,6 +478,12 @@ def test_products_are_for_whole_short_texts_in_bfloat16():
 
 
 # The rotations of a pass
+@pytest.mark.performance
+def test_all_layers_of_a_pass_share_their_rotations():
+    quick, positions = speed_up(RotaryEmbedding(8)), torch.arange(5)
+    assert quick.rotations(positions) is quick.rotations(positions)
+
+
 def test_kept_rotations_are_those_of_the_positions_asked_for():
     plain = RotaryEmbedding(8)
     quick = speed_up(RotaryEmbedding(8))

@@ -97,6 +97,7 @@ def test_the_kernels_order_is_undone_exactly():
     assert layer.is_packed() and torch.equal(layer.weight, dequantize(codes, scale))
     state = layer.state_dict()
     assert_same_state(state, before)
+    assert all(tensor.is_contiguous() for tensor in state.values())  # as files need them
     assert torch.equal(unpack_bits(state["codes"], 4, 256), codes)
     assert layer.is_packed()
     layer.unpack()

@@ -1,6 +1,7 @@
 """8-bit products by kernels: equal to phase 8's plain layers, plain in state dicts."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -117,12 +118,15 @@ def test_a_single_column_is_multiplied_right():
     torch.testing.assert_close(output, x @ weight.T, rtol=0.01, atol=1e-3)
 
 
-def test_an_inexact_int_mm_is_not_used(monkeypatch):
-    (_, layer), x = plain_and_quick("w8a8"), torch.randn(4, 64)
+@pytest.mark.parametrize("kind", ["w8a8", "llm_int8"])
+def test_int_mm_is_used_where_it_is_exact(monkeypatch, kind):
+    (_, layer), x = plain_and_quick(kind), torch.randn(4, 64)
     expected = layer(x)
-    monkeypatch.setattr(int8, "int_mm_is_exact", lambda: False)
     monkeypatch.setattr(torch, "_int_mm", lambda a, b: 1 / 0)
-    torch.testing.assert_close(layer(x), expected)
+    for exact, used in ((True, pytest.raises(ZeroDivisionError)), (False, nullcontext())):
+        monkeypatch.setattr(int8, "int_mm_is_exact", lambda exact=exact: exact)
+        with used:
+            torch.testing.assert_close(layer(x), expected)
 
 
 def test_an_overflowing_int_mm_is_found_out(monkeypatch):

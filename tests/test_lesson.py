@@ -1,8 +1,10 @@
 """The room below the lessons: checks, flags, settings, one-line errors, pictures."""
 
 import argparse
+import contextlib
 import copy
 import dataclasses
+import io
 import re
 import sys
 import types
@@ -18,8 +20,10 @@ from lesson import (
     bands,
     check_settings,
     chosen_settings,
+    command_line,
     curves,
     demonstration,
+    draw_bands,
     flag,
     one_line_errors,
     panels,
@@ -109,7 +113,7 @@ def test_columns_line_up_whatever_the_length_of_a_text(capsys):
 
 
 # %% The command line
-@demonstration("The docstring.", flag("most-steps", 3, "how many", at_least=2),
+@demonstration("The docstring.\n\n  Run: so.\n", flag("most-steps", 3, "how many", at_least=2),
                flag("bits", 4, "how wide", at_least=2, at_most=8))
 def sample(demo, arguments):
     demo.note(f"{arguments.most_steps} steps")
@@ -120,11 +124,13 @@ def test_a_demonstration_has_its_flags_and_those_of_all(capsys):
     assert sample(["--device", "cpu", "--seed", "5"]).seed == 5
     output = capsys.readouterr().out
     assert output.startswith("test_lesson.py · torch") and "  3 steps\n" in output
-    sample(["--most-steps", "2"])  # the least that is allowed
+    assert sample([]).seed == 0
+    sample(["--most-steps", "2", "--bits", "2"])  # the least that is allowed
+    sample(["--bits", "8"])  # the most
     with pytest.raises(SystemExit):
         sample(["--help"])
     text = capsys.readouterr().out
-    assert "The docstring." in text and "how many (default: 3)" in text
+    assert "The docstring.\n\n  Run: so.\n" in text and "how many (default: 3)" in text
 
 
 @pytest.mark.parametrize(
@@ -173,6 +179,16 @@ def test_a_demonstration_makes_its_settings_from_the_flags_given(capsys):
     text = capsys.readouterr().out
     assert "how wide (default: 8)" in text and "a few seconds" in text and "--depth" not in text
 
+    @demonstration("Docs.", settings=Options)
+    def without_names(demo, arguments):
+        return arguments
+
+    given = without_names(["--width", "3"])
+    assert given.settings == Options(width=3) and not hasattr(given, "quick")
+    for other in ("--depth", "--quick", "--picture"):  # those without a help text are no flags
+        with pytest.raises(SystemExit):
+            without_names([other, "4"])
+
 
 @pytest.mark.parametrize(
     ("error", "line", "status"),
@@ -187,6 +203,14 @@ def test_errors_of_a_user_end_in_one_line(capsys, error, line, status):
     with pytest.raises(SystemExit) as exit_info:
         main()
     assert exit_info.value.code == status and capsys.readouterr().err == f"{line}\n"
+
+
+def test_a_console_that_lacks_a_character_shows_another(monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", console)
+    one_line_errors(lambda argv: print("√2"))()
+    console.flush()
+    assert console.buffer.getvalue() == b"?2\n"
 
 
 def test_errors_of_ours_keep_their_traceback():
@@ -206,13 +230,26 @@ def test_inside_ipython_there_are_no_arguments(monkeypatch):
     parser.add_argument("--steps", type=int, default=3)
     assert parse_arguments(parser, None).steps == 3
     assert parse_arguments(parser, ["--steps", "4"]).steps == 4
+    monkeypatch.delattr("builtins.get_ipython")  # imported, but a script runs
+    monkeypatch.setattr(sys, "argv", ["script", "--steps", "5"])
+    assert parse_arguments(parser, None).steps == 5
 
 
-def test_the_device_is_named_or_the_best_there_is():
-    assert pick_device("cpu") == "cpu"
-    assert pick_device() in ("cuda", "mps", "cpu")
-    with pytest.raises(ValueError, match="device 'abacus' is not available, got here: .*cpu"):
-        pick_device("abacus")
+@pytest.mark.parametrize(
+    ("cuda", "mps", "there"),
+    [(True, True, "cuda, mps, cpu"), (False, True, "mps, cpu"), (False, False, "cpu")],
+)
+def test_the_device_is_named_or_the_best_there_is(monkeypatch, cuda, mps, there):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert pick_device("cpu") == "cpu" and pick_device() == there.split(",")[0]
+    for name in ["abacus", *({"cuda", "mps"} - set(there.split(", ")))]:
+        with pytest.raises(ValueError, match=f"'{name}' is not available, got here: {there}$"):
+            pick_device(name)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device")
+    assert parse_arguments(parser, ["--device", "cpu"]).device == "cpu"
+    assert parse_arguments(parser, []).device == pick_device()
 
 
 def test_a_progress_bar_writes_to_stderr(capsys):
@@ -222,14 +259,31 @@ def test_a_progress_bar_writes_to_stderr(capsys):
     assert output.out == "" and "  steps" in output.err and "3/3" in output.err
 
 
-def test_shown_steps_count_and_show_the_newest_figure(capsys):
-    history = []
+def test_a_file_gets_fewer_lines_of_a_bar_than_a_terminal(monkeypatch):
+    with progress_bar(3, "steps") as bar:
+        pause = bar.mininterval
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with progress_bar(3, "steps") as bar:
+        assert bar.mininterval < pause / 10 and not bar.leave
+
+
+def test_shown_steps_count_and_show_the_newest_figure(capsys, monkeypatch):
+    history, shown = [], []
+    assert list(shown_steps(2, "more")) == [0, 1]
+    bar = types.SimpleNamespace(
+        set_postfix_str=lambda text, refresh: shown.append((text, refresh)),
+        update=lambda: shown.append("step"),
+    )
+    monkeypatch.setattr(
+        command_line, "progress_bar", lambda *named: contextlib.nullcontext(bar)
+    )
     for step in shown_steps(3, "steps", history, "reward", start=1):
         history.append({"reward": step / 2})
     assert [line["reward"] for line in history] == [0.5, 1.0, 1.5]
-    assert list(shown_steps(2, "more")) == [0, 1]
+    assert shown[::2] == [("reward 0.50", False), ("reward 1.00", False), ("reward 1.50", False)]
+    assert shown[1::2] == ["step"] * 3
     output = capsys.readouterr()
-    assert output.out == "" and "  steps" in output.err and "  more" in output.err
+    assert output.out == "" and "  more" in output.err
 
 
 # %% Settings
@@ -333,11 +387,12 @@ def test_flags_by_another_name_required_lists_and_turned_defaults(capsys):
     text = " ".join(parser.format_help().split())
     assert "--checkpoint DIR" in text and "text (default: ours)" in text
     assert text.count("default: ours") == 1 and "default: 8" in text
+    assert "None" not in text and "True" not in text
 
 
 # %% Pictures
 def test_curves_are_running_means_with_the_values_behind_them(tmp_path):
-    path = tmp_path / "deep" / "picture.png"
+    path = tmp_path / "very" / "deep" / "picture.png"
     with picture(path) as axis:
         curves(axis, range(4), {"loss": [4.0, 2.0, 6.0, 0.0]}, window=2, title="a", xlabel="step")
         values, means = axis.lines
@@ -363,9 +418,35 @@ def test_panels_show_each_figure_of_a_history_against_its_step(tmp_path, monkeyp
     history = [{"step": 3, "a": 4.0, "b": 5.0, "c": 0}, {"step": 5, "a": 2.0, "b": 6.0, "c": 0}]
     panels(tmp_path / "picture.png", history, {"a": "the first", "b": "the second"}, free=("b",))
     assert [axis.get_title() for axis in drawn] == ["the first", "the second"]
+    assert [axis.get_xlabel() for axis in drawn] == ["step"] * 2
     assert [list(axis.lines[0].get_xdata()) for axis in drawn] == [[3, 5]] * 2
     assert [list(axis.lines[1].get_ydata()) for axis in drawn] == [[4, 3], [5, 5.5]]
     assert drawn[0].get_ylim()[0] == 0 < drawn[1].get_ylim()[0]
+    one_row = drawn[0].figure.get_figheight()
+    drawn.clear()
+    three = {"a": "the first", "b": "the second", "step": "the third"}
+    panels(tmp_path / "picture.png", history, three, x="a", xlabel="x", window=1)
+    places = [axis.get_subplotspec().rowspan.start for axis in drawn]
+    assert places == [0, 0, 1, 1]  # two columns
+    assert drawn[0].figure.get_figheight() == 2 * one_row
+    assert drawn[0].get_shared_x_axes().joined(drawn[0], drawn[2])
+    assert [axis.get_xlabel() for axis in drawn] == ["x"] * 3 + [""]
+    assert [len(axis.lines) for axis in drawn] == [1, 1, 1, 0]
+    assert list(drawn[2].lines[0].get_xdata()) == [4, 2]
+
+
+def test_bands_side_by_side_share_their_labels(tmp_path, monkeypatch):
+    from matplotlib import figure
+
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *a, **k: drawn.extend(self.axes))
+    shares = {"even": np.array([[0.5, 0.5]] * 3), "uneven": np.array([[0.25, 0.75]] * 4)}
+    draw_bands(tmp_path / "picture.png", shares, "share", xlabel="step")
+    assert [axis.get_title() for axis in drawn] == ["even", "uneven"]
+    assert [axis.get_xlabel() for axis in drawn] == ["step"] * 2
+    assert [axis.get_ylabel() for axis in drawn] == ["share", ""]
+    assert [axis.get_xlim() for axis in drawn] == [(0, 2), (0, 3)]
+    assert drawn[0].get_ylim() == (0, 1) and drawn[0].get_shared_y_axes().joined(*drawn)
 
 
 def test_bands_stand_on_top_of_each_other(tmp_path):
@@ -396,7 +477,7 @@ def test_stacked_matrices_become_linears_in_the_same_memory():
     class Stack(nn.Module):
         def __init__(self):
             super().__init__()
-            self.stack = nn.Parameter(torch.randn(3, 2, 5))
+            self.stack, self.inner = nn.Parameter(torch.randn(3, 2, 5)), nn.BatchNorm1d(2)
 
     class Apart(Stack):
         pass
@@ -408,6 +489,23 @@ def test_stacked_matrices_become_linears_in_the_same_memory():
         assert list(surgery.linears_of(model)) == ["0.stack.0", "0.stack.1", "0.stack.2", "1"]
         for linear, matrix in zip(model[0].stack, stack, strict=True):
             assert linear.weight.data_ptr() == matrix.data_ptr() and linear.weight.requires_grad
+
+
+def test_matrices_are_read_through_a_function_and_nothing_else_is():
+    class Doubled(nn.Module):
+        def forward(self, matrix):
+            return 2 * matrix
+
+    model = nn.Sequential(nn.Linear(2, 3), nn.Sequential(nn.Embedding(3, 3)), nn.Bilinear(2, 2, 3))
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    surgery.read_matrices_through(Doubled(), model, (nn.Linear, nn.Bilinear, nn.Sequential))
+    for name, times in (("0.weight", 2), ("0.bias", 1), ("1.0.weight", 1), ("2.weight", 2)):
+        module, kind = name.rsplit(".", 1)
+        assert torch.equal(getattr(model.get_submodule(module), kind), times * before[name])
+    assert surgery.without_parametrizations(model) is model
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_inputs_are_watched_within_the_block_only():
@@ -439,12 +537,15 @@ def test_a_cast_moves_buffers_and_keeps_their_types():
 
 def test_parameters_beside_kept_buffers_are_cast_and_memory_can_be_given_later():
     module = surgery.TypesKept()
-    module.weight, module.child = nn.Parameter(torch.ones(2)), nn.Linear(2, 2)
+    module.weight, module.child = nn.Parameter(torch.ones(2)), nn.BatchNorm1d(2)
     module.register_buffer("bias", torch.ones(2))
     module.register_buffer("nothing", None)
     module.bfloat16()
     assert module.weight.dtype == module.child.weight.dtype == torch.bfloat16
     assert module.bias.dtype == torch.float32 and module.nothing is None
+    assert module.child.running_mean.dtype == torch.bfloat16  # only its own buffers keep them
+    assert list(module.state_dict())[:2] == ["weight", "bias"]
+    assert len(list(module.buffers())) == 1 + 3
     module.to("meta").to_empty(device="cpu")
     assert module.bias.dtype == torch.float32 and not module.bias.is_meta
 

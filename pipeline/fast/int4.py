@@ -62,7 +62,7 @@ class PackedInt4Linear(IntegerLinear):
         pairs[..., 1] = 0
         unit_vectors = torch.eye(self.in_features, dtype=torch.bfloat16)
         codes = self.kernel_product(unit_vectors, pairs).T.to(torch.int8)
-        return codes.contiguous(), self.scale[..., 0].T.contiguous()
+        return codes, self.scale[..., 0].T.contiguous()
 
     def kernel_product(self, rows, pairs):
         return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.codes, self.group_size, pairs)

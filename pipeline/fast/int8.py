@@ -57,7 +57,7 @@ class QuickW8A8Linear(W8A8Linear):
     """`W8A8Linear` that multiplies by `integer_product`."""
 
     def product(self, rows):
-        operands, threshold = (rows.contiguous(), self.codes, self.scale), self.outlier_threshold
+        operands, threshold = (rows, self.codes, self.scale), self.outlier_threshold
         if threshold is None:
             return integer_product(*operands)
         return llm_int8_product(*operands, threshold, product=integer_product)
