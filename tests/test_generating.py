@@ -111,7 +111,7 @@ def test_a_run_shows_a_sample_and_drafts_for_up_to_four_large_files(
     assert all(asked[1:] == (5, 0.0, None) for asked in model.asked[1:])
     assert model.options["speculative"] and model.options["sampling"].greedy
     printed, count, letter = capsys.readouterr().out, len(shown), "abcdefg"[shown[0]]
-    assert f"of {shown[0]}.py" in printed
+    assert f"of {shown[0]}.py, temperature {temperature} " in printed
     assert f"│ {8 * letter}\n" in printed and f"▌ {5 * letter}\n" in printed
     assert f"of {count} files: {5 * count} tokens in {3 * count} passes" in printed
     assert f"{6 * count} of {8 * count} drafts accepted, the same text as plain" in printed
@@ -133,9 +133,10 @@ def test_a_run_says_when_drafts_change_the_text_and_shows_none_without_mtp(bytes
     [("ab", 7, 40, 7), ("ab", None, 40, 37), ("ab", None, 500, 128), (39 * "a", None, 40, 1)],
 )
 def test_a_prompt_is_printed_with_its_continuation_of_as_many_tokens_as_asked_or_fit(
-    prompt, wanted, limit, new_tokens, bytes_alone, capsys
+    prompt, wanted, limit, new_tokens, bytes_alone, capsys, monkeypatch
 ):
-    model = Repeating()
+    model, clock = Repeating(), iter([100.0, 102.0])
+    monkeypatch.setattr(generating.time, "perf_counter", lambda: next(clock))
     model.max_positions, model.training = limit, False
     options = generating.GenerateOptions(
         "x", prompt, wanted, temperature=0.5, top_k=3, top_p=0.7, seed=5, speculative=True,
@@ -144,7 +145,8 @@ def test_a_prompt_is_printed_with_its_continuation_of_as_many_tokens_as_asked_or
     generating.generate((model, bytes_alone, None), options)
     printed = capsys.readouterr()
     assert printed.out == prompt + new_tokens * prompt[-1] + "\n"
-    assert f"{new_tokens} tokens, " in printed.err and "6 of 8 drafts accepted" in printed.err
+    assert f"{new_tokens} tokens, {new_tokens / 2} tokens/s" in printed.err
+    assert "6 of 8 drafts accepted" in printed.err
     sampling = model.options.pop("sampling")
     assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.5, 3, 0.7)
     assert sampling.generator.initial_seed() == 5

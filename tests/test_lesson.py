@@ -471,6 +471,7 @@ def test_a_linear_around_a_weight_shares_its_memory():
     linear = surgery.linear_around(weight)
     assert linear.weight.data_ptr() == weight.data_ptr() and not linear.weight.requires_grad
     torch.testing.assert_close(linear(torch.eye(5)), weight.T)
+    assert (linear.in_features, linear.out_features) == (5, 3)
 
 
 def test_stacked_matrices_become_linears_in_the_same_memory():
@@ -530,7 +531,8 @@ def test_a_cast_moves_buffers_and_keeps_their_types():
     module = surgery.TypesKept()
     module.hold(codes=torch.ones(2, dtype=torch.int8), scale=torch.ones(2), bias=None)
     assert list(module.state_dict()) == ["codes", "scale"]
-    module.bfloat16().to("meta")
+    assert module.bfloat16().scale.tolist() == module.codes.tolist() == [1, 1]
+    module.to("meta")
     assert module.codes.dtype == torch.int8 and module.scale.dtype == torch.float32
     assert module.codes.is_meta and module.scale.is_meta
 
