@@ -70,6 +70,19 @@ def test_matches_torch_multihead_attention():
         torch.testing.assert_close(ours(x, path=path), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_all_projections_have_a_bias_or_none(bias):
+    attention = MultiHeadAttention(16, 4, 2, bias=bias)
+    assert {name for name, _ in attention.named_children()} == {f"{x}_proj" for x in "qkvo"}
+    assert all((projection.bias is not None) == bias for projection in attention.children())
+
+
+def test_by_default_no_bias_no_dropout_and_a_key_value_head_for_each_head():
+    attention = MultiHeadAttention(16, 4)
+    assert {p.shape for p in attention.parameters()} == {(16, 16)}
+    assert attention.dropout == 0
+
+
 @KINDS
 @pytest.mark.parametrize("path", ["loop", "explicit", "fused"])
 @pytest.mark.parametrize("chunks", [[1] * 9, [4, 5], [1, 3, 1, 2, 2]])
@@ -78,6 +91,18 @@ def test_cached_chunks_match_one_pass(kv_heads, path, chunks):
     with torch.no_grad():
         pieces = [attention(part, cache=cache, path=path) for part in x.split(chunks, dim=1)]
         torch.testing.assert_close(torch.cat(pieces, dim=1), attention(x, path="loop"))
+
+
+@pytest.mark.parametrize("path", ["loop", "explicit", "fused"])
+def test_a_mask_covers_the_cached_tokens_too(path):
+    attention, x, cache = MultiHeadAttention(16, 4, 2), torch.randn(2, 6, 16), KVCache()
+    real = torch.ones(2, 1, 1, 6, dtype=torch.bool)
+    real[1, ..., :2] = False  # the second text is padded on the left
+    with torch.no_grad():
+        attention(x[:, :4], real[..., :4], cache, path=path)
+        got = attention(x[:, 4:], real, cache, path=path)
+        torch.testing.assert_close(got[0], attention(x[:1])[0, 4:])
+        torch.testing.assert_close(got[1], attention(x[1:, 2:])[0, 2:])
 
 
 def test_editing_a_token_leaves_earlier_outputs_alone_with_a_cache():
@@ -239,6 +264,10 @@ def test_mistakes_are_named():
         MultiHeadAttention(30, 4)
     with pytest.raises(ValueError, match="num_heads=4 must be divisible by num_kv_heads=3"):
         MultiHeadAttention(32, 4, 3)
+    with pytest.raises(ValueError, match="num_heads=4 must be divisible by num_kv_heads=0"):
+        MultiHeadAttention(32, 4, 0)
+    with pytest.raises(ValueError, match="dropout=1.0 must be at least 0 and below 1"):
+        MultiHeadAttention(32, 4, dropout=1.0)
     with pytest.raises(ValueError, match=r"input must be \(B, T, 8\), got \(2, 8\)"):
         MultiHeadAttention(8, 2)(torch.ones(2, 8))
     with pytest.raises(ValueError, match="path='magic'"):
