@@ -34,7 +34,7 @@ def test_square_mask_matches_pytorch_is_causal():
 
 
 def test_mask_matches_growing_key_lists_with_an_offset():
-    q, k, v = torch.randn(3, 4), torch.randn(8, 4), torch.randn(8, 5)
+    q, k, v = torch.randn(3, 2), torch.randn(8, 2), torch.randn(8, 5)
     output, _ = scaled_dot_product_attention(q, k, v, causal_mask(3, 8))
     torch.testing.assert_close(output, causal_attention_loops(q, k, v))
 
@@ -82,8 +82,9 @@ def test_bias_reaches_all_projections(bias):
     assert all((projection.bias is not None) == bias for projection in projections)
 
 
-def test_mask_is_made_on_the_device_asked_for():
+def test_masks_are_made_where_the_input_is():
     assert causal_mask(2, 4, device="meta").is_meta
+    assert CausalSelfAttention(6, 4).to("meta")(torch.randn(5, 6, device="meta")).is_meta
 
 
 def test_every_parameter_gets_a_gradient():

@@ -167,15 +167,17 @@ def test_the_sizes_in_the_docstring_are_those_of_table_1():
 
 
 @pytest.mark.performance
-@pytest.mark.parametrize(("dropout", "stored"), [(0.0, False), (0.1, True)])
-def test_the_fused_kernel_keeps_no_weights_but_a_composition_does(dropout, stored):
+@pytest.mark.parametrize(
+    ("dropout", "value_width", "stored"), [(0.0, 8, False), (0.0, 4, False), (0.1, 8, True)]
+)
+def test_the_fused_kernel_keeps_no_weights_but_a_composition_does(dropout, value_width, stored):
     T, sizes = 64, []
 
     def note(tensor):
         sizes.append(tensor.numel())
         return tensor
 
-    q, k, v = (torch.randn(1, 2, T, 8, requires_grad=True) for _ in range(3))
+    q, k, v = (torch.randn(1, 2, T, K, requires_grad=True) for K in (8, 8, value_width))
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         fused_attention(q, k, v, dropout_p=dropout, causal=True)
     # fused, the largest is the mask, which all heads share
