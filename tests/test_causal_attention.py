@@ -34,7 +34,7 @@ def test_square_mask_matches_pytorch_is_causal():
 
 
 def test_mask_matches_growing_key_lists_with_an_offset():
-    q, k, v = torch.randn(3, 4), torch.randn(8, 4), torch.randn(8, 5)
+    q, k, v = torch.randn(3, 2), torch.randn(8, 2), torch.randn(8, 5)
     output, _ = scaled_dot_product_attention(q, k, v, causal_mask(3, 8))
     torch.testing.assert_close(output, causal_attention_loops(q, k, v))
 
@@ -75,6 +75,18 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(attention(x), attention(x))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_bias_reaches_all_projections(bias):
+    attention = CausalSelfAttention(6, 4, bias=bias)
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    assert all((projection.bias is not None) == bias for projection in projections)
+
+
+def test_masks_are_made_where_the_input_is():
+    assert causal_mask(2, 4, device="meta").is_meta
+    assert CausalSelfAttention(6, 4).to("meta")(torch.randn(5, 6, device="meta")).is_meta
+
+
 def test_every_parameter_gets_a_gradient():
     attention = CausalSelfAttention(6, 4)
     attention(torch.randn(2, 5, 6)).square().sum().backward()
@@ -92,12 +104,23 @@ def test_mistakes_are_named():
 
 def test_the_leak_detectors_by_hand():
     def attention(x):  # output 0 leaks −2 · token 1; output 1 is 3 · token 0 + token 1
-        return torch.stack([x[0] - 2 * x[1], 3 * x[0] + x[1]])
+        return torch.stack([x[0] - 2 * x[1] * columns, 3 * x[0] + x[1]])
 
     x = torch.randn(2, 4, dtype=torch.float64)
+    columns = torch.tensor([0, 1, 0, 0])
     assert largest_leak_by_perturbation(attention, x) == pytest.approx(2)
+    columns = torch.ones(4)
     expected = torch.tensor([[2.0, 4.0], [6.0, 2.0]], dtype=torch.float64)
     torch.testing.assert_close(gradient_reach(attention, x), expected)
+
+
+def test_the_leak_detectors_leave_their_input_alone():
+    attention, x = CausalSelfAttention(6, 4), torch.randn(5, 6)
+    before = x.clone()
+    largest_leak_by_perturbation(attention, x)
+    gradient_reach(attention, x)
+    assert torch.equal(x, before) and not x.requires_grad
+    gradient_reach(attention, torch.nn.Linear(6, 6)(x))  # a tensor with a graph behind it works too
 
 
 @pytest.mark.integration

@@ -70,6 +70,19 @@ def test_matches_torch_multihead_attention():
         torch.testing.assert_close(ours(x, path=path), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_all_projections_have_a_bias_or_none(bias):
+    attention = MultiHeadAttention(16, 4, 2, bias=bias)
+    assert {name for name, _ in attention.named_children()} == {f"{x}_proj" for x in "qkvo"}
+    assert all((projection.bias is not None) == bias for projection in attention.children())
+
+
+def test_by_default_no_bias_no_dropout_and_a_key_value_head_for_each_head():
+    attention = MultiHeadAttention(16, 4)
+    assert {p.shape for p in attention.parameters()} == {(16, 16)}
+    assert attention.dropout == 0
+
+
 @KINDS
 @pytest.mark.parametrize("path", ["loop", "explicit", "fused"])
 @pytest.mark.parametrize("chunks", [[1] * 9, [4, 5], [1, 3, 1, 2, 2]])
@@ -78,6 +91,18 @@ def test_cached_chunks_match_one_pass(kv_heads, path, chunks):
     with torch.no_grad():
         pieces = [attention(part, cache=cache, path=path) for part in x.split(chunks, dim=1)]
         torch.testing.assert_close(torch.cat(pieces, dim=1), attention(x, path="loop"))
+
+
+@pytest.mark.parametrize("path", ["loop", "explicit", "fused"])
+def test_a_mask_covers_the_cached_tokens_too(path):
+    attention, x, cache = MultiHeadAttention(16, 4, 2), torch.randn(2, 6, 16), KVCache()
+    real = torch.ones(2, 1, 1, 6, dtype=torch.bool)
+    real[1, ..., :2] = False  # the second text is padded on the left
+    with torch.no_grad():
+        attention(x[:, :4], real[..., :4], cache, path=path)
+        got = attention(x[:, 4:], real, cache, path=path)
+        torch.testing.assert_close(got[0], attention(x[:1])[0, 4:])
+        torch.testing.assert_close(got[1], attention(x[1:, 2:])[0, 2:])
 
 
 def test_editing_a_token_leaves_earlier_outputs_alone_with_a_cache():
@@ -142,15 +167,17 @@ def test_the_sizes_in_the_docstring_are_those_of_table_1():
 
 
 @pytest.mark.performance
-@pytest.mark.parametrize(("dropout", "stored"), [(0.0, False), (0.1, True)])
-def test_the_fused_kernel_keeps_no_weights_but_a_composition_does(dropout, stored):
+@pytest.mark.parametrize(
+    ("dropout", "value_width", "stored"), [(0.0, 8, False), (0.0, 4, False), (0.1, 8, True)]
+)
+def test_the_fused_kernel_keeps_no_weights_but_a_composition_does(dropout, value_width, stored):
     T, sizes = 64, []
 
     def note(tensor):
         sizes.append(tensor.numel())
         return tensor
 
-    q, k, v = (torch.randn(1, 2, T, 8, requires_grad=True) for _ in range(3))
+    q, k, v = (torch.randn(1, 2, T, K, requires_grad=True) for K in (8, 8, value_width))
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         fused_attention(q, k, v, dropout_p=dropout, causal=True)
     # fused, the largest is the mask, which all heads share
@@ -239,6 +266,10 @@ def test_mistakes_are_named():
         MultiHeadAttention(30, 4)
     with pytest.raises(ValueError, match="num_heads=4 must be divisible by num_kv_heads=3"):
         MultiHeadAttention(32, 4, 3)
+    with pytest.raises(ValueError, match="num_heads=4 must be divisible by num_kv_heads=0"):
+        MultiHeadAttention(32, 4, 0)
+    with pytest.raises(ValueError, match="dropout=1.0 must be at least 0 and below 1"):
+        MultiHeadAttention(32, 4, dropout=1.0)
     with pytest.raises(ValueError, match=r"input must be \(B, T, 8\), got \(2, 8\)"):
         MultiHeadAttention(8, 2)(torch.ones(2, 8))
     with pytest.raises(ValueError, match="path='magic'"):

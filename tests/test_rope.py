@@ -95,6 +95,14 @@ def test_long_range_decay():
     assert far < 0.5 * near
 
 
+def test_similarity_bound_by_hand():
+    # The first partial sum has size 1; the second is |e^jd + e^(jd/2)| = 2 |cos(d/4)|.
+    thetas = torch.tensor([1.0, 0.5])
+    for d in (0, 2, 3 * math.pi):
+        wanted = (1 + 2 * abs(math.cos(d / 4))) / 2
+        assert similarity_bound(d, thetas) == pytest.approx(wanted, abs=1e-6)
+
+
 def test_scalings_change_the_frequencies_they_should():
     thetas = inverse_frequencies(16)
     torch.testing.assert_close(position_interpolation(thetas, 4), thetas / 4)
@@ -161,6 +169,13 @@ def test_yarn_matches_transformers(mscales):
     torch.testing.assert_close(ours[1], sin[..., :16], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("mscales", [(1.0, 0.5), (None, None), (1.0, 1.0)])
+def test_complex_rotations_are_cos_and_sin_of_a_scaled_embedding(mscales):
+    rotary = RotaryEmbedding(8, scaling=YarnScaling(8.0, 128, 32.0, 1.0, *mscales))
+    positions = torch.tensor([[0, 1, 40], [7, 8, 9]])
+    torch.testing.assert_close(rotary.rotations(positions), torch.complex(*rotary(positions)))
+
+
 def test_yarn_sharpens_the_softmax_of_the_layer():
     yarn = YarnScaling(40, 4096, mscale=1.0, mscale_all_dim=1.0)
     plain, scaled = build(), build(yarn)
@@ -210,7 +225,24 @@ def test_angles_stay_float32_for_half_precision_inputs():
     cos, sin = RotaryEmbedding(8).bfloat16()(far)
     assert torch.equal(torch.stack([cos, sin]), torch.stack(RotaryEmbedding(8)(far)))
     assert cos.dtype == torch.float32
-    assert apply_rotary(x, cos, sin).dtype == torch.bfloat16
+    in_float32 = apply_rotary(x.float(), cos, sin)
+    for rotated in (apply_rotary(x, cos, sin), rotate_complex(x, torch.complex(cos, sin))):
+        # The sums are made in FP32 and rounded once, to 8 bits.
+        torch.testing.assert_close(rotated, in_float32.bfloat16(), rtol=2**-8, atol=0)
+
+
+def test_tables_are_float32_on_the_cpu_whatever_the_default():
+    wanted = RotaryEmbedding(8), RotaryEmbedding(8, scaling=YarnScaling(40, 4096))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            got = RotaryEmbedding(8), RotaryEmbedding(8, scaling=YarnScaling(40, 4096))
+    finally:
+        torch.set_default_dtype(before)
+    for ours, plain in zip(got, wanted, strict=True):
+        assert torch.equal(ours.inv_freq, plain.inv_freq)
+        assert ours.inv_freq.dtype == torch.float32
 
 
 def test_every_parameter_gets_a_gradient():
@@ -222,6 +254,8 @@ def test_every_parameter_gets_a_gradient():
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="rotary dim=7 must be even"):
         RotaryEmbedding(7)
+    with pytest.raises(ValueError, match="rotary dim=0 must be even and at least 2"):
+        RotaryEmbedding(0)
     with pytest.raises(ValueError, match="rotary dim=8 must equal qk_rope_head_dim=4"):
         build(qk_rope_head_dim=4)
     with pytest.raises(ValueError, match="YaRN factor=0.5 must be at least 1"):
@@ -232,6 +266,8 @@ def test_mistakes_are_named():
         YarnScaling(2, 0)
     with pytest.raises(ValueError, match="beta_fast=1 must be above beta_slow=32"):
         YarnScaling(2, 4096, beta_fast=1, beta_slow=32)
+    with pytest.raises(ValueError, match="beta_fast=1 must be above beta_slow=1"):
+        YarnScaling(2, 4096, beta_fast=1, beta_slow=1)
     with pytest.raises(ValueError, match="rotary base=1 must be above 1"):
         RotaryEmbedding(8, base=1)
     with pytest.raises(ValueError, match=r"positions must be \(5,\) or \(1, 5\), got \(1,\)"):
@@ -331,6 +367,8 @@ def test_yarn_without_a_softmax_correction():
     assert YarnScaling(40, 4096).softmax_factor == 1
     only_one = YarnScaling(40, 4096, mscale=0.7).cos_sin_factor
     assert only_one == pytest.approx(0.1 * math.log(40) + 1)
+    for not_given in (dict(mscale=0.0, mscale_all_dim=0.7), dict(mscale_all_dim=0.7)):
+        assert YarnScaling(40, 4096, **not_given).cos_sin_factor == only_one
 
 
 def test_smallest_sizes_work():

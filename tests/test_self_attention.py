@@ -25,6 +25,16 @@ def test_batched_module_matches_explicit_loops():
         torch.testing.assert_close(attention(x)[b], expected)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_scores_beyond_the_range_of_exp_are_no_problem(sign):
+    x, same = 20 * torch.eye(3, 4), torch.eye(4)
+    output, weights = self_attention_loops(x, sign * same, same, same)
+    # The scores are ±200 on the diagonal and 0 elsewhere.
+    expected = torch.eye(3) if sign == 1 else (1 - torch.eye(3)) / 2
+    torch.testing.assert_close(weights, expected)
+    torch.testing.assert_close(output, expected @ x)
+
+
 def test_module_uses_its_mask():
     attention, x = SelfAttention(6, 4), torch.randn(1, 5, 6)
     mask = torch.tensor([True, True, True, False, False])
@@ -93,6 +103,12 @@ def test_every_parameter_gets_a_gradient():
     assert graded == {n for n, _ in attention.named_parameters()} - {"k_proj.bias"}
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_all_projections_have_a_bias_or_none(bias):
+    names = {f"{name}_proj.{kind}" for name in "qkv" for kind in ["weight"] + ["bias"] * bias}
+    assert {name for name, _ in SelfAttention(6, 4, bias=bias).named_parameters()} == names
+
+
 def test_dropout_drops_weights_and_keeps_their_mean():
     q, k, v = torch.zeros(4000, 1, 4), torch.zeros(4000, 5, 4), torch.ones(4000, 5, 1)
     output, weights = scaled_dot_product_attention(q, k, v, dropout_p=0.4)
@@ -107,6 +123,19 @@ def test_scale_by_root_of_width_keeps_the_softmax_soft():
     assert sharp > 0.9 and soft < 0.3 and soft_gradient > 3 * sharp_gradient
 
 
+def test_health_of_equal_weights_by_hand():
+    # Scale 0: four weights of 1/4. The gradient at a score is (u − mean of u) / 4, where the four u
+    # have variance 1. The norm of u − mean has a chi distribution with 3 degrees: mean 1.596.
+    weight, gradient = softmax_health(8, scale=0.0, queries=4000, keys=4)
+    assert weight == 0.25
+    assert gradient == pytest.approx(1.596 / 4, rel=0.05)  # five standard errors are 0.033
+
+
+def test_health_depends_on_its_seed_only():
+    first, other = softmax_health(4, 1.0), softmax_health(4, 1.0, seed=1)
+    assert first == softmax_health(4, 1.0, seed=0) != other
+
+
 MISTAKES = [
     (lambda: scaled_dot_product_attention(torch.ones(2, 3), torch.ones(2, 4), torch.ones(2, 4)),
      "query width 3 must equal key width 4"),
@@ -119,6 +148,7 @@ MISTAKES = [
     (lambda: scaled_dot_product_attention(*[torch.ones(2)] * 3), "must each be"),
     (lambda: SelfAttention(4, 2)(torch.ones(2, 5)), r"be \(..., T, 4\), got \(2, 5\)"),
     (lambda: SelfAttention(0, 2), "d_in=0 must be at least 1"),
+    (lambda: SelfAttention(2, 0), "d_out=0 must be at least 1"),
 ]
 
 
