@@ -1,5 +1,6 @@
 """Phase 7: rotations, scaling, and the attention DeepSeek uses."""
 
+import dataclasses
 import math
 
 import pytest
@@ -232,12 +233,13 @@ def test_angles_stay_float32_for_half_precision_inputs():
 
 
 def test_tables_are_float32_on_the_cpu_whatever_the_default():
-    wanted = RotaryEmbedding(8), RotaryEmbedding(8, scaling=YarnScaling(40, 4096))
+    yarn = YarnScaling(40, 4096)
+    wanted = RotaryEmbedding(64), RotaryEmbedding(64, scaling=yarn)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
-            got = RotaryEmbedding(8), RotaryEmbedding(8, scaling=YarnScaling(40, 4096))
+            got = RotaryEmbedding(64), RotaryEmbedding(64, scaling=yarn)
     finally:
         torch.set_default_dtype(before)
     for ours, plain in zip(got, wanted, strict=True):
@@ -300,12 +302,11 @@ def test_rotated_attention_trains_after_inference_on_the_same_positions():
     assert attention.o_proj.weight.grad.norm() > 0
 
 
-def test_slices_at_odd_places_are_rotated():
-    memory, rotations = torch.randn(1, 5, 27), torch.polar(torch.ones(5, 4), torch.rand(5, 4))
-    part = memory[..., 19:]
-    torch.testing.assert_close(
-        rotate_complex(part, rotations), rotate_complex(part.clone(), rotations)
-    )
+def test_slices_at_odd_places_and_transposed_tensors_are_rotated():
+    rotations = torch.polar(torch.ones(5, 4), torch.rand(5, 4))
+    for part in (torch.randn(1, 5, 27)[..., 19:], torch.randn(1, 8, 5).transpose(1, 2)):
+        plain = torch.tensor(part.tolist())
+        torch.testing.assert_close(rotate_complex(part, rotations), rotate_complex(plain, rotations))
 
 
 def rotated_content(T=5, S=5, N=6, C=8):
@@ -369,6 +370,12 @@ def test_yarn_without_a_softmax_correction():
     assert only_one == pytest.approx(0.1 * math.log(40) + 1)
     for not_given in (dict(mscale=0.0, mscale_all_dim=0.7), dict(mscale_all_dim=0.7)):
         assert YarnScaling(40, 4096, **not_given).cos_sin_factor == only_one
+
+
+def test_a_scaling_keeps_the_values_that_were_checked():
+    yarn = YarnScaling(40, 4096)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        yarn.factor = 0.5
 
 
 def test_smallest_sizes_work():
