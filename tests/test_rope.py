@@ -305,8 +305,8 @@ def test_rotated_attention_trains_after_inference_on_the_same_positions():
 def test_slices_at_odd_places_and_transposed_tensors_are_rotated():
     rotations = torch.polar(torch.ones(5, 4), torch.rand(5, 4))
     for part in (torch.randn(1, 5, 27)[..., 19:], torch.randn(1, 8, 5).transpose(1, 2)):
-        plain = torch.tensor(part.tolist())
-        torch.testing.assert_close(rotate_complex(part, rotations), rotate_complex(plain, rotations))
+        rotated = rotate_complex(torch.tensor(part.tolist()), rotations)
+        torch.testing.assert_close(rotate_complex(part, rotations), rotated)
 
 
 def rotated_content(T=5, S=5, N=6, C=8):
