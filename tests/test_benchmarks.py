@@ -124,7 +124,7 @@ def test_dense_models_have_their_size_and_no_dropout(beside, kind):
     model = dense.dense_model(kind, "small", vocabulary=50, context=16).train()
     ids = torch.randint(50, (1, 16))
     assert torch.equal(model(ids).logits, model(ids).logits)
-    assert model.get_input_embeddings().weight.shape == (50, 192)
+    assert model.get_input_embeddings().weight.shape == (50, 128)
 
 
 # %% Aims

@@ -310,9 +310,9 @@ def test_a_stopped_run_resumes_with_the_same_figures(small_run, tmp_path, monkey
 
 def test_the_options_of_a_run_and_their_limits():
     assert vars(RunOptions()) == dict(
-        config=str(SMALL_CONFIG), data=None, steps=None, minutes=None, seed=0, batch_size=4,
-        sequence_length=256, learning_rate=3e-3, precision="auto", optimizer="muon",
-        mtp_weight=0.3, mtp_from=0.7, gamma=0.005,
+        config=str(SMALL_CONFIG), data=None, steps=None, minutes=None, seed=0, batch_size=8,
+        sequence_length=256, learning_rate=4e-3, precision="auto", optimizer="muon",
+        beta2=0.99, mtp_weight=0.3, mtp_from=0.7, gamma=0.005,
     )
     smallest = dict(seed=0, batch_size=1, sequence_length=3, mtp_weight=0, mtp_from=0, gamma=0)
     RunOptions(**smallest, learning_rate=1e-9)
