@@ -17,8 +17,8 @@ In training, dropout sets each weight to 0 with probability p and multiplies the
 1 / (1 − p). Their mean stays, and the model learns not to rely on a single key.
 
 Paper: Vaswani et al., "Attention Is All You Need" (2017, arXiv:1706.03762), section 3.2.3
-(masking). Section 5.4 has dropout on sub-layer outputs and embeddings; only the authors' code has
-it on the attention weights.
+(masking). Section 5.4 applies dropout to sub-layer outputs and embeddings. The authors' code also
+applies it to the attention weights.
 Simplified: one head, no output projection.
 Before: phase 1. Reading 7 minutes, running 2 seconds.
 
@@ -106,9 +106,9 @@ def largest_leak_by_perturbation(attention, x):
 
 
 def gradient_reach(attention, x):
-    """Returns a table (T, T): in row i the size of output i's gradient at each input j. x: (T, D).
+    """Returns a table (T, T): entry i, j is the size of output i's gradient at input j. x: (T, D).
 
-    The gradient is that of the sum of output i's numbers.
+    We differentiate the sum of output i's numbers.
     """
     x = x.detach().requires_grad_()
     output = attention(x)
@@ -140,9 +140,9 @@ def main(demo, arguments):
     demo.check("changing a token changes no earlier output", "(T, V)", f"leak {leak}", leak == 0)
     reach_TT = gradient_reach(attention, x_TD)
     later, own = reach_TT.triu(1).max(), reach_TT.diagonal().min()
-    demo.check("gradient: none at later tokens, some at the own one", "(T, T)",
+    demo.check("gradient: zero at later tokens, not at its own", "(T, T)",
                f"later {later:.1e}, own at least {own:.1e}", later == 0 and own > 0)
-    unmasked = SelfAttention(16, 8).to(demo.device)  # both tests must see what phase 1 leaks
+    unmasked = SelfAttention(16, 8).to(demo.device)  # both tests must find phase 1's leak
     leak = largest_leak_by_perturbation(unmasked, x_TD)
     later = gradient_reach(unmasked, x_TD).triu(1)
     demo.check("without a mask, both tests find a leak", "(T, V), (T, T)",

@@ -240,8 +240,8 @@ def training_flops_per_token(model, context):
 # %% Muon: every direction of a matrix learns at the same pace
 # Each row a, b, c is one step: X ← aX + bAX + cA²X with A = X Xᵀ. It maps each singular value s of
 # X to as + bs³ + cs⁵ and keeps the singular vectors. The three steps bring all s from 0.01 to 1
-# into 0.73 … 1.27. Each step is the best one for the values that the step before it leaves (Polar
-# Express).
+# into 0.73 … 1.27. Each row is the best choice for the values that the row before it leaves
+# (Polar Express).
 NEWTON_SCHULZ = (
     (8.0934, -23.6204, 17.4461), (3.6366, -2.7219, 0.5365), (2.6613, -1.9771, 0.4526),
 )
@@ -299,9 +299,9 @@ def build_optimizers(model, peak_rate, muon=True, precision=torch.float32, beta2
     tokens; the router, which has only a few rows; the experts, whose many matrices would cost more
     time than they gain; norms and biases. Norms, biases and the router have no weight decay.
 
-    AdamW divides each step by a mean over the squares of about the last 1/(1 − β₂) gradients. V3
-    has β₂ = 0.95: 20 steps, each of millions of tokens. A step of ours has 2,048, where rare tokens
-    are missing and an expert gets few. With β₂ = 0.99, the mean covers 100 of them.
+    AdamW divides each step by the root mean square of about the last 1/(1 − β₂) gradients. V3 has
+    β₂ = 0.95: 20 gradients, each from millions of tokens. Ours come from 2,048 tokens, so rare
+    tokens are missing and an expert sees few tokens. With β₂ = 0.99, 100 gradients count.
     """
     named = dict(model.named_parameters())
     spared = (".gate.", "embed_tokens", "lm_head", ".experts.")
@@ -448,7 +448,7 @@ class AlignmentRun(aligning.AlignmentRun):
 def check_published_sizes(demo):
     """Builds V3 from its own config.json, without memory, and compares it with published numbers.
 
-    Published are 671 and 37 billion parameters, 70.272 KB and 250 GFLOPs. We count 36.6 billion
+    Published: 671 billion parameters, 37 active, 70.272 KB and 250 GFLOPs. We count 36.6 billion
     active parameters without the input embedding and 37.6 with it. So we assume that the 37 leave
     it out. The exact size of the MTP module is our own sum. V3's README_WEIGHTS.md says 11.5
     billion without embedding and head. Its README says 14 with copies of both; we count 13.5.
@@ -460,10 +460,10 @@ def check_published_sizes(demo):
     flops = round(training_flops_per_token(model, context=4096))
     for what, published, unit, ours in (
         ("parameters of the main model", 671, billion, counts["total"]),
-        ("of these active, input embedding apart", 37, billion, counts["active_without_embedding"]),
+        ("active, without the input embedding", 37, billion, counts["active_without_embedding"]),
         ("parameters of the MTP module, by our own sum", 11_610_067_968, 1, counts["mtp"]),
         ("bytes of BF16 cache a token", 70_272, 1, 2 * cache_elements(config)),
-        ("FLOPs to train on a token of 4,096", 250, billion, flops),
+        ("FLOPs to train on a token, context 4,096", 250, billion, flops),
     ):
         ok = round(ours / unit) == published
         demo.check(f"V3: {what}", f"{published:,}{' · 10⁹' * (unit > 1)}", f"{ours:,}", ok)

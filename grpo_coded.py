@@ -5,8 +5,8 @@ each prompt, and a program rewards each by a rule. Training makes a completion l
 reward is above the mean of its group, and rarer if it is below. PPO compares with the estimate of
 a second network, the value network; GRPO needs only the group. One set of completions serves
 several updates. After the first update, the policy differs from the policy that wrote them. The
-ratio of the two probabilities corrects each token's gradient for this. A token that has already
-moved far in the direction of its advantage is clipped: it gets no gradient. A penalty can keep the
+ratio of the two probabilities corrects each token's gradient for this. Once its ratio has moved far
+in the direction of the advantage, a token is clipped: it gets no gradient. A penalty can keep the
 policy near a frozen copy, the reference.
 
 The script builds this loss in rungs, one change at a time:
@@ -17,7 +17,7 @@ The script builds this loss in rungs, one change at a time:
                         min{ρ Â, clip(ρ, 1 − ε, 1 + ε) Â} in place of Â log π
     4  mean over tokens 1/|o_i| Σ_t in place of Σ_t
     5  KL penalty       − β k3,  k3_i,t = π_ref/π − log(π_ref/π) − 1   ≥ 0, estimates KL(π ‖ π_ref)
-    6  variants         dr_grpo  Â without std; Σ_t of rung 3 again, over a constant length
+    6  variants         dr_grpo  Â without std; Σ_t of rung 3, divided by a constant
                         dapo     ε 0.2 below, 0.28 above; the mean is over all tokens; new prompts
                                  replace those whose group has equal rewards; completions that run
                                  out of room are punished
@@ -104,12 +104,12 @@ def has_signal(rewards, group_size):
     return (groups.amin(dim=1) != groups.amax(dim=1)).repeat_interleave(group_size)
 
 
-# %% Rung 3: several updates from one rollout. The ratio corrects for it, the clip bounds it
+# %% Rung 3: several updates from one rollout, corrected by a ratio that a clip bounds
 def clipped_gain(ratio, advantages, clip_low, clip_high):
     """min{ρ Â, clip(ρ) Â}: no gradient once ρ is far enough above 1 (Â > 0) or below 1 (Â < 0).
 
-    ε = 0.2: with Â = 1, the ratios 1.5 and 0.5 give 1.2, which is clipped, and 0.5; with Â = −1
-    they give −1.5 and −0.8, which is clipped. A token that moved the wrong way keeps its gradient.
+    ε = 0.2: with Â = 1, ratio 1.5 gives 1.2 (clipped), and 0.5 gives 0.5. With Â = −1, 1.5 gives
+    −1.5, and 0.5 gives −0.8 (clipped). A token that moved the wrong way keeps its gradient.
     """
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     return torch.minimum(ratio * advantages, clipped * advantages)
@@ -232,7 +232,7 @@ def grpo_loss(
         old_logp: by the policy that drew them. ref_logp: by the reference; None if `kl_coef` is 0.
         mask: (B, L), True for the tokens that count: `completion_mask`. Values elsewhere, even NaN,
             change nothing.
-        clip_low, clip_high: how far ρ may move below and above 1; None: as the variant published.
+        clip_low, clip_high: how far ρ may move below and above 1; None: the variant's own ε.
         kl_coef: β. max_length: the constant length of dr_grpo, default L.
     Raises: ValueError for wrong shapes, an unknown variant, or settings out of range.
     """
@@ -406,8 +406,8 @@ def collect(policy, task, settings, step):
 def grpo_step(policy, reference, optimizer, task, settings, step):
     """Step number `step`, counted from 0: changes the policy and returns the step's figures.
 
-    The figures are of `rollout_figures` and `update`, and `kl` of the drawing policy, measured on
-    one completion of each prompt.
+    The figures are those of `rollout_figures` and `update`, and `kl`: that of the policy before
+    the update, on one completion of each prompt.
     """
     s, (rollout, drawn) = settings, collect(policy, task, settings, step)
     compared = rollout.rows(slice(0, None, s.group_size))
@@ -423,7 +423,7 @@ def update(policy, reference, optimizer, rollout, settings, step):
     """One update for each minibatch, then one of the routing bias; returns the mean figures.
 
     A completion with zero advantage has zero gradient: it is skipped, but counted in the average.
-    With a KL penalty, only completions of groups without signal are skipped. `weight` is the
+    With a KL penalty, it has one; then only groups without signal are skipped. `weight` is the
     share of the completions (dapo: of the tokens) that are left: if 2 of 8 are left,
     weight = 1/4 turns the mean of 2 into a mean of 8. The balance loss and the load of the experts
     leave out the skipped completions.
@@ -507,7 +507,7 @@ class Settings:
     learning_rate: float = setting(4e-4, "its highest value", above=0)
     momentum: float = setting(0.0, "AdamW's beta 1", at_least=0, below=1)
     kl_coef: float = setting(0.0, "β, the penalty's weight", at_least=0)
-    refresh_reference: int = setting(0, "steps until it is the policy, 0: never", at_least=0)
+    refresh_reference: int = setting(0, "steps between its refreshes, 0: never", at_least=0)
     rollout_logprobs: bool = setting(False, "π_old from the rollout, not from a training pass")
     gamma: float = setting(0.0, "how far the routing bias moves after a step", at_least=0)
     resamplings: int = setting(2, at_least=0, below=15)  # how often dapo may draw again
@@ -589,7 +589,7 @@ def small_policy(width=96, layers=3):
 def warm_up(policy, prompts, watched, seed, most_steps, target=0.25, batch=128):
     """Supervised steps on sums until `target` of the sampled answers are right; returns the steps.
 
-    From step 100 on, it tests every five steps on the `watched` prompts; at most `most_steps`.
+    From step 100 on, it tests the `watched` prompts every five steps. It ends after `most_steps`.
     """
     device, source = policy.lm_head.weight.device, random.Random(seed)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-3, betas=(0.0, 0.99), weight_decay=0.0)
@@ -640,7 +640,7 @@ def train(policy, task, settings, steps):
 
 # %% The proofs
 def check_baseline(demo, groups=20_000, G=4):
-    """Rung 2 has the direction of rung 1 with less noise. Here a completion is one of 8 tokens."""
+    """Rung 2 has the direction of rung 1 with less noise. A completion is one token of 8."""
     log_p = torch.randn(8, device=demo.device).log_softmax(dim=0)
     p, prizes = log_p.exp(), 10 + torch.rand(8, device=demo.device)
     drawn_B = torch.multinomial(p, groups * G, replacement=True)
@@ -674,7 +674,7 @@ def check_rungs(demo):
     ]
     rung_2, rung_3, rung_4 = (torch.autograd.grad(loss, logp)[0] for loss in losses)
     demo.same("at ρ = 1 the ratio changes nothing", "∇ (B, L)", rung_3, rung_2)
-    demo.same("without a penalty, grpo_loss is rung 3 over |o|", "∇ (B, L)",
+    demo.same("without a penalty, grpo_loss is rung 3 / |o|", "∇ (B, L)",
               rung_4, rung_3 / lengths_B1)
     log_p, log_ref = torch.randn(2, 8, device=demo.device).log_softmax(dim=1)
     kl, mean_k3 = ((log_p.exp() * each).sum() for each in (log_p - log_ref, k3(log_p, log_ref)))
@@ -719,7 +719,7 @@ def check_cached_logprobs(demo, policy, task, settings):
     rollout = judged(policy, prompts, task, settings, other)
     logp = fixed_logprobs(policy, rollout, settings)
     off = (logp - rollout.logp)[rollout.mask].abs().max()
-    demo.check("π_old from the cache: nearly the training one", "(B, L)",
+    demo.check("π_old by cached passes ≈ π_old by a training pass", "(B, L)",
                f"log π off by {off:.0e} at most", off < 1e-3)
 
 

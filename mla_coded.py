@@ -60,8 +60,8 @@ class LatentCache(caches.Cache):
 class MultiHeadLatentAttention(nn.Module):
     """MLA with the projections of the released checkpoints.
 
-    `q_lora_rank` is Q, or None for a plain `q_proj` (V2-Lite). Each head has the rows [N | R] in
-    `q_b_proj` (or `q_proj`) and [N | V] in `kv_b_proj`. `kv_a_proj_with_mqa` has the rows [C | R].
+    `q_lora_rank` is Q, or None for a plain `q_proj` (V2-Lite). Each head has N, then R rows
+    in `q_b_proj` (or `q_proj`), and N, then V in `kv_b_proj`. `kv_a_proj_with_mqa` has C, then R.
     The norms of the latents have eps 1e-6, even if the model's other norms have another eps.
     """
 
@@ -204,7 +204,7 @@ class MultiHeadLatentAttention(nn.Module):
         return torch.einsum("bhtc,hvc->bhtv", mixed_BHTC, w_uv_HVC)
 
     def absorbed(self, q_nope_BHTN, q_rope_BHTR, memory, mask):
-        """The same as multi-query attention (phase 3): the memory is the only key/value head.
+        """This is multi-query attention (phase 3): the memory is the only key/value head.
 
         The dot product of [q_latent | q_R] and [c_KV | k_R] is the sum of both scores. The memory
         also serves as the values. Its last R columns are not needed there: they are cut off.
@@ -244,7 +244,7 @@ def decode_flops(attention, context, path):
     require(path in ("expanded", "absorbed"), f"path={path!r} must be 'expanded' or 'absorbed'")
     if path == "expanded":
         return 2 * context * C * H * (N + V) + 2 * context * H * (N + R + V)
-    # The second C + R: as values, the R columns are averaged like the latents, then cut off.
+    # C + R twice: the values have R columns, too, which are averaged and then cut off.
     return 2 * H * C * (N + V) + 2 * context * H * (C + R + C + R)
 
 
@@ -309,7 +309,7 @@ def main(demo, arguments):
     fewer = context == 1 or absorbed < expanded
     what = f"V3, one layer, one token, {context} keys: {expanded / absorbed:.0f}× fewer"
     demo.check(what, "GFLOP", figure, fewer)
-    demo.finish("--context 131072: absorbed needs 114× fewer, at --context 1 about as many",
+    demo.finish("--context 131072: 114× fewer FLOPs absorbed; --context 1: about as many",
                 "--kv-lora-rank 8: 64 cached bytes per token, but keys and values of lower rank")
 
 

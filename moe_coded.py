@@ -67,7 +67,7 @@ def swiglu(x, gate_up, down):
 
 # %% Routing: the decision of a router
 class Routing(NamedTuple):
-    """The chosen experts of M tokens, all in FP32: a rounded score may choose another expert.
+    """What M tokens chose, computed in FP32: with rounded scores, the choice could change.
 
     weights (M, A) of the chosen experts' outputs; indices (M, A) of the chosen experts; scores
     (M, E) of all experts. kept (M, A): False where an expert had no room for the token; None if
@@ -124,7 +124,7 @@ class SwitchRouter(nn.Module):
 
 # %% DeepSeekMoE: the best A of many small experts, chosen within the best groups
 SCORING = {"softmax": functools.partial(torch.softmax, dim=-1), "sigmoid": torch.sigmoid}
-# A group's score is the sum of its best scores. This is how many of them count.
+# A group's score is the sum of its best scores. This is how many of them are added.
 BEST_OF_GROUP = {"greedy": 1, "group_limited_greedy": 1, "noaux_tc": 2}
 
 
@@ -199,7 +199,7 @@ class TopKRouter(surgery.TypesKept):
 
         load_E (E,): how often each expert was chosen. An expert above the mean load loses `gamma`,
         one below it gains `gamma`: loads (6, 2, 4, 4) have the mean 4 and change b by
-        (−γ, +γ, 0, 0). Zero loads change nothing, and a router without bias ignores the call.
+        (−γ, +γ, 0, 0). Loads that are all 0 change nothing; a router without bias ignores the call.
         """
         if self.topk_method == "noaux_tc":
             load_E = load_E.float()
@@ -372,8 +372,8 @@ class TransformerBlock(nn.Module):
 
 # %% Balance losses: they train the router to use all experts equally
 # Scores are (B, T, E) or (M, E), indices (B, T, A) or (M, A). Padding (token_mask False) is left
-# out. Each loss is α if the load is even. (The communication loss is α if, in addition, each token
-# is sent to as many devices as it may be.) An uneven load usually costs more, because the mean
+# out. Each loss is α if the load is even. (The communication loss is α if each token
+# also goes to `max_devices` devices.) An uneven load usually costs more, because the mean
 # score P is high for experts that are chosen often:
 #
 #     scores (.7 .1 .1 .1) and (.5 .3 .1 .1), both tokens choose experts 0 and 1
@@ -445,7 +445,7 @@ def by_devices(per_expert, devices):
 def sequence_balance_loss(scores_BTE, indices_BTA, alpha, token_mask=None):
     """α Σ_i f_i P_i within each sequence, averaged over sequences (V3, equations 17–20).
 
-    f counts the top A of the scores, without bias and groups; only A is taken from `indices_BTA`.
+    f counts the top A scores, without bias and groups; `indices_BTA` only tells how large A is.
     P is the mean of the scores after division by their sum over all experts. A sequence that has
     only padding does not count.
     """
@@ -543,7 +543,7 @@ def check_dropped_tokens(demo, layer, x_BTD):
 def check_balance_losses(demo):
     """Every loss equals its α if experts, devices and sequences are used evenly."""
     even_ME, turns_MA = torch.full((64, 8), 1 / 8), torch.arange(128).view(64, 2) % 8
-    # The best two experts of each token lie one further than those of the token before.
+    # From token to token, the best two experts move on by one.
     turning_BTE = torch.stack([torch.linspace(1, 2, 8).roll(t) for t in range(8)])[None]
     losses = {
         "Switch": (switch_balance_loss(even_ME, torch.arange(64)[:, None] % 8, 0.01), 0.01),

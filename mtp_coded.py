@@ -8,7 +8,7 @@ came, and passes both through one block. It uses the embedding and the output he
 model. After training, we can drop the modules. Or we keep them for speculative decoding: they draft
 the next tokens, and the main model checks all drafts in one pass. This changes only speed: in exact
 arithmetic, greedy text is identical and sampled text has the same distribution. In FP32, greedy
-text can differ only where two tokens tie up to rounding.
+text differs only where rounding decides between two almost equal tokens.
 
     h_k,i = RMSNorm(Block_k( W_k [ RMSNorm(Emb(t_{i+k})) ; RMSNorm(h_{k−1,i}) ] ))
     P_k(t_{i+k+1}) = softmax(Head(h_k,i))
@@ -101,8 +101,8 @@ class MultiTokenPredictor(nn.Module):
         """Normed states of the module before, and the tokens k ahead → normed states of this one.
 
         hidden (B, T, D), future_ids (B, T): future_ids[:, i] is t_{i+k}. Returns (B, T, D). `head`
-        makes logits for t_{i+k+1} of it, and the next module takes it as it is. `options` go to
-        the block.
+        turns it into logits for t_{i+k+1}, and the next module reads it unchanged. `options` go
+        to the block.
         """
         return self.norm(self.block(self.join(hidden, future_ids), **options))
 
@@ -197,8 +197,8 @@ def speculative_generate(model, input_ids, max_new_tokens, temperature=0.0, gene
 
     The first pass reads the prompt and checks no drafts. Later rounds draft from the hidden states
     of the pass before. No state depends on later tokens, so the states before a rejected draft are
-    right. Only these states are kept: each pass and each module reads the whole text again. This
-    shows the idea but saves no time. `pipeline/decoding.py` does, with caches and for batches.
+    right. Nothing else is kept: each pass and each module reads the whole text again. This shows
+    the idea but saves no time. `pipeline/decoding.py` saves time, with caches and for batches.
 
     In FP32 the greedy text is the same, token for token, up to ties in the last bit. Sampled text
     has the same distribution. Figures: `forwards` (passes), `drafted` and `accepted` tokens.
@@ -223,7 +223,7 @@ def speculative_generate(model, input_ids, max_new_tokens, temperature=0.0, gene
 
 
 def draft(model, ids, hidden, count, sampling):
-    """Drafts for the tokens behind ids (1, T): (1, count), and the distributions they come from.
+    """Drafts of the tokens after ids (1, T): (1, count), and the distributions they come from.
 
     hidden: the main model's states (1, T − 1, D). The main model has not read the last token yet.
     Module k needs the token k ahead of each state. For tokens 0–6, the states are those of tokens
@@ -247,7 +247,7 @@ def verify(logits, drafts, draft_chances, sampling):
     """How many drafts to accept from the left, (B,), and the main model's next token, (B,).
 
     logits (B, d + 1, W): the main model's, at the token before the drafts and at each draft.
-    drafts (B, d), drawn from draft_chances (B, d, W); None if greedy or if nothing was drafted.
+    drafts (B, d). draft_chances (B, d, W): what they were drawn from; None if greedy or d = 0.
 
     Greedy: accept a draft if it is the main model's choice. Sampling (Leviathan et al., 2023,
     section 2.3): accept a draft x, drawn from q, with probability min(1, p(x)/q(x)). After a
@@ -312,13 +312,13 @@ class Sampling(SamplingOptions):
         """One token for each row of (B, W), whose numbers need not sum to 1. Returns (B,).
 
         A uniform number falls between two running sums of the row, and so chooses a token. With
-        .25 .5 .25 the sums are .25 .75 1: a number below .25 gives token 0, .25 or .7 token 1.
+        .25 .5 .25 the sums are .25 .75 1: below .25 is token 0, from .25 to below .75 token 1.
         """
         sums = probabilities.cumsum(dim=-1)
         total = sums[:, -1:]
         require(((total > 0) & total.isfinite()).all(), "the model's probabilities are not finite")
         place = torch.rand(total.shape, device=sums.device, generator=self.generator) * total
-        below = total.nextafter(torch.zeros_like(total))  # rounding may reach the total itself
+        below = total.nextafter(torch.zeros_like(total))  # the product may round to total
         return torch.searchsorted(sums, place.minimum(below), right=True).squeeze(1)
 
 
@@ -465,7 +465,7 @@ def check_untrained(demo, ids_BT):
 
 
 def check_sight(demo, ids_BT):
-    """Token 9 is edited. The first row that changes shows how far ahead of itself a row reads."""
+    """Token 9 is edited. The first row that changes shows how far ahead a row reads."""
     edited_BT = ids_BT.clone()
     edited_BT[:, 9] = (ids_BT[:, 9] + 1) % 32
     for mtp_class, what, wanted in (

@@ -3,7 +3,7 @@
 One head gives each token one set of weights, so it can follow one relation at a time. Multi-head
 attention runs H small heads side by side and mixes their outputs with one matrix. When a model
 generates token by token, the keys and values of past tokens do not change, so a cache keeps them.
-After a long context, this cache makes decoding expensive, more than the arithmetic does. In
+After a long context, decoding spends more time on reading this cache than on arithmetic. In
 grouped-query attention (GQA), several query heads share one key/value head, so the cache is
 smaller. Multi-query attention (MQA) has a single key/value head. Phase 4 shows DeepSeek's way.
 
@@ -60,8 +60,8 @@ def attention_by_heads(query, key, value, mask=None, dropout_p=0.0, causal=False
 def allowed_keys(query, key, mask=None, causal=True):
     """The mask that is True where a query may attend to a key; None if all may attend to all.
 
-    Its shape is (B, H, T, S), with 1 for each dimension that makes no difference. The causal mask
-    alone is (1, 1, T, S).
+    Its shape is (B, H, T, S). A dimension that makes no difference is 1: the causal mask alone is
+    (1, 1, T, S).
     """
     T, S = query.shape[-2], key.shape[-2]
     if causal:
@@ -140,8 +140,8 @@ def fused_attention(query, key, value, mask=None, scale=None, dropout_p=0.0, cau
     With 4,096 tokens, 128 heads have 128 · 4096² weights: 4.3 GB a layer at 2 bytes a number. The
     running numbers are 2 + V for each query and head, which is 0.1 GB at V = 128.
 
-    The kernel's own causal flag lines up the *first* query with the first key: 2 queries over 4
-    keys would see 1 and 2 of them, but 3 and 4 are right. So we pass a mask instead. Where no fused
+    The kernel's own causal flag lines up the *first* query with the first key: with 4 keys, 2
+    queries would see 1 and 2 keys, not 3 and 4. So we pass a mask instead. Where no fused
     kernel fits, PyTorch stores all weights: on a CPU with dropout, for example.
 
     query (B, H, T, K), key (B, groups, S, K), value (B, groups, S, V) → (B, H, T, V).
@@ -216,7 +216,7 @@ def check_paths(demo, attention, x_BTD, kind):
 
 
 def heads_read(attend, heads, groups):
-    """The key/value head that each query head reads. All values of head g are the number g."""
+    """The key/value head that each query head reads. To see it, all values of head g are g."""
     number = torch.arange(float(groups)).reshape(1, groups, 1, 1)
     read = attend(torch.ones(1, heads, 1, 1), torch.ones_like(number), number)
     return read.flatten().int().tolist()

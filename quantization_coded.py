@@ -1,8 +1,8 @@
 """Phase 8: quantisation, a model in fewer bits and what it costs.
 
 A weight does not need 32 bits. Rounded to one of 255 values it takes a quarter of the bytes, and to
-one of 15 values an eighth. Decoding mostly waits for weights, so it can become faster by as much
-(benchmarks/quantization.py measures it). Few bits are not the problem. Numbers that share a scale
+one of 15 values an eighth. Decoding mostly waits for weights, so it can gain the same factor
+(benchmarks/quantization.py measures it). The difficulty is the scale. Numbers that share a scale
 share a grid, and one large number makes this grid coarse for all of them. Part 1 is about one
 matrix: which numbers share a scale (those of a tensor, row, group or tile), what to do with large
 numbers (LLM.int8(), SmoothQuant), and how to round so that outputs change least (GPTQ, AWQ). Part 2
@@ -128,7 +128,7 @@ def zero_point_quantize(x, bits=8, dim=None):
 
 
 def rounding_and_clipping(x, bits, largest):
-    """Mean squared error of a grid that ends at `largest`: (of numbers within it, of the rest)."""
+    """Mean squared error of a grid up to `largest`, in two parts: (rounding, clipping)."""
     scale = largest / largest_code(bits)
     error = (x - nearest_codes(x, scale, bits) * scale) ** 2
     inside = x.abs() <= largest
@@ -159,8 +159,8 @@ def float8_grid(exponent_bits, mantissa_bits):
 
     E4M3 (4 bits of exponent, 3 of mantissa) has no infinity, and only its last pattern is NaN, so
     it ends at 448. E5M2 keeps the whole last exponent for infinity and NaN, as IEEE does, and ends
-    at 57,344. From 1 to 2, the steps of E4M3 are 1/8; from 256 on, they are 32. A step is always an
-    eighth of the power of two below it, down to 1/64. Below 1/64, the steps stay 1/512.
+    at 57,344. From 1 to 2, the steps of E4M3 are 1/8; from 256 on, they are 32. Down to
+    1/64, a step is 1/8 of the power of two below the number. Below 1/64, the steps stay 1/512.
     """
     bias = 2 ** (exponent_bits - 1) - 1
     values = []
@@ -257,7 +257,7 @@ class InputStatistics:
         self.total = torch.zeros(width, device=device)  # Σ |x_j|
 
     def add(self, x):
-        rows = x.reshape(-1, len(self.total)).float()
+        rows = x.detach().reshape(-1, len(self.total)).float()
         if len(rows):
             self.hessian += rows.T @ rows
             self.largest = torch.maximum(self.largest, rows.abs().amax(dim=0))
@@ -303,8 +303,8 @@ def gptq(
 
     One Cholesky factor U of H⁻¹ (H⁻¹ = Uᵀ U) replaces all inverses of the naive reference: their
     [H⁻¹]_ij / [H⁻¹]_ii is U_ij / U_ii. A few columns at a time are finished; then all later columns
-    are corrected at once. Scales are those of the original weights, so groups stay together even
-    if `activation_order` takes the columns with the largest inputs first.
+    are corrected at once. Scales are fixed beforehand: a column keeps its group's scale even if
+    `activation_order` takes the columns with the largest inputs first.
 
     weight (out, in); hessian Σ x xᵀ (in, in). dampening: this share of the mean of H's diagonal is
     added to the diagonal. Returns codes (out, in) and BF16 scale (out, groups).
@@ -676,7 +676,7 @@ def matrix_bytes(model):
 
 # %% Training with rounded weights
 class FakeQuantize(nn.Module):
-    """Weights (..., out, in) → the same weights as the integer layer will hold them.
+    """Weights (..., out, in) → the rounded weights that the integer layer will hold.
 
     Training changes the exact weights: small steps add up until a weight rounds to the next code.
     """
@@ -751,8 +751,8 @@ class Fp8TrainingLinear(nn.Linear):
 def prepare_fp8_training(model):
     """Returns a copy whose blocks train in simulated FP8.
 
-    As in V3, embedding, head, router, norms and the attention operator do not, but the projections
-    around attention do.
+    As in V3, embedding, head, router, norms and the attention operator keep their precision.
+    The projections around attention use FP8.
     """
     model = listed_experts(surgery.changeable_copy(model, CausalLM))
     for block in model.blocks():
@@ -814,9 +814,9 @@ def show_shared_scales(demo):
         codes, scale = absmax_quantize(view, 8, dim)
         errors[name] = relative_error((codes * scale).view_as(x)[:, 64:], x[:, 64:])
     figures = ", ".join(f"{name} {error:.4f}" for name, error in errors.items())
-    demo.note("INT8, one column is 30 × the others; error of columns 64…255, one scale for each:")
+    demo.note("INT8, one column is 30 × the others; error of columns 64…255 with one scale per:")
     demo.note(f"    {figures}")
-    demo.check("it matters which numbers share a large one's scale", "(256, 256)",
+    demo.check("sharing a large number's scale costs precision", "(256, 256)",
                " > ".join(errors), sorted(errors, key=errors.get, reverse=True) == list(errors))
     one_sided = torch.rand(64, 64, device=demo.device) + 0.5
     codes, scale, zero = zero_point_quantize(one_sided)
@@ -869,12 +869,12 @@ def show_outliers(demo):
         "LLM.int8()": llm_int8_product(x, *by_row),
         "SmoothQuant": w8a8_product(x / smoothing, *round_nearest(weight * smoothing, 8)),
     }
-    # The outliers make most of the output, so errors are compared with the others' part of it.
+    # The outliers make most of the output, so errors are divided by the output of the rest.
     ordinary = torch.ones(256, dtype=torch.bool, device=demo.device)
     ordinary[[3, 77, 200]] = False
     size = F.linear(x[:, ordinary], weight[:, ordinary]).norm()
     errors = {name: ((y - exact).norm() / size).item() for name, y in outputs.items()}
-    demo.note("three of 256 input columns are 60 × the others; error over the other 253's output:")
+    demo.note("three of 256 input columns are 60 × the others; error / output of the other 253:")
     for name, error in errors.items():
         demo.note(f"    {name:<26} {error:.4f}")
     plain, rows, mixed, smoothed = errors.values()
@@ -904,7 +904,7 @@ def show_methods(demo, bits):
     }
     errors = {name: output_error(weight, w, statistics.hessian) for name, w in rounded.items()}
     figures = ", ".join(f"{name} {error / errors['nearest']:.3f}" for name, error in errors.items())
-    demo.check(f"{bits} bits: ‖(W − Ŵ) X‖² over nearest's", "", figures,
+    demo.check(f"{bits} bits: ‖(W − Ŵ) X‖² / nearest's", "", figures,
                errors["GPTQ"] < errors["AWQ"] <= errors["nearest"])
 
 
@@ -959,7 +959,7 @@ def show_schemes(demo, model, bits, steps):
     calibration = small_language(4096, seed=3).view(64, 64).to(demo.device)
     base = held_out_loss(model)
     demo.note(f"the small model, {base:.4f} nats a token in FP32; matrices' bytes and loss:")
-    low = {f"{bits} bits a row, {method}": Scheme(bits=bits, method=method)
+    low = {f"{bits}-bit rows, {method}": Scheme(bits=bits, method=method)
            for method in ("nearest", "awq", "gptq")}
     losses = {}
     for name, scheme in {**SCHEMES, **low}.items():
@@ -974,7 +974,7 @@ def show_schemes(demo, model, bits, steps):
     quantized, ids = quantize_model(model, "int4"), calibration[:2]
     demo.same("INT4: absorbed attention reads the same matrices", "(B, T, W)",
               quantized(ids, path="absorbed"), quantized(ids), tolerance=1e-3)
-    nearest, by_gptq = (losses[f"{bits} bits a row, {name}"] - base for name in ("nearest", "gptq"))
+    nearest, by_gptq = (losses[f"{bits}-bit rows, {name}"] - base for name in ("nearest", "gptq"))
     beyond_noise = bits < 4 and steps >= 50
     demo.check(f"GPTQ loses less than rounding at {bits} bits", "nats a token",
                f"{nearest:+.4f} → {by_gptq:+.4f}", by_gptq < nearest or not beyond_noise)
@@ -1001,7 +1001,7 @@ def show_qat(demo, model, bits, steps):
         train_small(trained, steps, 0.0, demo.device, seed=demo.seed + 1, rate=1e-3)
     control = held_out_loss(quantize_model(control, scheme))
     fake, real = held_out_loss(rounded.eval()), held_out_loss(convert_qat(rounded))
-    demo.note(f"{bits} bits a row cost {lost:.4f} nats; {steps} more steps, then rounded again: "
+    demo.note(f"{bits}-bit rows cost {lost:.4f} nats; {steps} more steps, then rounded again: "
               f"after FP32 training {control - base:+.4f}, after QAT {real - base:+.4f}")
     demo.check("QAT recovers more than further FP32 training", "nats a token",
                f"{control:.4f} → {real:.4f}", real < control or steps < 50)
@@ -1027,7 +1027,7 @@ def show_fp8_training(demo, steps):
 
 @demonstration(
     __doc__,
-    flag("bits", 3, "bits of the weights where rounding hurts, 2 to 4", at_least=2, at_most=4),
+    flag("bits", 3, "bits of the coarsest weights, 2 to 4", at_least=2, at_most=4),
     flag("steps", 150, "training steps of each small model", at_least=1),
 )
 def main(demo, arguments):

@@ -4,8 +4,8 @@ Attention alone cannot tell "dog bites man" from "man bites dog". RoPE rotates e
 in a query or key by an angle that grows with the token's position; each pair has its own speed. The
 dot product of two rotated vectors depends only on the difference of their positions. So a score
 knows how far apart two tokens are, and nothing else about where they stand. MLA has a problem with
-this. Absorption (phase 4) moves W_UK to the queries, and a rotation of the keys would stand in
-between. DeepSeek therefore *decouples* position from content: a small extra part, q_R and k_R, is
+this. Absorption (phase 4) moves W_UK to the queries; a rotation of the keys would block this
+move. DeepSeek therefore *decouples* position from content: a small extra part, q_R and k_R, is
 rotated, and the content is not. In training, the slow pairs never complete a full circle, so
 positions beyond the training length give angles that the model has never seen. YaRN slows these
 pairs down. Pairs that complete a few circles are slowed down less.
@@ -198,8 +198,8 @@ class YarnScaling:
     `factor` s is the new length divided by `original_max_position_embeddings`. A pair that rotates
     more than `beta_fast` times within the original length keeps its speed. A pair that rotates less
     than `beta_slow` times is slowed by s. A linear ramp joins the two. Both betas count full
-    circles, not pairs. `mscale` and `mscale_all_dim` correct the softmax's temperature; None or 0
-    means that one is not given.
+    circles, not pairs. `mscale` and `mscale_all_dim` correct the softmax's temperature; None or 0:
+    not given.
     """
 
     factor: float = setting(at_least=1)
@@ -306,7 +306,7 @@ def show_why_decoupled(demo, attention, x_BTD):
     mismatch = ((got - wanted).norm() / wanted.norm()).item()
     demo.check("content rotated: absorbed is another function", "(B, H, T, S)",
                f"off by {mismatch:.0%} of the scores", mismatch > 0.1)
-    demo.same("content rotated: a matrix a distance = rebuilt", "(B, H, T, S)",
+    demo.same("content rotated: matrix per distance = rebuilt", "(B, H, T, S)",
               absorbed_by_distance(*parts), wanted)
     expanded, absorbed = attention(x_BTD), attention(x_BTD, path="absorbed")
     demo.same("decoupled RoPE: absorbed = expanded", "(B, T, D)", absorbed, expanded)
@@ -351,7 +351,7 @@ def show_scaling(demo, dim, factor, original_length):
 
 
 @demonstration(__doc__, flag("dim", 64, "rotary width R", at_least=4),
-               flag("factor", 40.0, "new context over trained context"),
+               flag("factor", 40.0, "new context / trained context"),
                flag("original-length", 4096, "trained context, in tokens"))
 def main(demo, arguments):
     check_three_forms(demo, arguments.dim)

@@ -42,7 +42,7 @@ def self_attention_loops(x, w_q, w_k, w_v):
     outputs, all_weights = [], []
     for query in queries:
         scores = torch.stack([query.dot(key) / math.sqrt(d_k) for key in keys])
-        exponentials = torch.exp(scores - scores.max())  # the maximum cancels; no overflow
+        exponentials = torch.exp(scores - scores.max())  # same result, no overflow
         weights = exponentials / exponentials.sum()
         outputs.append(sum(weight * value for weight, value in zip(weights, values, strict=True)))
         all_weights.append(weights)
@@ -116,8 +116,8 @@ def softmax_health(d_k, scale, queries=256, keys=32, seed=0):
     large d_k, one key takes nearly all the weight. Such a softmax is *saturated*: almost no
     gradient reaches the scores. With the scale, the gradient stays the same size for every d_k.
 
-    Returns: two means over the queries: the largest weight, and the norm of the gradient at the
-        scores when the gradient at the weights is random.
+    Returns: two means over the queries: of the largest weight, and of the gradient's norm at the
+        scores, where a random gradient comes in at the weights.
     """
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(queries, d_k, generator=generator)

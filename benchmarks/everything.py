@@ -184,8 +184,8 @@ def rows_of_grpo(record, mode):
     for seed, each in record["seeds"].items():
         aims = {"grpo_coded.py, minutes": each["seconds"] / 60}
         if "before" in each:
-            aims |= {"grpo_coded.py, right before, %": 100 * each["before"],
-                     "grpo_coded.py, right after, %": 100 * each["after"]}
+            aims |= {"grpo_coded.py, correct before, %": 100 * each["before"],
+                     "grpo_coded.py, correct after, %": 100 * each["after"]}
         rows += [judged(name.replace(",", f", seed {seed},", 1), figure, mode, digits=1, aim=name)
                  for name, figure in aims.items()]
     return rows

@@ -58,7 +58,7 @@ PADDED = dict(new=0, attention_mask=None, pad_token_id=0, vocabulary=7)
     ],
 )
 def test_the_last_legal_value_passes(check, arguments, options):
-    check(*arguments, **options)
+    assert check(*arguments, **options) is None
 
 
 @pytest.mark.parametrize(

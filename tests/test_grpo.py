@@ -1140,10 +1140,11 @@ def test_prompts_that_cannot_be_are_named(prompt, message):
 
 
 def test_a_prompt_may_fill_the_context_or_any_room_if_there_is_no_limit():
-    trainer_for(small_policy(32, 1), prompts=("1+1+1+1+1+1",))  # 11 tokens and 5 new: 16
+    full = trainer_for(small_policy(32, 1), prompts=("1+1+1+1+1+1",))
+    assert len(full.task.prompts[0]) + full.settings.max_new_tokens == full.policy.max_positions
     policy = small_policy(32, 1)
     policy.max_positions = None
-    trainer_for(policy, prompts=("1+" * 20,))
+    assert len(trainer_for(policy, prompts=("1+" * 20,)).task.prompts[0]) == 40
 
 
 def test_a_task_without_prompts_is_named():

@@ -682,6 +682,8 @@ def test_statistics_by_hand():
     statistics = statistics_of(torch.ones(257, 1).bfloat16())  # BF16 has no 257
     assert statistics.hessian.item() == statistics.total.item() == 257
     assert all(part.is_meta for part in vars(InputStatistics(2, "meta")).values())
+    statistics.add(torch.ones(3, 1, requires_grad=True))
+    assert not any(part.requires_grad for part in vars(statistics).values())
 
 
 def test_awq_is_never_worse_than_rounding_on_what_it_saw_and_better_with_large_inputs():
