@@ -423,7 +423,7 @@ def update(policy, reference, optimizer, rollout, settings, step):
     """One update for each minibatch, then one of the routing bias; returns the mean figures.
 
     A completion with zero advantage has zero gradient: it is skipped, but counted in the average.
-    With a KL penalty, it has one; then only groups without signal are skipped. `weight` is the
+    With a KL penalty, it has a gradient, so only groups without signal are skipped. `weight` is the
     share of the completions (dapo: of the tokens) that are left: if 2 of 8 are left,
     weight = 1/4 turns the mean of 2 into a mean of 8. The balance loss and the load of the experts
     leave out the skipped completions.
